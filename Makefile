@@ -1,0 +1,32 @@
+# Everything needs only Python (3.11 or later) and make. `make demo` shows what this is for.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow check format clean
+
+demo: .venv/installed
+	$(BIN)/embedder demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv demo-features
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[lite1,lite2,demo,s3,dev]'
+	touch $@

@@ -1,0 +1,65 @@
+"""Errors a caller may want to catch.
+
+EmbedderError
+├── RecipeError        the recipe makes no sense
+├── SourceError        the source is missing, empty or unreadable
+├── WeightsError       the weights are missing, corrupt or not of this backbone
+├── EngineError        the engine cannot run here
+├── ClusterError       the scheduler does not answer, or has no workers
+├── StoreError         the store cannot be read or written
+│   └── RecipeMismatch the store was made with another recipe
+├── ReadError          the bytes of one image cannot be had; recorded as a failure, never fatal
+├── DecodeError        the bytes of one image are unusable; recorded as a failure, never fatal
+└── Unfinished         the job ran, but did not finish what it was asked
+
+`exit_status` is what the command line ends with: 2, the request makes no sense and nothing was
+started; 1, the job ran but did not finish.
+"""
+
+
+class EmbedderError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_status = 2
+
+
+class RecipeError(EmbedderError):
+    """The recipe makes no sense; nothing was started."""
+
+
+class SourceError(EmbedderError):
+    """The source is missing, empty or unreadable; nothing was started."""
+
+
+class WeightsError(EmbedderError):
+    """The weights are missing, corrupt, or not of this backbone."""
+
+
+class EngineError(EmbedderError):
+    """The engine cannot run on this machine."""
+
+
+class ClusterError(EmbedderError):
+    """The Dask scheduler does not answer, or has no workers."""
+
+
+class StoreError(EmbedderError):
+    """The store cannot be read or written."""
+
+
+class RecipeMismatch(StoreError):  # noqa: N818 - says what it is
+    """The store was made with another recipe."""
+
+
+class ReadError(EmbedderError):
+    """The bytes of one image cannot be had; recorded as a failure, never fatal."""
+
+
+class DecodeError(EmbedderError):
+    """The bytes of one image are unusable; recorded as a failure, never fatal."""
+
+
+class Unfinished(EmbedderError):  # noqa: N818 - not a fault of the program
+    """The job ran, but did not finish what it was asked; what is done is kept."""
+
+    exit_status = 1

@@ -1,0 +1,97 @@
+"""Everything that decides the content of a feature, and its fingerprint."""
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from embedder.errors import RecipeError
+
+MIN_SIDE = 32  # pixels: below it the last feature map of a stride-32 network is empty
+MAX_SIDE = 4096  # pixels: a batch of 32 at this side is 1.6 GB of uint8
+
+
+class Recipe(BaseModel):
+    """What is computed for an image: same recipe and same bytes give the same vector.
+
+    What only changes the speed (batch size, workers, threads, shard size) is not here: it is an
+    argument of the run. Use `backbones.make_recipe` to fill in a backbone's own defaults.
+
+    Attributes:
+        backbone: Name of a row of `backbones.BACKBONES`.
+        weights: sha256 of the weights file, 64 hexadecimal digits.
+        pooling: How the last feature map (height, width, channels) becomes one vector.
+        image_size: What the network sees, as (height, width), in pixels.
+        crop: `center` keeps the central part of the image's own proportions, `squash` resizes the
+            whole image and changes its proportions, `pad` fits the whole image in and fills the
+            rest with black.
+        crop_fraction: For `center`: side of the crop, as a share of the largest crop that fits.
+        interpolation: Filter of the antialiased resize.
+        decode: `exact` decodes every pixel.
+        precision: Arithmetic of the network.
+        store_dtype: Data type of the stored vector.
+        l2_normalise: Whether vectors are divided by their Euclidean length.
+        version: Raised when this package changes what a recipe means.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: str = Field(min_length=1)
+    weights: str = Field(pattern=r"^[0-9a-f]{64}$")
+    pooling: Literal["avg", "max"] = "avg"
+    image_size: tuple[int, int]
+    crop: Literal["center", "squash", "pad"] = "center"
+    crop_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    decode: Literal["exact"] = "exact"
+    precision: Literal["float32"] = "float32"
+    store_dtype: Literal["float32", "float16"] = "float32"
+    l2_normalise: bool = False
+    version: Literal[1] = 1
+
+    def __init__(self, **values: Any) -> None:
+        """Check the values.
+
+        Raises:
+            RecipeError: A value is outside what the attribute allows.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise RecipeError(_explain(error)) from None
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if not all(MIN_SIDE <= side <= MAX_SIDE for side in self.image_size):
+            raise ValueError(
+                f"each side must be {MIN_SIDE} to {MAX_SIDE} pixels, as (height, width). "
+                f"Received: image_size={self.image_size}"
+            )
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hexadecimal digits of the sha256 of the recipe's canonical JSON."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """One line for each attribute in which `other` differs: `name: mine, not theirs`."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return [
+            f"{name}: {mine[name]}, not {theirs[name]}"
+            for name in mine
+            if mine[name] != theirs[name]
+        ]
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        name = ".".join(str(part) for part in problem["loc"])
+        if not name:
+            lines.append(problem["msg"].removeprefix("Value error, "))
+        else:
+            lines.append(f"`{name}`: {problem['msg']}. Received: {name}={problem['input']!r}")
+    return "The recipe makes no sense. " + " ".join(lines)

@@ -1,0 +1,352 @@
+"""The feature store: schema, atomic shard write, what is done, reading back.
+
+A store is a folder of plain Parquet files with no other record of progress: what is in it is
+done. Every file is written under a temporary name and renamed, so a shard that exists is whole.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from embedder.errors import RecipeError, RecipeMismatch, StoreError
+from embedder.recipe import Recipe
+from embedder.sources import MODIFIED_TYPE
+
+EMBEDDINGS = "embeddings"
+FAILURES = "failures"
+RUNS = "runs"
+RECIPE_FILE = "recipe.json"
+
+FAILURE_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("bytes", pa.int64()),
+        pa.field("sha256", pa.string()),  # null where the bytes were not read
+        pa.field("modified", MODIFIED_TYPE),
+        pa.field("stage", pa.string(), nullable=False),  # read, decode or embed
+        pa.field("error", pa.string(), nullable=False),
+    ]
+)
+_ROW_FIELDS = [
+    pa.field("image_id", pa.string(), nullable=False),
+    pa.field("sha256", pa.string(), nullable=False),
+    pa.field("bytes", pa.int64(), nullable=False),
+    pa.field("width", pa.int32(), nullable=False),
+    pa.field("height", pa.int32(), nullable=False),
+    pa.field("format", pa.string(), nullable=False),
+    pa.field("modified", MODIFIED_TYPE),
+]
+_ROW_GROUP_ROWS = 8192
+_DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
+
+
+def vector_array(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
+    """Wrap vectors (n, dim) as an Arrow array of lists of fixed length, without a copy."""
+    dim = vectors.shape[1]
+    item = pa.field("item", pa.from_numpy_dtype(vectors.dtype), nullable=False)
+    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, dim))
+
+
+def row_schema(recipe: Recipe, dim: int, extra_fields: Iterable[pa.Field] = ()) -> pa.Schema:
+    """Schema of `embeddings/`: who, which bytes, the manifest's columns, then the vector."""
+    item = pa.field("item", _DTYPES[recipe.store_dtype], nullable=False)
+    vector = pa.field("embedding", pa.list_(item, dim), nullable=False)
+    return pa.schema([*_ROW_FIELDS, *extra_fields, vector], metadata=_metadata(recipe))
+
+
+def extra_columns(names: Iterable[str]) -> list[str]:
+    """The columns that came from a manifest, among those of refs or of rows."""
+    own = {f.name for f in _ROW_FIELDS} | {
+        "path",
+        "embedding",
+        "shard",
+        "stage",
+        "error",
+        "same_file",
+    }
+    return [name for name in names if name not in own]
+
+
+def _metadata(recipe: Recipe) -> dict[str, str]:
+    return {
+        "embedder.fingerprint": recipe.fingerprint,
+        "embedder.recipe": recipe.model_dump_json(),
+    }
+
+
+class Store:
+    """A feature store, for reading and for adding to.
+
+    Attributes:
+        path: The store's folder.
+        recipe: What its vectors were made with.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open an existing store.
+
+        Raises:
+            StoreError: There is no store at this path, or its recipe cannot be read.
+        """
+        self.path = Path(path)
+        file = self.path / RECIPE_FILE
+        try:
+            self.recipe = Recipe(**json.loads(file.read_bytes())["recipe"])
+        except FileNotFoundError:
+            raise StoreError(
+                f"{self.path} is not a feature store: it has no {RECIPE_FILE}"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, RecipeError) as error:
+            raise StoreError(f"{file} cannot be read: {error}") from error
+
+    @classmethod
+    def open_or_create(
+        cls, path: str | os.PathLike[str], recipe: Recipe, versions: dict[str, str]
+    ) -> "Store":
+        """Open the store at a path, or make an empty one there.
+
+        Raises:
+            RecipeMismatch: The store was made with another recipe.
+            StoreError: The folder holds something else, or cannot be written.
+        """
+        folder = Path(path)
+        if (folder / RECIPE_FILE).exists():
+            store = cls(folder)
+            if differences := store.recipe.differences(recipe):
+                raise RecipeMismatch(
+                    f"The store {folder} was made with another recipe. It has "
+                    f"{'; '.join(differences)}. Use another store, or the store's own options"
+                )
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StoreError(
+                f"A new store must be an empty folder, or one that does not exist. "
+                f"Received: {folder}, which holds something else"
+            )
+        try:
+            for name in (EMBEDDINGS, FAILURES, RUNS):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            content = {
+                "recipe": recipe.model_dump(mode="json"),
+                "fingerprint": recipe.fingerprint,
+                "weights_sha256": recipe.weights,
+                "versions": versions,
+            }
+            if not (folder / RECIPE_FILE).exists():
+                _replace(folder / RECIPE_FILE, json.dumps(content, indent=2).encode())
+            _remove_abandoned(folder)
+        except OSError as error:
+            raise StoreError(f"The store {folder} cannot be written: {error}") from error
+        return cls(folder)
+
+    # Reading -------------------------------------------------------------------------------
+
+    def shards(self, kind: str = EMBEDDINGS) -> list[Path]:
+        """Parquet files of `embeddings` or `failures`, in the order that reading uses."""
+        return sorted((self.path / kind).glob("*.parquet"))
+
+    def table(self, columns: list[str] | None = None, kind: str = EMBEDDINGS) -> pa.Table:
+        """Read columns of all rows, in the order of `ids` and `vectors`."""
+        tables = [_read(path, columns) for path in self.shards(kind)]
+        if not tables:
+            schema = FAILURE_SCHEMA if kind == FAILURES else pa.schema(_ROW_FIELDS)
+            return schema.empty_table().select(columns or schema.names)
+        return pa.concat_tables(tables, promote_options="default")
+
+    def ids(self) -> NDArray[np.object_]:
+        """Image ids, in the order of `vectors`: array of str of shape (n_images,)."""
+        ids: NDArray[np.object_] = self.table(["image_id"])["image_id"].to_numpy()
+        return ids
+
+    def vectors(self) -> NDArray[Any]:
+        """Embeddings, in the order of `ids`.
+
+        Returns:
+            Array of shape (n_images, dim), float32 or float16 as stored. Read-only, and without
+            a copy, where the store is a single shard.
+
+        Raises:
+            StoreError: The store has no rows.
+        """
+        chunks = (
+            [
+                chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
+                for chunk in self.table(["embedding"])["embedding"].chunks
+                if len(chunk)
+            ]
+            if self.shards()
+            else []
+        )
+        if not chunks:
+            raise StoreError(f"The store {self.path} has no rows yet")
+        return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+    def failures(self) -> pa.Table:
+        """Images that could not be embedded: a table of `FAILURE_SCHEMA`."""
+        return self.table(kind=FAILURES)
+
+    def index(self, kind: str = EMBEDDINGS) -> pa.Table:
+        """What is done: every column but the vectors' and decode's, and each row's shard.
+
+        Returns:
+            Table with `image_id`, `bytes`, `modified`, a manifest's columns, and `shard`, the
+            row's file name.
+        """
+        tables = []
+        for path in self.shards(kind):
+            names = pq.read_schema(path).names
+            wanted = ["image_id", "bytes", "modified", *extra_columns(names)]
+            table = _read(path, [name for name in wanted if name in names])
+            shard = pa.array(np.zeros(table.num_rows, np.int32))
+            names_of = pa.DictionaryArray.from_arrays(shard, pa.array([path.name]))
+            tables.append(table.append_column("shard", names_of))
+        if not tables:
+            return self.table(["image_id", "bytes", "modified"], kind).append_column(
+                "shard", pa.array([], pa.dictionary(pa.int32(), pa.string()))
+            )
+        return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Records of past runs, oldest first."""
+        return [json.loads(path.read_bytes()) for path in sorted((self.path / RUNS).glob("*.json"))]
+
+    def __len__(self) -> int:
+        """Number of embedded images."""
+        return sum(pq.read_metadata(path).num_rows for path in self.shards())
+
+    # Writing -------------------------------------------------------------------------------
+
+    def write_shard(self, rows: pa.Table, failures: pa.Table, name: str) -> int:
+        """Write one shard's rows and failures, each whole or not at all.
+
+        Args:
+            rows: Table of `row_schema`; may be empty.
+            failures: Table of `FAILURE_SCHEMA`; may be empty.
+            name: From `shard_name`: the same refs are always written to the same file.
+
+        Returns:
+            Number of bytes written.
+
+        Raises:
+            StoreError: The disk is full, or the store cannot be written.
+        """
+        num_bytes = 0
+        if failures.num_rows:
+            num_bytes += self._write(self.path / FAILURES / name, failures)
+        if rows.num_rows:
+            num_bytes += self._write(self.path / EMBEDDINGS / name, rows)
+        return num_bytes
+
+    def replace_shard(self, name: str, table: pa.Table, kind: str = EMBEDDINGS) -> None:
+        """Put a changed table in a shard's place; the file goes where no row is left."""
+        path = self.path / kind / name
+        if table.num_rows:
+            self._write(path, table)
+        else:
+            path.unlink(missing_ok=True)
+
+    def read_shard(self, name: str, kind: str = EMBEDDINGS) -> pa.Table:
+        """Read one shard whole."""
+        return _read(self.path / kind / name, None)
+
+    def drop(self, ids_by_shard: dict[str, list[str]], kind: str = EMBEDDINGS) -> None:
+        """Drop rows by id from the shards that hold them."""
+        for name, ids in ids_by_shard.items():
+            table = self.read_shard(name, kind)
+            keep = pc.invert(pc.is_in(table["image_id"], pa.array(ids, pa.string())))
+            self.replace_shard(name, table.filter(keep), kind)
+
+    def write_run(self, record: dict[str, Any], run_id: str) -> None:
+        """Keep the record of one run."""
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        content = json.dumps(record, indent=2).encode()
+        _replace(self.path / RUNS / f"{moment}-{run_id}.json", content)
+
+    def _write(self, path: Path, table: pa.Table) -> int:
+        sink = pa.BufferOutputStream()
+        schema = table.schema.with_metadata(_metadata(self.recipe))
+        pq.write_table(
+            table.replace_schema_metadata(schema.metadata),
+            sink,
+            compression="zstd",
+            row_group_size=_ROW_GROUP_ROWS,
+            use_dictionary=["format", "stage"],  # on vectors it makes reading slower
+            write_statistics=[name for name in table.column_names if name != "embedding"],
+            write_page_checksum=True,
+        )
+        buffer = sink.getvalue()
+        try:
+            _replace(path, buffer)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
+        return int(buffer.size)
+
+
+def shard_name(recipe: Recipe, ids: Iterable[str]) -> str:
+    """File name of a shard: the same recipe and refs always give the same."""
+    digest = hashlib.sha256(recipe.fingerprint.encode())
+    for image_id in ids:
+        digest.update(b"\0" + image_id.encode())
+    return f"{digest.hexdigest()[:20]}.parquet"
+
+
+def _read(path: Path, columns: list[str] | None) -> pa.Table:
+    try:
+        return pq.read_table(
+            path, columns=columns, partitioning=None, page_checksum_verification=True
+        )
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} vanished while it was to be read") from error
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(
+            f"The shard {path} is damaged: {error}. Delete it and run `embedder extract` again: "
+            f"its images will be embedded anew"
+        ) from error
+
+
+def _replace(path: Path, content: bytes | pa.Buffer) -> None:
+    """Write a file whole or not at all, over an older one if there is one."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove temporary files of processes of this machine that are no more."""
+    for path in _temporary_files(folder):
+        *_, process_id, _ = path.name.split(".")
+        if f".{socket.gethostname()}." in path.name and not _is_alive(int(process_id)):
+            path.unlink(missing_ok=True)
+
+
+def _temporary_files(folder: Path) -> Iterator[Path]:
+    for place in (folder, folder / EMBEDDINGS, folder / FAILURES, folder / RUNS):
+        yield from place.glob(".*.tmp")
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

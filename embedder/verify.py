@@ -1,0 +1,175 @@
+"""Is a store whole, and is it what it says it is? Every check is a line with a verdict."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedder import engines
+from embedder.decode import decode_rgb
+from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
+from embedder.pipeline import finished_vectors
+from embedder.plan import make_plan
+from embedder.recipe import Recipe
+from embedder.refresh import hash_of
+from embedder.sources import list_images, read_bytes
+from embedder.store import EMBEDDINGS, FAILURES, Store
+
+MIN_COSINE = 0.9999  # between a stored vector and the same image embedded again, alone
+_MAX_NAMES = 3  # ids shown for a check that failed
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        passed: Whether it is as it should be.
+        detail: The numbers.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 0) -> list[Check]:
+    """Check a store, and with a source, that it holds what the source has.
+
+    Args:
+        store: The store.
+        source: Where its images are; for `audit` alone, the last run's source is used if None.
+        audit: Number of random rows whose image is read and embedded again, one by one.
+        seed: Of the choice of rows.
+
+    Returns:
+        All checks, passed or not.
+
+    Raises:
+        SourceError: The source is missing or empty, or none is known for an audit.
+        RecipeError: `audit` is negative.
+    """
+    if audit < 0:
+        raise RecipeError(f"`audit` must be 0 or more rows. Received: audit={audit}")
+    checks = [_check_shards(store)]
+    if not checks[0].passed:
+        return checks  # nothing can be read beyond what is damaged
+    checks += [_check_unique(store), _check_vectors(store)]
+    if source is not None:
+        checks.append(_check_source(store, source))
+    if audit:
+        checks.append(_audit(store, source or _last_source(store), audit, seed))
+    return checks
+
+
+def _check_shards(store: Store) -> Check:
+    problems, num_shards = [], 0
+    for kind in (EMBEDDINGS, FAILURES):
+        for path in store.shards(kind):
+            num_shards += 1
+            try:
+                metadata = store.read_shard(path.name, kind).schema.metadata or {}
+            except StoreError as error:
+                problems.append(str(error))
+                continue
+            fingerprint = metadata.get(b"embedder.fingerprint", b"").decode()
+            if fingerprint != store.recipe.fingerprint:
+                problems.append(f"{path} is of recipe {fingerprint or 'unknown'}")
+    detail = "; ".join(problems[:_MAX_NAMES]) or f"{num_shards:,} files read, checksums right"
+    return Check("every shard whole, of this recipe", not problems, detail)
+
+
+def _check_unique(store: Store) -> Check:
+    ids = pa.concat_arrays(
+        [store.index(kind)["image_id"].combine_chunks() for kind in (EMBEDDINGS, FAILURES)]
+    )
+    num_repeated = len(ids) - pc.count_distinct(ids).as_py()
+    return Check(
+        "every image once, a row or a failure",
+        num_repeated == 0,
+        f"{len(ids):,} images, {num_repeated:,} repeated"
+        + (": the next `embedder extract` drops them" if num_repeated else ""),
+    )
+
+
+def _check_vectors(store: Store) -> Check:
+    num_rows = num_bad = 0
+    for path in store.shards():
+        table = store.read_shard(path.name)
+        vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        vectors = vectors.reshape(table.num_rows, -1)
+        num_rows += table.num_rows
+        num_bad += int((~np.isfinite(vectors).all(axis=1)).sum())
+    return Check("every vector finite", num_bad == 0, f"{num_rows:,} vectors, {num_bad:,} not")
+
+
+def _check_source(store: Store, source: str) -> Check:
+    plan = make_plan(list_images(source).refs, store)
+    # A new time of change alone is no fault: what counts is the content.
+    stale = plan.stale.filter(pc.invert(plan.stale["same_file"]))
+    stored = store.table(["image_id", "sha256"])
+    hashes = stored["sha256"].take(
+        pc.index_in(stale["image_id"], stored["image_id"].combine_chunks())
+    )
+    num_changed = sum(
+        hash_of(path) != sha256
+        for path, sha256 in zip(stale["path"].to_pylist(), hashes.to_pylist(), strict=True)
+    )
+    problems = {
+        "not in the store": plan.missing.num_rows,
+        "changed since": num_changed,
+        "no longer in the source": plan.num_deleted,
+    }
+    detail = ", ".join(f"{count:,} {problem}" for problem, count in problems.items())
+    advice = "; run `embedder extract` again" if any(problems.values()) else ""
+    return Check("the store holds what the source has", not any(problems.values()), detail + advice)
+
+
+def _last_source(store: Store) -> str:
+    runs = store.runs()
+    if not runs:
+        raise SourceError(
+            f"The store {store.path} does not say where its images are: give --source"
+        )
+    return str(runs[-1]["source"])
+
+
+def _audit(store: Store, source: str, num_rows: int, seed: int) -> Check:
+    refs = list_images(source).refs
+    paths = dict(zip(refs["image_id"].to_pylist(), refs["path"].to_pylist(), strict=True))
+    ids, vectors = store.ids(), store.vectors()
+    hashes = store.table(["sha256"])["sha256"]
+    chosen = np.random.default_rng(seed).permutation(len(ids))[:num_rows]
+    engine = engines.load(store.recipe, "auto", 1, os.cpu_count() or 1)
+    wrong, lowest = [], 1.0
+    for row in chosen:
+        cosine = _cosine_now(
+            store.recipe, engine, paths.get(ids[row]), hashes[row].as_py(), vectors[row]
+        )
+        if cosine is None or cosine < MIN_COSINE:
+            wrong.append(str(ids[row]))
+        if cosine is not None:
+            lowest = min(lowest, cosine)
+    detail = f"{len(chosen):,} images embedded again, lowest cosine {lowest:.7f}"
+    if wrong:
+        detail += f"; {len(wrong):,} wrong or changed: {', '.join(wrong[:_MAX_NAMES])}"
+    return Check(f"vectors are those of their images (cosine >= {MIN_COSINE})", not wrong, detail)
+
+
+def _cosine_now(
+    recipe: Recipe, engine: engines.Engine, path: bytes | None, sha256: str, stored: np.ndarray
+) -> float | None:
+    """Cosine of a stored vector to the image's vector now; None where its bytes are others."""
+    if path is None or hash_of(path) != sha256:
+        return None
+    try:
+        pixels = decode_rgb(read_bytes(path), recipe).pixels
+    except (ReadError, DecodeError):
+        return None
+    now = finished_vectors(engine.embed(pixels[None]), recipe)[0].astype(np.float64)
+    then = stored.astype(np.float64)
+    norms = float(np.linalg.norm(now) * np.linalg.norm(then))
+    return float(now @ then) / norms if norms else float(np.array_equal(now, then))
