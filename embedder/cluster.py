@@ -1,6 +1,7 @@
 """Many tasks on Dask: a local cluster by default, any scheduler by address, one code path."""
 
 import logging
+import signal
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,14 @@ _stopped_topics: set[str] = set()
 
 def _stop(topic: str) -> None:
     _stopped_topics.add(topic)
+
+
+def dask_setup(_: distributed.Worker) -> None:
+    """Let a worker process outlive Ctrl-C, which a terminal sends to it too.
+
+    Dask calls this by name in each local worker process; the run tells its workers to stop.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Pool:
@@ -158,6 +167,7 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
             memory_limit=0,  # shards bound the memory; Dask would kill workers on a guess
             dashboard_address=None,
             silence_logs=logging.CRITICAL,
+            **({"preload": [__name__]} if num_workers > 1 else {}),
         )
         with cluster, distributed.Client(cluster) as client:
             yield Pool(client, threads)
