@@ -1,5 +1,6 @@
 """Many tasks on Dask: a local cluster by default, any scheduler by address, one code path."""
 
+import importlib.metadata
 import logging
 import signal
 import uuid
@@ -190,4 +191,26 @@ def _client_of(scheduler: str) -> Iterator[distributed.Client]:
                 f"The scheduler {scheduler} has no workers. Start some with: "
                 f"dask worker {scheduler}"
             ) from error
+        _check_versions(client, scheduler)
         yield client
+
+
+def _version() -> str:
+    return importlib.metadata.version("embedder")
+
+
+def _check_versions(client: distributed.Client, scheduler: str) -> None:
+    """The scheduler reads tasks too: it and its workers need this package, in this version."""
+    try:
+        client.submit(_version, pure=False).result()
+        found = client.run(_version, on_error="return")
+    except (ImportError, RuntimeError, distributed.FutureCancelledError) as error:
+        raise ClusterError(
+            f"The scheduler {scheduler} must have embedder {_version()} installed, and so must its "
+            f"workers. Received: {error}"
+        ) from error
+    if wrong := [f"{at}: {version}" for at, version in found.items() if version != _version()]:
+        raise ClusterError(
+            f"Every worker of {scheduler} must have embedder {_version()} installed. "
+            f"Received: {'; '.join(wrong)}"
+        )

@@ -1,0 +1,469 @@
+"""Decoding: any file to RGB at the recipe's size, or a reason why not."""
+
+import csv
+import io
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import picture
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from embedder import decode
+from embedder.decode import FORMATS, MAX_PIXELS, decode_rgb, silence_decoders
+from embedder.errors import DecodeError
+from embedder.recipe import Recipe
+from embedder.sources import IMAGE_EXTENSIONS
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+CROPS = ("center", "squash", "pad")
+
+
+def make_recipe(image_size: tuple[int, int] = (48, 64), **options: Any) -> Recipe:
+    return Recipe(backbone="none", weights="0" * 64, image_size=image_size, **options)
+
+
+def encode(image: Image.Image | NDArray[Any], image_format: str = "PNG", **options: Any) -> bytes:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def colours(pixels: NDArray[np.uint8]) -> set[tuple[int, ...]]:
+    return {tuple(map(int, colour)) for colour in np.unique(pixels.reshape(-1, 3), axis=0)}
+
+
+def bands(height: int = 100, width: int = 300) -> NDArray[np.uint8]:
+    """A red, a green and a blue third, from left to right."""
+    return np.repeat(np.array([[RED, GREEN, BLUE]], np.uint8), width // 3, axis=1).repeat(height, 0)
+
+
+def mean_difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    return float(np.abs(one.astype(float) - other).mean())
+
+
+# The shared odd files --------------------------------------------------------------------------
+
+
+def test_extensions_that_are_listed_are_those_of_the_formats_that_are_read() -> None:
+    Image.init()
+    readable = {extension for extension, name in Image.EXTENSION.items() if name in FORMATS}
+    # Several pictures in one JPEG: Pillow opens it as a JPEG, and has no separate reader.
+    assert readable | {".mpo"} == IMAGE_EXTENSIONS
+    assert ".mpo" not in readable
+
+
+def test_every_odd_file_comes_out_as_expected(odd: Path) -> None:
+    silence_decoders()
+    recipe = make_recipe()
+    with (odd / "expected.csv").open(newline="", encoding="utf-8") as lines:
+        expected = {row["file"]: row["expect"] for row in csv.DictReader(lines)}
+    assert len(expected) == 180
+    outcomes, reasons = {}, {}
+    for file in expected:
+        try:
+            decoded = decode_rgb((odd / file).read_bytes(), recipe)
+        except DecodeError as error:
+            outcomes[file], reasons[file] = "fail", str(error)
+        else:
+            outcomes[file] = "ok"
+            assert decoded.pixels.shape == (48, 64, 3)
+            assert decoded.pixels.dtype == np.uint8
+            assert min(decoded.width, decoded.height) > 0
+    assert {file: outcomes[file] for file in expected if outcomes[file] != expected[file]} == {}
+    # Equal files must fail with equal words, also where Pillow names the buffer in memory.
+    assert {
+        f: reason for f, reason in reasons.items() if re.search("object at|0x[0-9a-f]{8}", reason)
+    } == {}
+
+
+def test_silenced_decoders_write_nothing_to_standard_error(odd: Path) -> None:
+    warns, errs = "crash-2020-10-test.tif", "m3-63c8b14ea08a18c884d05a3431716047.tif"
+    code = """
+import pathlib, sys
+from embedder.decode import decode_rgb, silence_decoders
+from embedder.errors import DecodeError
+from embedder.recipe import Recipe
+
+volume, *files = sys.argv[1:]
+if volume == "silent":
+    silence_decoders()
+recipe = Recipe(backbone="none", weights="0" * 64, image_size=(48, 64))
+for file in files:
+    try:
+        decode_rgb(pathlib.Path(file).read_bytes(), recipe)
+    except DecodeError as error:
+        print(error)
+"""
+    loud, silent = (
+        subprocess.run(
+            [sys.executable, "-c", code, volume, warns, errs],
+            cwd=odd / "exceptions",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for volume in ("loud", "silent")
+    )
+    assert "TIFFFetchNormalTag: " in loud.stderr  # a warning of libtiff
+    assert "Cannot handle zero number of tiles" in loud.stderr  # an error of libtiff
+    assert "UserWarning: " in loud.stderr  # a warning of Pillow
+    assert silent.stderr == ""
+    assert silent.stdout == loud.stdout == "OSError: decoder error -2\n" * 2
+
+
+# Rotation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "height"), [("Landscape", 1800, 1200), ("Portrait", 1200, 1800)]
+)
+def test_the_eight_orientations_of_a_picture_decode_alike(
+    odd: Path, family: str, width: int, height: int
+) -> None:
+    recipe = make_recipe((height // 20, width // 20), crop="squash")
+    files = [odd / "orientation" / f"{family}_{number}.jpg" for number in range(1, 9)]
+    decoded = [decode_rgb(file.read_bytes(), recipe) for file in files]
+    assert {(image.width, image.height) for image in decoded} == {(width, height)}
+    # Each has its own digit in the middle.
+    beside = np.ones(recipe.image_size, bool)
+    rows, columns = (slice(side // 3, 2 * side // 3) for side in recipe.image_size)
+    beside[rows, columns] = False
+    upright = decoded[0].pixels[beside]
+    for image in decoded[1:]:
+        assert mean_difference(image.pixels[beside], upright) < 1  # of 255: JPEG noise
+    mirrored = decoded[0].pixels[:, ::-1][beside]
+    assert mean_difference(mirrored, upright) > 30  # the least that a wrong turn would show
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_rotation_is_applied_in_every_format_that_records_it(image_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by a quarter to see it upright
+    encoded = encode(bands(), image_format, exif=exif)
+    decoded = decode_rgb(encoded, make_recipe((90, 32), crop="squash", interpolation="nearest"))
+    assert (decoded.width, decoded.height) == (100, 300)
+    for row, colour in ((10, RED), (45, GREEN), (80, BLUE)):
+        assert np.abs(decoded.pixels[row].astype(int) - colour).max() < 10  # of 255: JPEG noise
+
+
+# Colour ----------------------------------------------------------------------------------------
+
+
+def test_one_picture_in_several_colour_modes_decodes_alike(odd: Path) -> None:
+    recipe = make_recipe((50, 80), crop="squash")
+
+    def decode_mode(name: str) -> NDArray[np.uint8]:
+        return decode_rgb((odd / "modes" / name).read_bytes(), recipe).pixels
+
+    rgb = decode_mode("RGB.jpg")
+    for name in ("CMYK.jpg", "LAB.webp", "P.png"):
+        assert mean_difference(decode_mode(name), rgb) < 1  # of 255
+    for name in ("L.png", "1.png"):
+        grey = decode_mode(name)
+        assert (grey == grey[:, :, :1]).all()
+        assert mean_difference(grey.mean(axis=2), rgb.mean(axis=2)) < 6  # of 255
+    assert mean_difference(rgb[:, :, ::-1], rgb) > 10  # swapped channels would show
+
+
+@pytest.mark.parametrize(
+    ("dtype", "image_format"),
+    [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<i4", "TIFF"), ("<f4", "TIFF")],
+)
+def test_deep_samples_are_stretched_from_their_own_range(dtype: str, image_format: str) -> None:
+    values = np.linspace(291, 694, 48 * 64).reshape(48, 64).round().astype(dtype)
+    expected = ((values.astype(float) - 291) * 255 / (694 - 291)).round()
+    decoded = decode_rgb(encode(values, image_format), make_recipe())
+    np.testing.assert_array_equal(decoded.pixels, np.repeat(expected[:, :, None], 3, axis=2))
+
+
+def test_a_real_16_bit_file_is_neither_black_nor_white(odd: Path) -> None:
+    recipe = make_recipe((64, 48), crop="squash")
+    for name in ("16bit.MM.deflate.tif", "16bit.cropped.jp2"):
+        pixels = decode_rgb((odd / "formats" / name).read_bytes(), recipe).pixels
+        assert pixels.min() < 30
+        assert pixels.max() > 200
+        assert 30 < pixels.mean() < 100
+
+
+def test_samples_below_zero_and_without_a_value_are_stretched_too() -> None:
+    values = np.full((48, 64), -3.0, np.float32)
+    values[:, 32:] = 1.0
+    values[0, 0], values[0, 1], values[0, 2] = np.nan, np.inf, -np.inf
+    pixels = decode_rgb(encode(values, "TIFF"), make_recipe()).pixels
+    assert (pixels[:, 32:] == 255).all()
+    assert (pixels[:, :32] == 0).all()
+
+
+def test_a_deep_picture_of_one_value_is_black() -> None:
+    values = np.full((48, 64), 40_000, np.uint16)
+    assert colours(decode_rgb(encode(values), make_recipe()).pixels) == {BLACK}
+
+
+def test_transparency_is_blended_on_white() -> None:
+    rgba = np.zeros((48, 64, 4), np.uint8)
+    rgba[:, :20] = (*RED, 255)
+    rgba[:, 20:40] = (*GREEN, 0)
+    rgba[:, 40:] = (*BLUE, 128)
+    for image_format in ("PNG", "TIFF"):
+        pixels = decode_rgb(encode(rgba, image_format), make_recipe()).pixels
+        assert colours(pixels[:, :20]) == {RED}
+        assert colours(pixels[:, 20:40]) == {WHITE}
+        assert colours(pixels[:, 40:]) == {(127, 127, 255)}
+
+
+def test_transparency_of_grey_and_palette_pictures_is_blended_on_white() -> None:
+    grey = np.zeros((48, 64, 2), np.uint8)  # grey, alpha
+    grey[:, :32, 1] = 255
+    palette = Image.new("P", (64, 48), 1)
+    palette.putpalette([*RED, *GREEN, *BLUE])
+    palette.paste(2, (32, 0, 64, 48))
+    keyed = Image.fromarray(bands(48, 66)[:, 1:65])
+    cases = {
+        encode(Image.fromarray(grey, "LA")): (BLACK, WHITE),
+        encode(palette, transparency=1): (WHITE, BLUE),
+        encode(palette, "GIF", transparency=2): (GREEN, WHITE),
+        encode(keyed, transparency=RED): (WHITE, BLUE),
+    }
+    for encoded, (left, right) in cases.items():
+        pixels = decode_rgb(encoded, make_recipe(interpolation="nearest")).pixels
+        assert colours(pixels[:, :10]) == {left}
+        assert colours(pixels[:, -10:]) == {right}
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "PNG", "TIFF", "WEBP"])
+def test_the_first_frame_or_page_is_used(image_format: str) -> None:
+    first, *others = (Image.new("RGB", (64, 48), colour) for colour in (RED, GREEN, BLUE))
+    lossless = {"lossless": True} if image_format == "WEBP" else {}
+    encoded = encode(first, image_format, save_all=True, append_images=others, **lossless)
+    with Image.open(io.BytesIO(encoded)) as image:
+        assert getattr(image, "n_frames", 1) == 3
+    assert colours(decode_rgb(encoded, make_recipe()).pixels) == {RED}
+
+
+def test_several_pictures_in_one_jpeg_give_the_first() -> None:
+    first, second = (Image.new("RGB", (64, 48), colour) for colour in ("red", "blue"))
+    decoded = decode_rgb(encode(first, "MPO", save_all=True, append_images=[second]), make_recipe())
+    assert decoded.format == "MPO"
+    assert mean_difference(decoded.pixels, np.full((48, 64, 3), RED, np.uint8)) < 2
+
+
+@pytest.mark.parametrize("image_format", ["BMP", "GIF", "JPEG", "PNG", "WEBP"])
+def test_the_format_is_that_of_the_bytes_and_the_size_is_the_original(image_format: str) -> None:
+    decoded = decode_rgb(encode(bands(90, 120), image_format), make_recipe((64, 48)))
+    assert decoded.format == image_format
+    assert (decoded.width, decoded.height) == (120, 90)
+    assert decoded.pixels.shape == (64, 48, 3)
+    assert decoded.pixels.dtype == np.uint8
+
+
+# Geometry --------------------------------------------------------------------------------------
+
+
+def test_center_crops_the_sides_away() -> None:
+    pixels = decode_rgb(encode(bands()), make_recipe((96, 48), interpolation="nearest")).pixels
+    assert pixels.shape == (96, 48, 3)
+    assert colours(pixels) == {GREEN}
+
+
+def test_center_crops_top_and_bottom_away() -> None:
+    upright = bands().transpose(1, 0, 2)
+    pixels = decode_rgb(encode(upright), make_recipe((48, 96), interpolation="nearest")).pixels
+    assert pixels.shape == (48, 96, 3)
+    assert colours(pixels) == {GREEN}
+
+
+def test_a_crop_of_the_images_own_proportions_keeps_all_of_it() -> None:
+    pixels = decode_rgb(encode(bands()), make_recipe((32, 96), interpolation="nearest")).pixels
+    assert colours(pixels[:, :32]) == {RED}
+    assert colours(pixels[:, 32:64]) == {GREEN}
+    assert colours(pixels[:, 64:]) == {BLUE}
+
+
+def test_a_crop_fraction_keeps_the_middle_of_what_fits() -> None:
+    framed = np.zeros((100, 200, 3), np.uint8)
+    framed[25:75, 50:150] = WHITE
+    recipe = make_recipe((40, 80), crop_fraction=0.5, interpolation="nearest")
+    assert colours(decode_rgb(encode(framed), recipe).pixels) == {WHITE}
+    recipe = make_recipe((40, 80), crop_fraction=0.6, interpolation="nearest")
+    pixels = decode_rgb(encode(framed), recipe).pixels
+    frame = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
+    assert all(colours(side) == {BLACK} for side in frame)
+
+
+def test_squash_shows_the_whole_image_in_other_proportions() -> None:
+    recipe = make_recipe((96, 48), crop="squash", interpolation="nearest")
+    pixels = decode_rgb(encode(bands()), recipe).pixels
+    assert pixels.shape == (96, 48, 3)
+    assert colours(pixels[:, :16]) == {RED}
+    assert colours(pixels[:, 16:32]) == {GREEN}
+    assert colours(pixels[:, 32:]) == {BLUE}
+
+
+def test_pad_shows_the_whole_image_between_black_bars() -> None:
+    recipe = make_recipe((96, 48), crop="pad", interpolation="nearest")
+    pixels = decode_rgb(encode(bands()), recipe).pixels
+    assert colours(pixels[:40]) == colours(pixels[56:]) == {BLACK}
+    assert colours(pixels[40:56, :16]) == {RED}
+    assert colours(pixels[40:56, 32:]) == {BLUE}
+    upright = decode_rgb(
+        encode(bands().transpose(1, 0, 2)), make_recipe((48, 96), crop="pad")
+    ).pixels
+    assert colours(upright[:, :40]) == colours(upright[:, 56:]) == {BLACK}
+    assert BLACK not in colours(upright[:, 40:56])
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(("height", "width"), [(90, 130), (130, 90), (30, 41), (333, 96)])
+@pytest.mark.parametrize("size", [(48, 64), (80, 40)])
+def test_geometry_is_that_of_pillows_own_operations(
+    interpolation: str, height: int, width: int, size: tuple[int, int]
+) -> None:
+    photo = picture(7, height, width)
+    image, encoded = Image.fromarray(photo), encode(photo)
+    resample = Image.Resampling[interpolation.upper()]
+    target = (size[1], size[0])  # Pillow's order
+
+    def pixels(crop: str, crop_fraction: float = 1.0) -> NDArray[np.uint8]:
+        recipe = make_recipe(
+            size, crop=crop, crop_fraction=crop_fraction, interpolation=interpolation
+        )
+        return decode_rgb(encoded, recipe).pixels
+
+    squashed = np.asarray(image.resize(target, resample))
+    np.testing.assert_array_equal(pixels("squash"), squashed)
+    fitted = ImageOps.fit(image, target, resample)
+    assert mean_difference(pixels("center"), np.asarray(fitted)) < 0.1
+    # A bleed takes its share from each of two sides.
+    bled = ImageOps.fit(image, target, resample, bleed=0.125)
+    assert mean_difference(pixels("center", 0.75), np.asarray(bled)) < 0.1
+    contained = np.asarray(ImageOps.contain(image, target, resample))
+    top, left = (size[0] - contained.shape[0]) // 2, (size[1] - contained.shape[1]) // 2
+    padded = np.zeros((*size, 3), np.uint8)
+    padded[top:, left:][: contained.shape[0], : contained.shape[1]] = contained
+    np.testing.assert_array_equal(pixels("pad"), padded)
+    assert mean_difference(pixels("center"), squashed) > 1  # the crops do differ
+
+
+def test_filters_differ() -> None:
+    board = (np.indices((96, 128)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    found = {
+        name: decode_rgb(encode(board), make_recipe((40, 52), interpolation=name)).pixels
+        for name in ("nearest", "bilinear", "bicubic", "lanczos")
+    }
+    assert colours(found["nearest"]) == {BLACK, WHITE}
+    for name in ("bilinear", "bicubic", "lanczos"):
+        assert abs(found[name].mean() - 127.5) < 5  # antialiased: a board of small squares is grey
+        assert found[name].std() < 40
+    assert len({pixels.tobytes() for pixels in found.values()}) == 4
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5000, 1), (1, 5000)])
+def test_images_of_one_pixel_or_one_line_decode(crop: str, height: int, width: int) -> None:
+    encoded = encode(Image.new("RGB", (width, height), RED))
+    decoded = decode_rgb(encoded, make_recipe((48, 64), crop=crop, crop_fraction=0.875))
+    assert decoded.pixels.shape == (48, 64, 3)
+    assert (decoded.width, decoded.height) == (width, height)
+    assert RED in colours(decoded.pixels)
+    assert colours(decoded.pixels) <= ({RED, BLACK} if crop == "pad" else {RED})
+
+
+# Refusals --------------------------------------------------------------------------------------
+
+
+def png_that_declares(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"\0")
+    chunks = [header, data, b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
+    )
+
+
+def test_a_bomb_is_refused_by_what_it_declares() -> None:
+    with pytest.raises(DecodeError, match=r"^declares more than 178,956,970 pixels"):
+        decode_rgb(png_that_declares(2**31 - 1, 2**31 - 1), make_recipe())
+    with pytest.raises(DecodeError, match=r"^declares more than 178,956,970 pixels"):
+        decode_rgb(png_that_declares(MAX_PIXELS + 1, 1), make_recipe())
+
+
+def test_the_limit_itself_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_PIXELS", 5000)
+    assert decode_rgb(encode(bands(50, 99)[:, :99]), make_recipe()).width == 99
+    assert decode_rgb(encode(picture(1, 50, 100)), make_recipe()).width == 100
+    rule = r"^declares more than 5,000 pixels: 100 x 51$"
+    with pytest.raises(DecodeError, match=rule):
+        decode_rgb(encode(picture(1, 51, 100)), make_recipe())
+
+
+def test_a_bomb_is_refused_before_its_pixels_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = png_that_declares(100, 51)  # and has the pixels of none
+    with pytest.raises(DecodeError, match=r"^OSError: image file is truncated"):
+        decode_rgb(encoded, make_recipe())
+    monkeypatch.setattr(decode, "MAX_PIXELS", 5000)
+    with pytest.raises(DecodeError, match=r"^declares more than 5,000 pixels: 100 x 51$"):
+        decode_rgb(encoded, make_recipe())
+
+
+def test_a_size_that_changes_while_loading_is_checked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def field(record: int, number: int, content: bytes) -> bytes:
+        return struct.pack(">BBBH", 0x1C, record, number, len(content)) + content
+
+    # An IPTC stream that says 30 x 20 and holds 200 x 100.
+    encoded = (
+        field(3, 20, struct.pack(">H", 30))
+        + field(3, 30, struct.pack(">H", 20))
+        + field(3, 60, b"\1\0")
+        + field(3, 120, b"\5")
+        + field(8, 10, encode(np.full((100, 200), 77, np.uint8)))
+    )
+    assert decode_rgb(encoded, make_recipe()).width == 200
+    monkeypatch.setattr(decode, "MAX_PIXELS", 5000)
+    with pytest.raises(DecodeError, match=r"^declares more than 5,000 pixels: 200 x 100$"):
+        decode_rgb(encoded, make_recipe())
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP"])
+def test_a_truncated_file_is_refused(image_format: str) -> None:
+    silence_decoders()
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    encoded = encode(noise, image_format)
+    assert decode_rgb(encoded, make_recipe()).width == 120
+    with pytest.raises(DecodeError):
+        decode_rgb(encoded[: len(encoded) // 2], make_recipe())
+
+
+def test_a_truncated_jpeg_is_refused_with_the_reason() -> None:
+    encoded = encode(picture(1), "JPEG")
+    with pytest.raises(DecodeError, match=r"^OSError: image file is truncated"):
+        decode_rgb(encoded[:-200], make_recipe())
+
+
+def test_an_empty_file_is_refused() -> None:
+    with pytest.raises(DecodeError, match=r"^the file is empty$"):
+        decode_rgb(b"", make_recipe())
+
+
+def test_what_is_no_image_is_refused_with_how_it_begins() -> None:
+    with pytest.raises(DecodeError, match=r"^not a readable image; begins with b'<!DOCTYP'$"):
+        decode_rgb(b"<!DOCTYPE html><title>404</title>", make_recipe())
+
+
+def test_postscript_is_refused_since_reading_it_would_run_it() -> None:
+    encoded = encode(picture(1), "EPS")
+    with pytest.raises(DecodeError, match=r"^not a readable image; begins with b'%!PS-Ado'$"):
+        decode_rgb(encoded, make_recipe())

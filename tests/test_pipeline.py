@@ -1,0 +1,209 @@
+"""One shard: every image a row or a failure, every vector with its own row."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import MeanColour, make_archive, picture
+from numpy.typing import NDArray
+from PIL import Image
+
+from embedder.decode import decode_rgb
+from embedder.errors import StoreError
+from embedder.pipeline import Job, Receipt, Stopped, Toolbox, extract_shard, finished_vectors
+from embedder.recipe import Recipe
+from embedder.sources import list_images
+from embedder.store import Store
+
+
+def run(
+    recipe: Recipe, folder: Path, store: Path, engine: MeanColour | None = None
+) -> tuple[Store, Receipt]:
+    """Extract a folder as one shard."""
+    opened = Store.open_or_create(store, recipe, {})
+    toolbox = Toolbox(engine or MeanColour(), num_threads=3)
+    job = Job(recipe, str(store), "mean-colour", None)
+    refs = list_images(folder).refs
+    receipt = extract_shard(job, toolbox, refs, lambda *_: None, lambda: False)
+    return opened, receipt
+
+
+def expected_colours(recipe: Recipe, folder: Path) -> dict[str, NDArray[np.float32]]:
+    """Each picture's mean colour, decoded by itself."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        path.relative_to(folder).as_posix(): decode_rgb(path.read_bytes(), recipe).pixels.mean(
+            axis=(0, 1), dtype=np.float32
+        )
+        for path in paths
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
+def test_features_do_not_depend_on_batch_size(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe, batch_size: int
+) -> None:
+    store, _ = run(mean_colour_recipe, archive, tmp_path / "out", MeanColour(batch_size))
+    expected = expected_colours(mean_colour_recipe, archive)
+    assert sorted(store.ids()) == sorted(expected)
+    for image_id, vector in zip(store.ids(), store.vectors(), strict=True):
+        np.testing.assert_allclose(vector, expected[image_id], atol=1e-4)
+
+
+def test_bad_files_among_good_ones_shift_nothing(
+    tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    folder = make_archive(tmp_path / "photos", 30)
+    expected = expected_colours(mean_colour_recipe, folder)
+    bad = [f"cats/{number:03d}x.jpg" for number in range(0, 30, 4)] + ["aaa.png", "zzz.png"]
+    for name in bad:
+        (folder / name).write_bytes(b"no image")
+    store, receipt = run(mean_colour_recipe, folder, tmp_path / "out")
+    assert receipt.num_rows == 30
+    assert receipt.failures.total() == len(bad)
+    for image_id, vector in zip(store.ids(), store.vectors(), strict=True):
+        np.testing.assert_allclose(vector, expected[image_id], atol=1e-4)
+    failures = store.failures()
+    assert sorted(failures["image_id"].to_pylist()) == sorted(bad)
+    assert set(failures["stage"].to_pylist()) == {"decode"}
+
+
+def test_batches_that_come_back_out_of_order_find_their_rows(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    import threading
+
+    second_is_done = threading.Event()
+    calls = []
+
+    def delay_the_first(_: NDArray[np.uint8]) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            assert second_is_done.wait(timeout=30)
+        else:
+            second_is_done.set()
+
+    engine = MeanColour(batch_size=4, num_parallel=2, before=delay_the_first)
+    store, _ = run(mean_colour_recipe, archive, tmp_path / "out", engine)
+    expected = expected_colours(mean_colour_recipe, archive)
+    assert list(store.ids()) == sorted(expected)
+    for image_id, vector in zip(store.ids(), store.vectors(), strict=True):
+        np.testing.assert_allclose(vector, expected[image_id], atol=1e-4)
+
+
+def test_rows_say_what_the_file_was(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    Image.fromarray(picture(0, height=90, width=120)).save(folder / "a.jpg", exif=exif)
+    store, _ = run(mean_colour_recipe, folder, tmp_path / "out")
+    row = store.table().to_pylist()[0]
+    status = (folder / "a.jpg").stat()
+    assert (row["width"], row["height"], row["format"]) == (90, 120, "JPEG")
+    assert row["bytes"] == status.st_size
+    assert int(row["modified"].timestamp() * 1e6) == pytest.approx(
+        status.st_mtime_ns // 1000, abs=1
+    )
+    assert (
+        row["sha256"] == __import__("hashlib").sha256((folder / "a.jpg").read_bytes()).hexdigest()
+    )
+
+
+def test_a_missing_file_is_a_failure_to_read(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
+    folder = make_archive(tmp_path / "photos", 3)
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    store, _ = run(mean_colour_recipe, folder, tmp_path / "out")
+    (failure,) = store.failures().to_pylist()
+    assert (failure["image_id"], failure["stage"], failure["sha256"]) == ("gone.jpg", "read", None)
+    assert failure["error"] == "FileNotFoundError: No such file or directory"
+
+
+def test_a_vector_that_is_not_finite_is_a_failure_to_embed(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    class Overflowing(MeanColour):
+        def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+            vectors = super().embed(pixels)
+            vectors[0, 1] = 1e6  # more than float16 holds
+            return vectors
+
+    recipe = mean_colour_recipe.model_copy(update={"store_dtype": "float16"})
+    store, receipt = run(recipe, archive, tmp_path / "out", Overflowing(batch_size=4))
+    assert (receipt.num_rows, receipt.failures.total()) == (15, 5)
+    assert set(store.failures()["stage"].to_pylist()) == {"embed"}
+    assert np.isfinite(store.vectors()).all()
+
+
+def test_a_shard_of_failures_alone_has_no_rows(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    store, receipt = run(mean_colour_recipe, tmp_path / "photos", tmp_path / "out")
+    assert (len(store), receipt.num_rows, store.failures().num_rows) == (0, 0, 1)
+
+
+def test_manifest_columns_travel_with_their_rows(
+    tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    folder = make_archive(tmp_path / "photos", 6)
+    paths = [path.relative_to(tmp_path) for path in sorted(folder.rglob("*.*"))]
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("label,path\n" + "".join(f"{path.stem},{path}\n" for path in paths))
+    store, _ = run(mean_colour_recipe, manifest, tmp_path / "out")
+    table = store.table(["image_id", "label"])
+    assert [Path(i).stem for i in table["image_id"].to_pylist()] == table["label"].to_pylist()
+    assert store.table().column_names[-2:] == ["label", "embedding"]
+
+
+def test_a_stopped_shard_writes_nothing(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    store = Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
+    job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
+    answers = iter([False] * 5)
+    with pytest.raises(Stopped):
+        extract_shard(
+            job,
+            Toolbox(MeanColour(), 2),
+            list_images(archive).refs,
+            lambda *_: None,
+            lambda: next(answers, True),
+        )
+    assert store.shards() == []
+
+
+def test_an_engine_that_breaks_is_not_taken_for_bad_images(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    def break_down(_: NDArray[np.uint8]) -> None:
+        raise MemoryError("no memory for the batch")
+
+    with pytest.raises(MemoryError, match="no memory for the batch"):
+        run(mean_colour_recipe, archive, tmp_path / "out", MeanColour(before=break_down))
+    assert Store(tmp_path / "out").failures().num_rows == 0
+
+
+def test_progress_adds_up(archive: Path, tmp_path: Path, mean_colour_recipe: Recipe) -> None:
+    (archive / "bad.jpg").touch()
+    told: list[tuple[int, int]] = []
+    store = Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
+    job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
+    refs = list_images(archive).refs
+    extract_shard(job, Toolbox(MeanColour(), 2), refs, lambda *n: told.append(n), lambda: False)
+    assert np.sum(told, axis=0).tolist() == [21, 1]
+
+
+def test_lengths_are_one_when_asked(mean_colour_recipe: Recipe) -> None:
+    recipe = mean_colour_recipe.model_copy(update={"l2_normalise": True})
+    vectors = finished_vectors(np.array([[3, 4], [0, 0]], np.float32), recipe)
+    np.testing.assert_allclose(vectors, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+
+
+def test_a_vanished_store_is_told(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    job = Job(mean_colour_recipe, str(tmp_path / "nowhere"), "mean-colour", None)
+    refs = pa.table({"image_id": ["a"], "path": [b"a"]})
+    with pytest.raises(StoreError, match="not a feature store"):
+        extract_shard(job, Toolbox(MeanColour(), 1), refs, lambda *_: None, lambda: False)

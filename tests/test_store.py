@@ -1,0 +1,215 @@
+"""The store: whole or not at all, readable by anyone, and only of one recipe."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedder.errors import RecipeMismatch, StoreError
+from embedder.recipe import Recipe
+from embedder.store import FAILURE_SCHEMA, FAILURES, Store, row_schema, shard_name, vector_array
+
+DIM = 6
+
+
+@pytest.fixture
+def store(tmp_path: Path, mean_colour_recipe: Recipe) -> Store:
+    return Store.open_or_create(tmp_path / "features", mean_colour_recipe, {"embedder": "0"})
+
+
+def make_rows(recipe: Recipe, ids: list[str], first: float = 0.0) -> pa.Table:
+    """Rows whose vectors are first, first + 1, ... in every component."""
+    values = np.arange(first, first + len(ids), dtype=recipe.store_dtype)
+    count = len(ids)
+    columns = [
+        ids,
+        ["0" * 64] * count,
+        [1] * count,
+        [4] * count,
+        [3] * count,
+        ["PNG"] * count,
+        [None] * count,
+        vector_array(np.repeat(values[:, None], DIM, axis=1)),
+    ]
+    return pa.table(columns, schema=row_schema(recipe, DIM))
+
+
+def make_failures(ids: list[str]) -> pa.Table:
+    count = len(ids)
+    columns = [ids, [1] * count, [None] * count, [None] * count, ["read"] * count, ["gone"] * count]
+    return pa.table(columns, schema=FAILURE_SCHEMA)
+
+
+def write(store: Store, rows: list[str], failures: list[str] | None = None) -> str:
+    name = shard_name(store.recipe, [*rows, *(failures or [])])
+    store.write_shard(make_rows(store.recipe, rows), make_failures(failures or []), name)
+    return name
+
+
+def test_vectors_and_ids_come_back_in_the_same_order(store: Store) -> None:
+    write(store, ["a", "b"])
+    store.write_shard(make_rows(store.recipe, ["c", "d"], first=10), make_failures([]), "0.parquet")
+    by_id = dict(zip(store.ids(), store.vectors()[:, 0], strict=True))
+    assert by_id == {"a": 0, "b": 1, "c": 10, "d": 11}
+    assert store.vectors().shape == (4, DIM)
+    assert len(store) == 4
+
+
+def test_a_single_shard_is_read_without_a_copy(store: Store) -> None:
+    write(store, ["a", "b"])
+    assert not store.vectors().flags.owndata
+
+
+def test_anyone_can_read_the_parquet_files(store: Store) -> None:
+    write(store, ["a", "b"], ["c"])
+    rows = duckdb.sql(
+        f"select image_id, embedding[1], len(embedding) from '{store.path}/embeddings/*.parquet'"
+    ).fetchall()
+    assert rows == [("a", 0.0, DIM), ("b", 1.0, DIM)]
+
+
+def test_the_vector_column_is_as_the_contract_says(store: Store) -> None:
+    name = write(store, ["a"])
+    file = pq.ParquetFile(store.path / "embeddings" / name)
+    field = file.schema_arrow.field("embedding")
+    assert field.type == pa.list_(pa.field("item", pa.float32(), nullable=False), DIM)
+    assert not field.nullable
+    column = file.metadata.row_group(0).column(file.metadata.num_columns - 1)
+    assert column.path_in_schema.startswith("embedding")
+    assert column.compression == "ZSTD"
+    assert not any("DICTIONARY" in encoding for encoding in column.encodings)
+
+
+def test_a_shard_explains_itself(store: Store) -> None:
+    name = write(store, ["a"], ["b"])
+    for kind in ("embeddings", "failures"):
+        metadata = pq.read_schema(store.path / kind / name).metadata
+        assert metadata[b"embedder.fingerprint"].decode() == store.recipe.fingerprint
+        assert Recipe(**json.loads(metadata[b"embedder.recipe"])) == store.recipe
+
+
+def test_float16_is_stored_as_float16(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
+    recipe = mean_colour_recipe.model_copy(update={"store_dtype": "float16"})
+    store = Store.open_or_create(tmp_path / "half", recipe, {})
+    write(store, ["a"])
+    assert store.vectors().dtype == np.float16
+
+
+def test_another_recipe_is_refused_and_the_difference_shown(store: Store) -> None:
+    other = store.recipe.model_copy(update={"pooling": "max"})
+    with pytest.raises(RecipeMismatch, match="pooling: avg, not max"):
+        Store.open_or_create(store.path, other, {})
+
+
+def test_a_folder_that_holds_something_else_is_refused(
+    tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(StoreError, match="holds something else"):
+        Store.open_or_create(tmp_path, mean_colour_recipe, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_without_a_recipe_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"not a feature store: it has no recipe\.json"):
+        Store(tmp_path)
+
+
+def test_a_recipe_that_cannot_be_read_is_told(store: Store) -> None:
+    (store.path / "recipe.json").write_text('{"recipe": {"backbone": ')
+    with pytest.raises(StoreError, match=r"recipe\.json cannot be read"):
+        Store(store.path)
+
+
+def test_reading_an_empty_store_says_so(store: Store) -> None:
+    with pytest.raises(StoreError, match="no rows yet"):
+        store.vectors()
+    assert len(store.ids()) == 0
+    assert store.failures().num_rows == 0
+
+
+def test_a_damaged_shard_is_named_with_what_to_do(store: Store) -> None:
+    name = write(store, ["a", "b"])
+    path = store.path / "embeddings" / name
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(StoreError, match=rf"{name} is damaged.*Delete it"):
+        store.ids()
+
+
+def test_a_flipped_bit_is_noticed(store: Store) -> None:
+    name = write(store, [f"image-{number}" for number in range(50)])
+    path = store.path / "embeddings" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 8] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="damaged"):
+        store.table()
+
+
+def test_index_tells_each_rows_shard(store: Store) -> None:
+    first, second = write(store, ["a", "b"]), write(store, ["c"])
+    index = store.index()
+    shards = dict(zip(index["image_id"].to_pylist(), index["shard"].to_pylist(), strict=True))
+    assert shards == {"a": first, "b": first, "c": second}
+
+
+def test_dropping_rows_keeps_the_others_and_their_vectors(store: Store) -> None:
+    name = write(store, ["a", "b", "c"])
+    store.drop({name: ["b"]})
+    assert dict(zip(store.ids(), store.vectors()[:, 0], strict=True)) == {"a": 0, "c": 2}
+
+
+def test_a_shard_without_rows_leaves_no_file(store: Store) -> None:
+    name = write(store, ["a"], ["b"])
+    store.drop({name: ["b"]}, FAILURES)
+    assert store.shards(FAILURES) == []
+    store.drop({name: ["a"]})
+    assert store.shards() == []
+
+
+def test_a_failed_write_leaves_nothing_behind(store: Store) -> None:
+    """A limit on the size of files stands in for a full disk: the same call fails."""
+    code = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_store import *
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store = Store({str(store.path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+write(store, [f"image-{{number}}" for number in range(200)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "StoreError" in done.stderr
+    assert "cannot be written: File too large" in done.stderr
+    assert list((store.path / "embeddings").iterdir()) == []
+
+
+def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_kept(
+    store: Store,
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = store.path / "embeddings"
+    left = folder / f".a.parquet.{socket.gethostname()}.{dead.pid}.tmp"
+    alive = folder / f".b.parquet.{socket.gethostname()}.{os.getpid()}.tmp"
+    elsewhere = folder / f".c.parquet.another-host.{dead.pid}.tmp"
+    for path in (left, alive, elsewhere):
+        path.touch()
+    Store.open_or_create(store.path, store.recipe, {})
+    assert sorted(folder.iterdir()) == [alive, elsewhere]
+
+
+def test_shard_names_depend_on_recipe_and_refs_alone(mean_colour_recipe: Recipe) -> None:
+    name = shard_name(mean_colour_recipe, ["a", "b"])
+    assert name == shard_name(mean_colour_recipe, ["a", "b"])
+    other = mean_colour_recipe.model_copy(update={"pooling": "max"})
+    names = {name, shard_name(mean_colour_recipe, ["ab"]), shard_name(other, ["a", "b"])}
+    assert len(names) == 3
