@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
 
-# Pillow's own warning level: half a gigabyte of RGB. No camera photo reaches it; a file of a few
+# Pillow's own error level: half a gigabyte of RGB. No camera photo reaches it; a file of a few
 # bytes that declares more is an attack or a mistake.
 MAX_PIXELS = 178_956_970
 
@@ -122,7 +122,10 @@ def _stretch(image: Image.Image) -> Image.Image:
     finite = np.isfinite(samples)
     low, high = samples[finite].min(initial=np.inf), samples[finite].max(initial=-np.inf)
     scale = 255.0 / (high - low) if high > low else 0.0
-    return Image.fromarray(np.where(finite, (samples - low) * scale, 0.0).round().astype(np.uint8))
+    stretched = (np.where(finite, samples, low if high > low else 0.0) - low) * scale
+    if not np.isfinite(stretched).all():  # no finite sample at all
+        stretched = np.zeros_like(samples)
+    return Image.fromarray(stretched.round().astype(np.uint8))
 
 
 def _fit(image: Image.Image, recipe: Recipe) -> Image.Image:
@@ -141,6 +144,8 @@ def _fit(image: Image.Image, recipe: Recipe) -> Image.Image:
         return canvas
     scale = min(image.height / height, image.width / width) * recipe.crop_fraction
     crop_width, crop_height = width * scale, height * scale
-    left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
-    box = (left, top, left + crop_width, top + crop_height)
+    # Rounding can put an edge a hair outside the image, which Pillow refuses.
+    left, top = max(0.0, (image.width - crop_width) / 2), max(0.0, (image.height - crop_height) / 2)
+    right, bottom = min(image.width, left + crop_width), min(image.height, top + crop_height)
+    box = (left, top, right, bottom)
     return image.resize((width, height), resample, box=box)

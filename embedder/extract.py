@@ -20,7 +20,7 @@ from embedder.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import Recipe
 from embedder.refresh import refresh_shard
 from embedder.sources import list_images
-from embedder.store import FAILURES, Store
+from embedder.store import FAILURES, Store, remove_abandoned
 from embedder.summary import Summary
 
 # At 1,280 float32 a row this is 10 MB a shard: some seconds of work to lose in a crash, and few
@@ -168,6 +168,7 @@ def run_extraction(
                 todo = pa.concat_tables([plan.missing, changed]).sort_by("image_id")
                 _embed(pool, job, todo, options, plan.num_failed, summary, watch)
             summary.num_dropped += drop_repeated(store)
+            remove_abandoned(store.path)  # of an earlier run, whose workers died meanwhile
             summary.status = "done"
         except StoreError as error:
             summary.status = str(error)

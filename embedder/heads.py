@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -116,16 +116,19 @@ def read_labels(store: Store, labels: str) -> dict[str, str]:
 def _read_label_file(file: Path, column: str) -> dict[str, str]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.DictReader(lines, skipinitialspace=True))
+            # A path that begins with a space must be quoted: `path, label` is more common.
+            reader = csv.DictReader(lines, skipinitialspace=True)
+            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"The label file {file} cannot be read: {error}") from error
-    names = list(rows[0]) if rows else []
     if "path" not in names or column not in names:
         raise SourceError(
             f"A label file must have the columns `path` and `{column}`. "
             f"Received: {file} with {', '.join(map(str, names))}"
         )
-    return {row["path"]: row[column] for row in rows if row[column]}
+    labels = {row["path"]: (row[column] or "").strip() for row in rows}
+    return {path: label for path, label in labels.items() if label}
 
 
 def scores(
@@ -145,7 +148,9 @@ def scores(
     metrics: dict[str, Any] = {
         "accuracy": lambda rows: accuracy_score(labels[rows], predicted[rows]),
         # A resample can lack a class: averages go over the classes it holds.
-        "balanced_accuracy": lambda rows: balanced_accuracy_score(labels[rows], predicted[rows]),
+        "balanced_accuracy": lambda rows: recall_score(
+            labels[rows], predicted[rows], average="macro", labels=np.unique(labels[rows])
+        ),
         "macro_f1": lambda rows: f1_score(
             labels[rows], predicted[rows], average="macro", labels=np.unique(labels[rows])
         ),

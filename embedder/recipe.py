@@ -93,5 +93,6 @@ def _explain(error: ValidationError) -> str:
         if not name:
             lines.append(problem["msg"].removeprefix("Value error, "))
         else:
-            lines.append(f"`{name}`: {problem['msg']}. Received: {name}={problem['input']!r}")
+            received = "nothing" if problem["type"] == "missing" else f"{name}={problem['input']!r}"
+            lines.append(f"`{name}`: {problem['msg']}. Received: {received}")
     return "The recipe makes no sense. " + " ".join(lines)

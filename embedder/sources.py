@@ -102,6 +102,12 @@ def list_images(source: str | os.PathLike[str]) -> Listing:
             f"The source must be a folder, a glob, a manifest ({', '.join(MANIFEST_EXTENSIONS)}) "
             f"or a URL. Received: {text}, which does not exist"
         )
+    ids = listing.refs["image_id"]
+    if pc.count_distinct(ids).as_py() < len(ids):
+        raise SourceError(
+            f"The source {text} has two files whose names read the same once bytes that are not "
+            f"UTF-8 are written as \\xNN; rename one"
+        )
     if listing.refs.num_rows == 0:
         raise SourceError(f"The source {text} holds no image{_describe_skipped(listing.skipped)}")
     return listing
@@ -118,9 +124,7 @@ def read_bytes(path: bytes) -> bytes:
     """
     try:
         if b"://" in path:
-            filesystem, inner = fsspec.core.url_to_fs(path.decode())
-            content: bytes = filesystem.cat_file(inner)
-            return content
+            return _read_url(path.decode())
         with open(path, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
             if num_bytes > MAX_FILE_BYTES:
@@ -131,7 +135,7 @@ def read_bytes(path: bytes) -> bytes:
     except OSError as error:
         # Without the path: it is the row's image_id, and the root may differ between workers.
         raise ReadError(f"{type(error).__name__}: {error.strerror or error}") from error
-    # Every remote file system has exceptions of its own.
+    # Every remote file system has exceptions of its own; a name with a NUL is a ValueError.
     except Exception as error:
         raise ReadError(f"{type(error).__name__}: {error}") from error
 
@@ -140,11 +144,26 @@ def read_bytes(path: bytes) -> bytes:
 _RefRow = tuple[str, bytes, int | None, int | None]
 
 
+def _read_url(url: str) -> bytes:
+    # Not `fsspec.open`, which takes a `::` in a name for a chain of file systems.
+    filesystem = fsspec.filesystem(url.split("://")[0])
+    num_bytes = filesystem.size(url)
+    if num_bytes is not None and num_bytes > MAX_FILE_BYTES:
+        raise ReadError(f"larger than {MAX_FILE_BYTES:,} bytes: {num_bytes:,}")
+    content: bytes = filesystem.cat_file(url)
+    return content
+
+
 def _describe_skipped(skipped: Counter[str]) -> str:
     if not skipped:
         return ""
     kinds = ", ".join(f"{extension} {count:,}" for extension, count in skipped.most_common(5))
     return f" ({skipped.total():,} other files: {kinds})"
+
+
+def _readable(name: str) -> str:
+    """A name that is not UTF-8 keeps its odd bytes visible, each as its hexadecimal escape."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _extension(name: str) -> str:
@@ -163,9 +182,7 @@ def _list_folder(root: Path, pattern: re.Pattern[str] | None) -> Listing:
             skipped[_extension(entry.name) or "no extension"] += 1
             continue
         num_bytes, modified = _stat(entry.path)
-        # A name that is not UTF-8 keeps its odd bytes visible, as \xNN.
-        image_id = os.fsencode(relative).decode("utf-8", "backslashreplace")
-        rows.append((image_id, os.fsencode(entry.path), num_bytes, modified))
+        rows.append((_readable(relative), os.fsencode(entry.path), num_bytes, modified))
     return Listing(_make_refs(rows), skipped)
 
 
@@ -176,7 +193,10 @@ def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.is_dir(follow_symlinks=False):
                     yield from _walk(entry.path)
-                elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                elif entry.is_symlink():
+                    if not os.path.isdir(entry.path):
+                        yield entry
+                elif entry.is_file():
                     yield entry
     except OSError as error:
         raise SourceError(f"The folder {folder} cannot be listed: {error.strerror}") from error
@@ -186,7 +206,7 @@ def _stat(path: str) -> tuple[int | None, int | None]:
     """Size in bytes and time of change in microseconds, or None where there is no such file."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return None, None
     return status.st_size, status.st_mtime_ns // 1000
 
@@ -222,8 +242,9 @@ def _list_url(url: str) -> Listing:
         if _extension(path) not in IMAGE_EXTENSIONS:
             skipped[_extension(path) or "no extension"] += 1
             continue
-        image_id = path.removeprefix(root).lstrip("/")
-        full_url = filesystem.unstrip_protocol(path).encode()
+        image_id = path.removeprefix(root).lstrip("/") or path.rpartition("/")[2]
+        image_id = _readable(image_id)
+        full_url = os.fsencode(filesystem.unstrip_protocol(path))
         rows.append((image_id, full_url, info.get("size"), _modified_of(info)))
     return Listing(_make_refs(rows), skipped)
 
@@ -270,8 +291,7 @@ def _read_manifest(manifest: Path) -> pa.Table:
     kind = manifest.suffix.lower()
     try:
         if kind == ".txt":
-            lines = manifest.read_text(encoding="utf-8-sig").split("\n")
-            paths = [line.removesuffix("\r") for line in lines]
+            paths = manifest.read_text(encoding="utf-8-sig").split("\n")
             table = pa.table({"path": pa.array([path for path in paths if path], pa.string())})
         elif kind == ".csv":
             table = _read_csv(manifest)
@@ -295,11 +315,11 @@ def _read_manifest(manifest: Path) -> pa.Table:
         )
     if len(set(table.column_names)) != table.num_columns:
         raise SourceError(f"{manifest} has two columns of one name")
-    if not pa.types.is_string(table.schema.field("path").type):
-        table = table.set_column(
-            table.column_names.index("path"), "path", table["path"].cast(pa.string())
-        )
-    return table
+    try:
+        paths = table["path"].cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise SourceError(f"The column `path` of {manifest} must be text: {error}") from error
+    return table.set_column(table.column_names.index("path"), "path", paths)
 
 
 def _read_csv(manifest: Path) -> pa.Table:

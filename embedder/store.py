@@ -145,7 +145,7 @@ class Store:
             }
             if not (folder / RECIPE_FILE).exists():
                 _replace(folder / RECIPE_FILE, json.dumps(content, indent=2).encode())
-            _remove_abandoned(folder)
+            remove_abandoned(folder)
         except OSError as error:
             raise StoreError(f"The store {folder} cannot be written: {error}") from error
         return cls(folder)
@@ -269,7 +269,7 @@ class Store:
 
     def write_run(self, record: dict[str, Any], run_id: str) -> None:
         """Keep the record of one run."""
-        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         content = json.dumps(record, indent=2).encode()
         _replace(self.path / RUNS / f"{moment}-{run_id}.json", content)
 
@@ -329,7 +329,7 @@ def _replace(path: Path, content: bytes | pa.Buffer) -> None:
         raise
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove temporary files of processes of this machine that are no more."""
     for path in _temporary_files(folder):
         *_, process_id, _ = path.name.split(".")

@@ -74,7 +74,8 @@ def read_state_dict(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with path.open("rb") as file:
             return _read(file)
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError) as error:
+    # A damaged pickle can raise nearly anything, from AttributeError to MemoryError.
+    except Exception as error:
         raise WeightsError(f"{path} is not a legacy PyTorch state dict: {error}") from error
 
 
@@ -85,6 +86,8 @@ def _read(file: BinaryIO) -> dict[str, NDArray[Any]]:
         raise ValueError(f"unexpected header {magic_number!r}, {version!r}")
     unpickler = _StateDictUnpickler(file)
     tensors = unpickler.load()
+    if not isinstance(tensors, dict) or not all(isinstance(t, _Tensor) for t in tensors.values()):
+        raise ValueError("it holds something other than tensors by name")
     storages = {}
     for key in _StateDictUnpickler(file).load():
         dtype = unpickler.dtypes[key]
@@ -95,6 +98,8 @@ def _read(file: BinaryIO) -> dict[str, NDArray[Any]]:
 
 def _as_array(tensor: _Tensor, storages: dict[str, NDArray[Any]]) -> NDArray[Any]:
     storage = storages[tensor.storage_key]
+    if tensor.offset < 0 or min(tensor.stride, default=0) < 0:
+        raise ValueError(f"a tensor has offset {tensor.offset} and strides {tensor.stride}")
     elements = storage[tensor.offset :]
     needed = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride, strict=True))
     if min(tensor.shape, default=1) > 0 and not 0 < needed <= len(elements):

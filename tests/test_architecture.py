@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "embedder"
 
 # Each module imports only from its left.
 ORDER = (
-    "errors recipe torch_pickle sources decode backbones engines store plan pipeline refresh "
-    "cluster summary extract verify doctor heads demo cli __main__"
-).split()
+    *("errors", "recipe", "torch_pickle", "sources", "decode", "backbones", "engines", "store"),
+    *("plan", "pipeline", "refresh", "cluster", "summary", "extract", "verify", "doctor"),
+    *("heads", "demo", "cli", "__main__"),
+)
 
 DOORS = {
     "PIL": {"decode", "doctor"},  # doctor writes the pictures that decode then reads

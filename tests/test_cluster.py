@@ -15,7 +15,6 @@ import pytest
 from embedder.cluster import NUM_CORES, Pool, Task, connect
 from embedder.errors import ClusterError, Unfinished
 
-
 TESTS = Path(__file__).parent
 
 
@@ -74,7 +73,7 @@ def scheduler_with_workers(*worker_options: str, path: Path = TESTS) -> Iterator
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1"]
     with log.open("wb") as log_file:
         scheduler = subprocess.Popen(
-            [*command, "--port", "0", "--no-dashboard"], stderr=log_file, env=environment
+            [*command, "--port", "0", "--no-dashboard"], stderr=log_file, cwd=path, env=environment
         )
     processes = [scheduler]
     try:
@@ -84,7 +83,9 @@ def scheduler_with_workers(*worker_options: str, path: Path = TESTS) -> Iterator
         for options in worker_options:
             command = [sys.executable, "-m", "distributed.cli.dask_worker", address]
             command += ["--no-dashboard", *options.split()]
-            processes.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment))
+            processes.append(
+                subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=path, env=environment)
+            )
         yield address
     finally:
         for process in reversed(processes):
@@ -136,9 +137,8 @@ def test_a_scheduler_that_does_not_answer_is_told() -> None:
 
 
 def test_an_address_that_is_none_is_told() -> None:
-    with pytest.raises(ClusterError, match="does not answer"):
-        with connect("nonsense://x", 1):
-            pass
+    with pytest.raises(ClusterError, match="does not answer"), connect("nonsense://x", 1):
+        pass
 
 
 def test_a_scheduler_without_workers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

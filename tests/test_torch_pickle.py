@@ -253,7 +253,7 @@ def test_a_tensor_that_reaches_outside_its_storage_is_refused(
     tmp_path: Path, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
 ) -> None:
     content = torch_file(state_dict(weight=tensor("0", shape, stride, offset)), {"0": FLOATS})
-    with pytest.raises(WeightsError, match=r"a tensor of shape \(.*\) reaches outside its storage"):
+    with pytest.raises(WeightsError, match="outside its storage|has offset"):
         read(tmp_path, content)
 
 
