@@ -1,6 +1,7 @@
 """The command line: parse, call, exit code."""
 
 import shlex
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from embedder import backbones as backbone_table
 from embedder import demo as demo_job
@@ -31,7 +33,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # File names hold anything: they must never be read as markup.
-_out = Console(markup=False, highlight=False, soft_wrap=True)
+_PLAIN_WIDTH = 160  # characters, where the output is not a terminal
+_out = Console(
+    markup=False,
+    highlight=False,
+    soft_wrap=True,
+    width=None if sys.stdout.isatty() else _PLAIN_WIDTH,
+)
 _err = Console(markup=False, highlight=False, soft_wrap=True, stderr=True)
 
 _Source = Annotated[str, typer.Argument(help="Folder, glob, manifest (.txt .csv .parquet) or URL.")]
@@ -369,12 +377,10 @@ def _print_summary(summary: Summary) -> None:
 
 
 def _print_facts(facts: dict[str, str]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    # Not a table: it would break paths and commands over lines, and they are to be copied.
+    width = max(map(len, facts))
     for name, value in facts.items():
-        table.add_row(name, value)
-    _out.print(table)
+        _out.print(Text(f"{name:<{width}}", style="bold"), value, sep="  ")
 
 
 def _print_reasons(reasons: Counter[tuple[str, str]]) -> None:

@@ -166,7 +166,9 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
             threads_per_worker=_TASKS_PER_WORKER,
             processes=num_workers > 1,
             memory_limit=0,  # shards bound the memory; Dask would kill workers on a guess
-            dashboard_address=None,
+            # No dashboard; a fixed port would collide with a second run.
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
             silence_logs=logging.CRITICAL,
             **({"preload": [__name__]} if num_workers > 1 else {}),
         )

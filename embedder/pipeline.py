@@ -167,7 +167,7 @@ def extract_shard(
     store = Store(job.store)
     receipt = Receipt(shard_name(job.recipe, refs["image_id"].to_pylist()), started=time.time())
     receipt.engine = f"{toolbox.engine.name} on {toolbox.engine.device}"
-    shard = _ShardInWork(job.recipe, toolbox, receipt)
+    shard = _ShardInWork(job.recipe, toolbox, receipt, refs.num_rows)
     reporter = _Reporter(report)
     for position, image in enumerate(_load_images(refs, job.recipe, toolbox, receipt)):
         if is_stopped():
@@ -245,13 +245,16 @@ class _ShardInWork:
     depends on the order in which batches come back.
     """
 
-    def __init__(self, recipe: Recipe, toolbox: Toolbox, receipt: Receipt) -> None:
+    def __init__(self, recipe: Recipe, toolbox: Toolbox, receipt: Receipt, num_refs: int) -> None:
+        self.num_refs = num_refs
         self.recipe = recipe
         self.toolbox = toolbox
         self.receipt = receipt
         self.failures: list[tuple[_Row, _Failure]] = []
         self._rows: list[_Row] = []
-        self._vectors: list[NDArray[Any]] = []
+        # One array for the shard, made when the first batch tells `dim`: a list of batches, and
+        # its concatenation, would be three times the memory.
+        self._vectors: NDArray[Any] = np.empty((0, 0))
         self._batch: list[_Row] = []
         self._pixels = self._new_pixels()
         self._in_flight: set[Future[_EmbeddedBatch]] = set()
@@ -289,7 +292,10 @@ class _ShardInWork:
     def _collect(self, embedded: "_EmbeddedBatch") -> None:
         self.receipt.seconds["embed"] += embedded.seconds
         is_finite = np.isfinite(embedded.vectors).all(axis=1)
-        self._vectors.append(embedded.vectors[is_finite])
+        if not self._vectors.size:
+            shape = (self.num_refs, embedded.vectors.shape[1])
+            self._vectors = np.empty(shape, embedded.vectors.dtype)
+        self._vectors[[row.position for row in embedded.rows]] = embedded.vectors
         for row, good in zip(embedded.rows, is_finite, strict=True):
             if good:
                 self._rows.append(row)
@@ -311,10 +317,11 @@ class _ShardInWork:
         """The shard's rows, in the refs' order."""
         if not self._rows:
             return pa.table({})
-        order = np.argsort([row.position for row in self._rows])
-        rows = [self._rows[index] for index in order]
-        vectors = vector_array(np.concatenate(self._vectors)[order])
-        mine = refs.take(pa.array([row.position for row in rows]))
+        rows = sorted(self._rows)  # by position
+        positions = [row.position for row in rows]
+        is_whole = len(positions) == self.num_refs
+        vectors = vector_array(self._vectors if is_whole else self._vectors[positions])
+        mine = refs.take(pa.array(positions))
         extras = extra_columns(refs.column_names)
         columns = [
             mine["image_id"],

@@ -290,7 +290,10 @@ class Store:
             _replace(path, buffer)
         except OSError as error:
             raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
-        return int(buffer.size)
+        num_bytes = int(buffer.size)
+        del buffer, sink
+        pa.default_memory_pool().release_unused()  # the next shard is seconds away
+        return num_bytes
 
 
 def shard_name(recipe: Recipe, ids: Iterable[str]) -> str:

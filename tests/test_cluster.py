@@ -149,11 +149,12 @@ def test_a_scheduler_without_workers_is_told(monkeypatch: pytest.MonkeyPatch) ->
                 pass
 
 
-def test_workers_without_this_package_are_told(tmp_path: Path) -> None:
-    (tmp_path / "embedder").mkdir()  # shadows the installed package
-    (tmp_path / "embedder" / "__init__.py").touch()
+def test_workers_with_another_version_are_told(tmp_path: Path) -> None:
+    metadata = tmp_path / "embedder-99.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: embedder\nVersion: 99\n")
     with scheduler_with_workers("--nthreads 1", path=tmp_path) as address:
-        with pytest.raises(ClusterError, match="must have embedder .* installed"):
+        with pytest.raises(ClusterError, match="must have embedder .* installed.*: 99"):
             with connect(address, 1):
                 pass
 
