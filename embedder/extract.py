@@ -23,9 +23,9 @@ from embedder.sources import list_images
 from embedder.store import FAILURES, Store, remove_abandoned
 from embedder.summary import Summary
 
-# At 1,280 float32 a row this is 10 MB a shard: some seconds of work to lose in a crash, and few
+# At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few
 # enough files for a million images.
-DEFAULT_SHARD_SIZE = 2048
+DEFAULT_SHARD_SIZE = 1024
 
 
 @dataclass(frozen=True)
