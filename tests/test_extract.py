@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from conftest import make_archive, picture
 from numpy.typing import NDArray
@@ -271,8 +272,10 @@ def test_a_killed_run_is_finished_by_the_same_command(
         process = start(large, store, "--shard-size", "20", *options)
         wait_for_shards(store, min(done + moments.randrange(1, 6), 30))
         time.sleep(moments.random() / 10)
+        orphans = [psutil.Process(worker) for worker in workers_of(process.pid)]
         process.kill()
         process.communicate()
+        psutil.wait_procs(orphans, timeout=60)  # they may still write what they have in work
     embedder.extract(large, store, shard_size=20, **SMALL)
     assert_same(Store(store), large_undisturbed)
     assert all(check.passed for check in verify(Store(store), str(large)))
@@ -294,8 +297,6 @@ def test_a_killed_worker_loses_nothing(
 
 
 def workers_of(process_id: int) -> Iterator[int]:
-    import psutil
-
     for child in psutil.Process(process_id).children(recursive=True):
         if "spawn_main" in " ".join(child.cmdline()):
             yield child.pid
