@@ -32,8 +32,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# File names hold anything: they must never be read as markup.
 _PLAIN_WIDTH = 160  # characters, where the output is not a terminal
+# File names hold anything: they must never be read as markup.
 _out = Console(
     markup=False,
     highlight=False,

@@ -121,10 +121,9 @@ def _stretch(image: Image.Image) -> Image.Image:
     samples = np.asarray(image, dtype=np.float64)
     finite = np.isfinite(samples)
     low, high = samples[finite].min(initial=np.inf), samples[finite].max(initial=-np.inf)
-    scale = 255.0 / (high - low) if high > low else 0.0
-    stretched = (np.where(finite, samples, low if high > low else 0.0) - low) * scale
-    if not np.isfinite(stretched).all():  # no finite sample at all
-        stretched = np.zeros_like(samples)
+    if not high > low:  # one value everywhere, or none that is finite
+        return Image.fromarray(np.zeros(samples.shape, np.uint8))
+    stretched = np.where(finite, samples - low, 0.0) * (255.0 / (high - low))
     return Image.fromarray(stretched.round().astype(np.uint8))
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder import engines
-from embedder.backbones import BACKBONES, make_recipe
+from embedder.backbones import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.decode import FORMATS, decode_rgb
 from embedder.errors import WeightsError
@@ -93,11 +93,6 @@ def test_card(image_size: tuple[int, int]) -> NDArray[np.uint8]:
     card[height // 2 :, :, 0] = np.linspace(0, 255, width)
     card[height // 2 :, :, 2] = np.linspace(0, 255, height - height // 2)[:, None]
     return card
-
-
-def known_backbones() -> list[str]:
-    """Names of the table's rows."""
-    return list(BACKBONES)
 
 
 def _embed(recipe: Recipe, engine_name: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
+from test_store import rows_of
 
 from embedder import heads
 from embedder.errors import RecipeError, SourceError, StoreError
 from embedder.heads import read_labels, scores, train
 from embedder.recipe import Recipe
-from embedder.store import FAILURE_SCHEMA, Store, row_schema, shard_name, vector_array
+from embedder.store import FAILURE_SCHEMA, Store, shard_name
 
 DIM = 5
 CENTRES = {"cats": 0.0, "dogs": 20.0, "owls": 40.0}
@@ -34,21 +35,7 @@ def add_rows(
     extras: dict[str, list[Any]] | None = None,
 ) -> None:
     """Write one shard."""
-    extras = extras or {}
-    fields = [pa.field(name, pa.array(values).type) for name, values in extras.items()]
-    count = len(ids)
-    columns = [
-        ids,
-        ["0" * 64] * count,
-        [1] * count,
-        [4] * count,
-        [3] * count,
-        ["PNG"] * count,
-        [None] * count,
-        *extras.values(),
-        vector_array(vectors.astype(store.recipe.store_dtype)),
-    ]
-    rows = pa.table(columns, schema=row_schema(store.recipe, vectors.shape[1], fields))
+    rows = rows_of(store.recipe, ids, vectors, extras)
     store.write_shard(rows, FAILURE_SCHEMA.empty_table(), shard_name(store.recipe, ids))
 
 

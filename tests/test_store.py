@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 
 from embedder.errors import RecipeMismatch, StoreError
 from embedder.recipe import Recipe
@@ -27,7 +29,19 @@ def store(tmp_path: Path, mean_colour_recipe: Recipe) -> Store:
 
 def make_rows(recipe: Recipe, ids: list[str], first: float = 0.0) -> pa.Table:
     """Rows whose vectors are first, first + 1, ... in every component."""
-    values = np.arange(first, first + len(ids), dtype=recipe.store_dtype)
+    values = np.arange(first, first + len(ids), dtype=np.float32)
+    return rows_of(recipe, ids, np.repeat(values[:, None], DIM, axis=1))
+
+
+def rows_of(
+    recipe: Recipe,
+    ids: list[str],
+    vectors: NDArray[Any],
+    extras: dict[str, list[Any]] | None = None,
+) -> pa.Table:
+    """Rows of files of 1 byte, with these vectors and manifest columns."""
+    extras = extras or {}
+    fields = [pa.field(name, pa.array(values).type) for name, values in extras.items()]
     count = len(ids)
     columns = [
         ids,
@@ -37,9 +51,10 @@ def make_rows(recipe: Recipe, ids: list[str], first: float = 0.0) -> pa.Table:
         [3] * count,
         ["PNG"] * count,
         [None] * count,
-        vector_array(np.repeat(values[:, None], DIM, axis=1)),
+        *extras.values(),
+        vector_array(vectors.astype(recipe.store_dtype)),
     ]
-    return pa.table(columns, schema=row_schema(recipe, DIM))
+    return pa.table(columns, schema=row_schema(recipe, vectors.shape[1], fields))
 
 
 def make_failures(ids: list[str]) -> pa.Table:
