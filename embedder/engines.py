@@ -109,6 +109,9 @@ class OpenVinoEngine:
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(num_threads):
             self._requests.put(compiled.create_infer_request())
+        # The binding's first call sets up static data while it may lose the GIL: two threads that
+        # make it together wait for each other for ever. So the first call is made here, alone.
+        self.embed(np.zeros((batch_size, *recipe.image_size, 3), np.uint8))
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed one batch: (batch_size, height, width, 3) to float32 (batch_size, dim)."""

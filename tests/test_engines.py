@@ -91,6 +91,32 @@ def test_recipes_that_share_a_graph_share_its_export(lite0: Recipe) -> None:
     assert exported_model(lite0.model_copy(update={"pooling": "max"})) != exported_model(lite0)
 
 
+def test_many_threads_may_embed_first(lite0: Recipe) -> None:
+    """In a new process, where OpenVINO's binding has still to set itself up."""
+    exported_model(lite0)
+    code = """
+import faulthandler, sys, threading
+import numpy as np
+from embedder import engines
+from embedder.backbones import make_recipe
+faulthandler.dump_traceback_later(60, exit=True)  # of a deadlock
+sys.setswitchinterval(1e-6)
+engine = engines.load(make_recipe(image_size=(64, 96)), "openvino", 1, 8)
+together = threading.Barrier(8)
+def embed():
+    together.wait()
+    engine.embed(np.zeros((1, 64, 96, 3), np.uint8))
+threads = [threading.Thread(target=embed) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    for _ in range(3):  # without the care it takes, four of five such processes hang
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_openvino_telemetry_cannot_be_loaded() -> None:
     engines.import_openvino()
     with pytest.raises(ImportError):
