@@ -274,7 +274,7 @@ def build(recipe: Recipe) -> "keras.Model":
 
     Returns:
         Input: uint8 (batch, height, width, 3), RGB, at the recipe's `image_size`. Output: a dict
-        with `embedding`, float32 (batch, dim).
+        with `embedding`, float32 (batch, dim), whatever the recipe's precision.
 
     Raises:
         WeightsError: The weights at hand are not those of the recipe.
@@ -287,14 +287,27 @@ def build(recipe: Recipe) -> "keras.Model":
             f"Those at hand are {row.weights.sha256}"
         )
     pixels = keras.Input((*recipe.image_size, 3), dtype="uint8", name="pixels")
-    features = row.build(keras.ops.cast(pixels, "float32"))
+    with _dtype_policy(recipe.precision):
+        features = row.build(keras.ops.cast(pixels, "float32"))
     network = keras.Model(pixels, features, name=recipe.backbone.replace("-", "_"))
     row.load(network, weights_file(recipe.backbone))
     pooling = {"avg": keras.layers.GlobalAveragePooling2D, "max": keras.layers.GlobalMaxPooling2D}
-    pooled = pooling[recipe.pooling](name=EMBEDDING)(features)
+    pooled = pooling[recipe.pooling](name=EMBEDDING, dtype="float32")(features)
     model = keras.Model(pixels, {EMBEDDING: pooled}, name=network.name)
     model.trainable = False
     return model
+
+
+@contextmanager
+def _dtype_policy(precision: str) -> Iterator[None]:
+    """Layers made within compute in this precision, and keep their weights in float32."""
+    keras = import_keras()
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32" if precision == "float32" else f"mixed_{precision}")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def import_keras() -> Any:

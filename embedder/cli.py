@@ -75,8 +75,12 @@ def extract(
     interpolation: Annotated[
         str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")
     ] = None,
-    decode: Annotated[str | None, typer.Option(help="exact.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32.")] = None,
+    decode: Annotated[
+        str | None, typer.Option(help="exact, or scaled: large JPEG photos several times faster.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 (GPU, recent CPU) or float16 (GPU).")
+    ] = None,
     store_dtype: Annotated[str | None, typer.Option(help="float32 or float16.")] = None,
     l2_normalise: Annotated[
         bool, typer.Option("--l2-normalise", help="Store vectors of length 1.")
@@ -84,7 +88,9 @@ def extract(
     engine: Annotated[str, typer.Option(help="auto, openvino or tensorflow.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="auto, or images in a batch.")] = "auto",
     shard_size: Annotated[int, typer.Option(help="Images in a shard.")] = DEFAULT_SHARD_SIZE,
-    workers: Annotated[int, typer.Option(help="Local worker processes.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="Local worker processes; one per GPU if absent, else 1.")
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler, in place of local workers.")
     ] = None,
@@ -166,6 +172,9 @@ def inspect(store: _StorePath) -> None:
             )
         _out.print()
         _out.print(table)
+        if last := next((run for run in reversed(opened.runs()) if run["images_per_second"]), None):
+            _out.print()
+            _print_facts({"bottleneck": last["bottleneck"]})
 
 
 @app.command()

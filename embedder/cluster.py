@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import os
 import signal
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -13,6 +14,7 @@ import dask
 import distributed
 from dask.system import CPU_COUNT
 
+from embedder import engines
 from embedder.errors import ClusterError, Unfinished
 
 _CONNECT_SECONDS = 10
@@ -49,12 +51,16 @@ def _stop(topic: str) -> None:
     _stopped_topics.add(topic)
 
 
-def dask_setup(_: distributed.Worker) -> None:
-    """Let a worker process outlive Ctrl-C, which a terminal sends to it too.
+def dask_setup(worker: distributed.Worker) -> None:
+    """Give a local worker process its GPU, and let it outlive Ctrl-C.
 
-    Dask calls this by name in each local worker process; the run tells its workers to stop.
+    Dask calls this by name in each such process before its first task, and thus before
+    TensorFlow is imported, which takes all GPUs that it sees. Ctrl-C reaches the workers from
+    the terminal too; the run itself tells them to stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if gpus := engines.gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.name) % len(gpus)]
 
 
 class Pool:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging
+from PIL.JpegImagePlugin import JpegImageFile
 
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
@@ -30,6 +31,8 @@ _FILTERS = {
 }
 # Modes with more than eight bits a sample: `convert("RGB")` would clip them to 0..255.
 _DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class DecodedImage(NamedTuple):
@@ -57,7 +60,7 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
             page is used; EXIF rotation is applied; transparency is blended on white; samples of
             more than eight bits are stretched from the picture's own range to 0..255. Colour
             profiles are not applied.
-        recipe: Gives `image_size`, `crop`, `crop_fraction` and `interpolation`.
+        recipe: Gives `image_size`, `crop`, `crop_fraction`, `interpolation` and `decode`.
 
     Raises:
         DecodeError: The bytes are truncated, not an image, or declare more than `MAX_PIXELS`
@@ -69,10 +72,12 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             _check_size(image)
             image_format = image.format or "unknown"
+            draft = _draft(image, recipe) if recipe.decode == "scaled" else None
             upright = ImageOps.exif_transpose(image)
             _check_size(upright)  # the loader of a few formats changes the size
-            pixels = np.asarray(_fit(_to_rgb(upright), recipe))
-            return DecodedImage(pixels, upright.width, upright.height, image_format)
+            size, box = draft or (upright.size, (0, 0, *upright.size))
+            pixels = np.asarray(_fit(_to_rgb(upright), box, recipe))
+            return DecodedImage(pixels, *size, image_format)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
@@ -106,6 +111,35 @@ def _check_size(image: Image.Image) -> None:
         )
 
 
+def _draft(image: Image.Image, recipe: Recipe) -> tuple[tuple[int, int], _Box] | None:
+    """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, yet twice the recipe's or more.
+
+    Returns:
+        (width, height) of the original, and the box that it takes in what will be decoded, both
+        after EXIF rotation. None if the image is decoded at its own size.
+    """
+    if not isinstance(image, JpegImageFile):  # MPO is one too
+        return None
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    sideways = orientation in (5, 6, 7, 8)
+    width, height = original = image.size[::-1] if sideways else image.size
+    share = recipe.crop_fraction if recipe.crop == "center" else 1.0
+    ratio = min(height * share / recipe.image_size[0], width * share / recipe.image_size[1])
+    # Pillow takes the largest of 8, 4 and 2 that is not above this.
+    divisor = int(ratio / 2)
+    if divisor < 2:
+        return None
+    drafted = image.draft(None, (image.width // divisor, image.height // divisor))
+    if drafted is None:
+        return None
+    # JPEG rounds the size up. What is over is at the right and bottom before the rotation.
+    box_width, box_height = drafted[1][2:]
+    left = image.width - box_width if orientation in (2, 3, 7, 8) else 0.0
+    top = image.height - box_height if orientation in (3, 4, 6, 7) else 0.0
+    box = (left, top, left + box_width, top + box_height)
+    return original, (box[1], box[0], box[3], box[2]) if sideways else box
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _DEEP_MODES:
         return _stretch(image).convert("RGB")
@@ -127,24 +161,30 @@ def _stretch(image: Image.Image) -> Image.Image:
     return Image.fromarray(stretched.round().astype(np.uint8))
 
 
-def _fit(image: Image.Image, recipe: Recipe) -> Image.Image:
+def _fit(image: Image.Image, box: _Box, recipe: Recipe) -> Image.Image:
+    """Bring the part of an image in `box` to the recipe's size."""
     height, width = recipe.image_size
     resample = _FILTERS[recipe.interpolation]
+    left, top, right, bottom = box
+    box_width, box_height = right - left, bottom - top
     # Pillow wants (width, height); every other size in this package is (height, width).
     if recipe.crop == "squash":
-        return image.resize((width, height), resample)
+        return image.resize((width, height), resample, box)
     if recipe.crop == "pad":
-        scale = min(height / image.height, width / image.width)
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        scale = min(height / box_height, width / box_width)
+        size = max(1, round(box_width * scale)), max(1, round(box_height * scale))
         canvas = Image.new("RGB", (width, height))
         canvas.paste(
-            image.resize(size, resample), ((width - size[0]) // 2, (height - size[1]) // 2)
+            image.resize(size, resample, box), ((width - size[0]) // 2, (height - size[1]) // 2)
         )
         return canvas
-    scale = min(image.height / height, image.width / width) * recipe.crop_fraction
+    scale = min(box_height / height, box_width / width) * recipe.crop_fraction
     crop_width, crop_height = width * scale, height * scale
     # Rounding can put an edge a hair outside the image, which Pillow refuses.
-    left, top = max(0.0, (image.width - crop_width) / 2), max(0.0, (image.height - crop_height) / 2)
-    right, bottom = min(image.width, left + crop_width), min(image.height, top + crop_height)
-    box = (left, top, right, bottom)
-    return image.resize((width, height), resample, box=box)
+    crop_left = left + max(0.0, (box_width - crop_width) / 2)
+    crop_top = top + max(0.0, (box_height - crop_height) / 2)
+    crop_right, crop_bottom = (
+        min(right, crop_left + crop_width),
+        min(bottom, crop_top + crop_height),
+    )
+    return image.resize((width, height), resample, (crop_left, crop_top, crop_right, crop_bottom))

@@ -9,26 +9,32 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import queue
 import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedder import backbones
-from embedder.errors import EngineError
+from embedder.errors import EngineError, OutOfMemory
 from embedder.recipe import Recipe
 
 ENGINES = ("openvino", "tensorflow")
-# Measured by `benchmarks/engines.py` for EfficientNet-Lite0 on two cores: 8 is the knee on CPU,
-# where a larger batch no longer fits the caches.
+# By `benchmarks/engines.py` for EfficientNet-Lite0 on two cores: 8 is the knee on CPU, where a
+# larger batch no longer fits the caches.
 _DEFAULT_BATCH_SIZE = {"openvino": 8, "tensorflow": 32}
+_BATCH_SIZES = {"openvino": (2, 4, 8, 16, 32), "tensorflow": (16, 32, 64, 128, 256, 512)}
+_KNEE = 1.03  # a larger batch must be faster by so much: it costs memory and idle time at the end
+_KNEE_SECONDS = 0.5  # of measuring, at each batch size
 
 
 class Engine(Protocol):
@@ -47,7 +53,15 @@ class Engine(Protocol):
     num_parallel: int
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed one batch: (batch_size, height, width, 3) to float32 (batch_size, dim)."""
+        """Embed one batch: (batch_size, height, width, 3) to float32 (batch_size, dim).
+
+        Raises:
+            OutOfMemory: The batch is too large for the device.
+        """
+        ...
+
+    def resized(self, batch_size: int) -> Self:
+        """The same model at another batch size."""
         ...
 
 
@@ -58,10 +72,34 @@ def choose(name: str) -> str:
         EngineError: The name is not `auto` and not one of `ENGINES`.
     """
     if name == "auto":
-        return "tensorflow" if _has_gpu() else "openvino"
+        return "tensorflow" if gpus() else "openvino"
     if name not in ENGINES:
         raise EngineError(f"`engine` must be auto or one of {', '.join(ENGINES)}. Received: {name}")
     return name
+
+
+def check_precision(precision: str, name: str) -> None:
+    """Check that an engine computes in a precision on this machine, in hardware.
+
+    Args:
+        precision: As in `Recipe`.
+        name: One of `ENGINES`, or `auto`.
+
+    Raises:
+        EngineError: It does not.
+    """
+    if precision == "float32" or (choose(name) == "tensorflow" and gpus()):
+        return
+    if precision == "float16":
+        raise EngineError(
+            "`precision` float16 needs a GPU. Received: precision=float16 on CPU; "
+            "use float32, or bfloat16 where the CPU has it"
+        )
+    if "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise EngineError(
+            "`precision` bfloat16 needs a GPU, or a CPU with AVX-512 BF16 or AMX. "
+            "Received: precision=bfloat16 on a CPU with neither; use float32"
+        )
 
 
 def load(recipe: Recipe, name: str, batch_size: int | None, num_threads: int) -> Engine:
@@ -70,16 +108,26 @@ def load(recipe: Recipe, name: str, batch_size: int | None, num_threads: int) ->
     Args:
         recipe: What to compute.
         name: One of `ENGINES`, or `auto`.
-        batch_size: Images in a batch; None for the engine's own choice.
+        batch_size: Images in a batch, fewer if they do not fit into memory; None for what
+            `find_batch_size` found on this machine, or else the engine's own default.
         num_threads: CPU threads to use.
 
     Raises:
-        EngineError: The engine is unknown or cannot run here.
+        EngineError: The engine is unknown or cannot run here, not even with a batch of one.
         WeightsError: The weights are missing or are not those of the recipe.
     """
     name = choose(name)
+    check_precision(recipe.precision, name)
     engine = OpenVinoEngine if name == "openvino" else TensorFlowEngine
-    return engine(recipe, batch_size or _DEFAULT_BATCH_SIZE[name], num_threads)
+    size = batch_size or _remembered_batch_size(recipe, name, num_threads)
+    size = size or _DEFAULT_BATCH_SIZE[name]
+    while True:
+        try:
+            return engine(recipe, size, num_threads)
+        except OutOfMemory:
+            if size == 1:
+                raise
+            size //= 2
 
 
 class OpenVinoEngine:
@@ -92,20 +140,24 @@ class OpenVinoEngine:
         """Compile for CPU, from the cached export where there is one."""
         self.batch_size = batch_size
         self.num_parallel = num_threads
+        self._recipe = recipe
         core = import_openvino().Core()
         model = core.read_model(exported_model(recipe))
         model.reshape([batch_size, *recipe.image_size, 3])
-        compiled = core.compile_model(
-            model,
-            self.device,
-            {
-                "NUM_STREAMS": num_threads,
-                "INFERENCE_NUM_THREADS": num_threads,
-                "INFERENCE_PRECISION_HINT": "f32",
-                # Decode threads share the cores; a pinned thread would wait for its own core.
-                "ENABLE_CPU_PINNING": False,
-            },
-        )
+        with _out_of_memory(RuntimeError, MemoryError):
+            compiled = core.compile_model(
+                model,
+                self.device,
+                {
+                    "NUM_STREAMS": num_threads,
+                    "INFERENCE_NUM_THREADS": num_threads,
+                    "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[
+                        recipe.precision
+                    ],
+                    # Decode threads share the cores: a pinned thread would wait for its own.
+                    "ENABLE_CPU_PINNING": False,
+                },
+            )
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(num_threads):
             self._requests.put(compiled.create_infer_request())
@@ -117,18 +169,22 @@ class OpenVinoEngine:
         """Embed one batch: (batch_size, height, width, 3) to float32 (batch_size, dim)."""
         request = self._requests.get()
         try:
-            request.infer({"pixels": pixels}, share_inputs=True)
+            with _out_of_memory(RuntimeError, MemoryError):
+                request.infer({"pixels": pixels}, share_inputs=True)
             vectors: NDArray[np.float32] = request.get_output_tensor(0).data.copy()
             return vectors
         finally:
             self._requests.put(request)
 
+    def resized(self, batch_size: int) -> "OpenVinoEngine":
+        """Compile again, for another batch size."""
+        return OpenVinoEngine(self._recipe, batch_size, self.num_parallel)
+
 
 class TensorFlowEngine:
-    """TensorFlow on GPU or CPU."""
+    """TensorFlow: on the first GPU that the process may see, or else on CPU."""
 
     name = "tensorflow"
-    num_parallel = 1  # TensorFlow spreads one batch over the device by itself
 
     def __init__(self, recipe: Recipe, batch_size: int, num_threads: int) -> None:
         """Build the model and trace it for one batch size."""
@@ -137,21 +193,136 @@ class TensorFlowEngine:
 
         with contextlib.suppress(RuntimeError):  # already set, by an earlier engine
             tf.config.threading.set_intra_op_parallelism_threads(num_threads)
-        self.batch_size = batch_size
+            for gpu in tf.config.list_physical_devices("GPU"):
+                tf.config.experimental.set_memory_growth(gpu, True)
+        self._compile(backbones.build(recipe), recipe.image_size, batch_size)
+
+    def _compile(self, model: Any, image_size: tuple[int, int], batch_size: int) -> None:
+        import tensorflow as tf
+
+        self._model, self._image_size, self.batch_size = model, image_size, batch_size
         self.device = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
-        model = backbones.build(recipe)
-        signature = tf.TensorSpec((batch_size, *recipe.image_size, 3), tf.uint8)
-        # XLA is ten times slower on CPU for depthwise convolutions, so never there.
+        # On a GPU, one batch travels to the device while another is computed; on a CPU,
+        # TensorFlow spreads one batch over the cores by itself.
+        self.num_parallel = 2 if self.device == "GPU" else 1
         self._run = tf.function(
             lambda pixels: model(pixels, training=False)[backbones.EMBEDDING],
-            input_signature=[signature],
-            jit_compile=False,
+            input_signature=[tf.TensorSpec((batch_size, *image_size, 3), tf.uint8)],
+            # XLA is ten times slower on CPU for depthwise convolutions, so never there.
+            jit_compile=self.device == "GPU",
         )
+        # The first call compiles: better here than while others wait.
+        self.embed(np.zeros((batch_size, *image_size, 3), np.uint8))
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed one batch: (batch_size, height, width, 3) to float32 (batch_size, dim)."""
-        vectors: NDArray[np.float32] = self._run(pixels).numpy()
+        import tensorflow as tf
+
+        with _out_of_memory(tf.errors.ResourceExhaustedError), tf.device(f"/{self.device}:0"):
+            vectors: NDArray[np.float32] = self._run(tf.constant(pixels)).numpy()
         return vectors
+
+    def resized(self, batch_size: int) -> "TensorFlowEngine":
+        """Trace the same model again, for another batch size."""
+        engine = TensorFlowEngine.__new__(TensorFlowEngine)
+        engine._compile(self._model, self._image_size, batch_size)
+        return engine
+
+
+@contextlib.contextmanager
+def _out_of_memory(*kinds: type[Exception]) -> Iterator[None]:
+    """Tell a batch that does not fit into memory from other errors of these kinds."""
+    try:
+        yield
+    except kinds as error:
+        text = str(error).lower()
+        is_memory = isinstance(error, MemoryError) or any(
+            words in text for words in ("memory", "bad_alloc", "oom when allocating")
+        )
+        if not is_memory:
+            raise
+        raise OutOfMemory(f"The batch does not fit into memory: {error}") from error
+
+
+# The batch size at the knee ------------------------------------------------------------------
+
+
+def find_batch_size(engine: Engine, recipe: Recipe, num_threads: int) -> Engine:
+    """Find the smallest batch size at which the engine is as fast as it gets, and remember it.
+
+    Batch sizes are tried in ascending order on black pictures, each for half a second, until a
+    larger one is no faster by 3 %, twice in a row, or does not fit into memory. What was found
+    is kept in the cache folder, for this recipe, engine, device and number of threads; it is
+    what `load` uses from then on.
+
+    Args:
+        engine: Compiled, at any batch size.
+        recipe: What it computes.
+        num_threads: CPU threads that it uses.
+
+    Returns:
+        The engine at that batch size.
+    """
+    best, best_speed, num_worse = engine, 0.0, 0
+    speeds = {}
+    for batch_size in _BATCH_SIZES[engine.name]:
+        try:
+            candidate = engine.resized(batch_size)
+            speed = speeds[batch_size] = _images_per_second(candidate, recipe)
+        except OutOfMemory:
+            break
+        if speed > best_speed * _KNEE:
+            best, best_speed, num_worse = candidate, speed, 0
+        elif (num_worse := num_worse + 1) == 2:
+            break
+    file = _batch_size_file(recipe, engine.name, num_threads)
+    content = {"batch_size": best.batch_size, "images_per_second": speeds}
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(file)
+    return best
+
+
+def _images_per_second(engine: Engine, recipe: Recipe) -> float:
+    pixels = np.zeros((engine.batch_size, *recipe.image_size, 3), np.uint8)
+    begin = time.perf_counter()
+
+    def embed_for_a_while(_: int) -> int:
+        num_images = 0
+        while time.perf_counter() - begin < _KNEE_SECONDS:
+            num_images += len(engine.embed(pixels))
+        return num_images
+
+    with ThreadPoolExecutor(engine.num_parallel) as threads:
+        num_images = sum(threads.map(embed_for_a_while, range(engine.num_parallel)))
+    return num_images / (time.perf_counter() - begin)
+
+
+def is_batch_size_known(recipe: Recipe, name: str, num_threads: int) -> bool:
+    """Whether `find_batch_size` has been here before."""
+    return _remembered_batch_size(recipe, choose(name), num_threads) is not None
+
+
+def _remembered_batch_size(recipe: Recipe, name: str, num_threads: int) -> int | None:
+    try:
+        content = json.loads(_batch_size_file(recipe, name, num_threads).read_bytes())
+        batch_size = int(content["batch_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return batch_size if batch_size >= 1 else None
+
+
+def _batch_size_file(recipe: Recipe, name: str, num_threads: int) -> Path:
+    device = "GPU" if name == "tensorflow" and gpus() else platform.processor() or "CPU"
+    versions_of = _installed((name,))
+    parts = [recipe.fingerprint, name, *versions_of, device, platform.node(), num_threads]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return cache_folder() / "batch-sizes" / f"{recipe.backbone}-{key}.json"
+
+
+# The model's form for OpenVINO ---------------------------------------------------------------
 
 
 def exported_model(recipe: Recipe) -> Path:
@@ -200,7 +371,8 @@ def _checksum(folder: Path) -> str:
 def _export(recipe: Recipe, folder: Path) -> None:
     """Export into a temporary folder and rename it, so that a cached model is always whole."""
     import_openvino()
-    model = backbones.build(recipe)
+    # OpenVINO chooses the precision when it compiles: one export serves all.
+    model = backbones.build(recipe.model_copy(update={"precision": "float32"}))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -230,11 +402,16 @@ def import_openvino() -> Any:
     return openvino
 
 
-def _has_gpu() -> bool:
-    """Whether an NVIDIA driver shows a device; asking TensorFlow would take seconds."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return any(Path("/proc/driver/nvidia/gpus").glob("*"))
+def gpus() -> list[str]:
+    """GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them.
+
+    Asked of NVIDIA's driver: asking TensorFlow would take seconds, and fix the process's choice.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    if not found or visible is None:
+        return [str(number) for number in range(len(found))]
+    return [name for name in visible.split(",") if name not in ("", "-1")]
 
 
 def versions() -> dict[str, str]:

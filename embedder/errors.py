@@ -5,6 +5,7 @@ EmbedderError
 ├── SourceError        the source is missing, empty or unreadable
 ├── WeightsError       the weights are missing, corrupt or not of this backbone
 ├── EngineError        the engine cannot run here
+│   └── OutOfMemory    a batch is too large for the device; a smaller one is tried
 ├── ClusterError       the scheduler does not answer, or has no workers
 ├── StoreError         the store cannot be read or written
 │   └── RecipeMismatch the store was made with another recipe
@@ -37,6 +38,10 @@ class WeightsError(EmbedderError):
 
 class EngineError(EmbedderError):
     """The engine cannot run on this machine."""
+
+
+class OutOfMemory(EngineError):  # noqa: N818 - says what it is
+    """A batch does not fit into the device's memory; a smaller one may."""
 
 
 class ClusterError(EmbedderError):

@@ -34,9 +34,11 @@ class RunOptions:
 
     Attributes:
         engine: `auto`, `openvino` or `tensorflow`.
-        batch_size: Images in a batch; None for the engine's own choice.
+        batch_size: Images in a batch; None for the smallest at which the engine is as fast as it
+            gets: measured by the first run that is long enough to gain by it, and remembered.
         shard_size: Images in a shard: the unit of work, of output and of what a crash can lose.
-        workers: Local worker processes; 1 works within this process.
+        workers: Local worker processes, where 1 works within this process; None for one per GPU,
+            or 1 where there is none.
         scheduler: Address of a running Dask scheduler, in place of local workers.
         limit: Only the first so many images of the source.
         max_failures: Share of the source's images, 0 to 1, that may fail.
@@ -47,7 +49,7 @@ class RunOptions:
     engine: str = "auto"
     batch_size: int | None = None
     shard_size: int = DEFAULT_SHARD_SIZE
-    workers: int = 1
+    workers: int | None = None
     scheduler: str | None = None
     limit: int | None = None
     max_failures: float = 0.1
@@ -71,6 +73,12 @@ class RunOptions:
                 f"Received: max_failures={self.max_failures}"
             )
         engines.choose(self.engine)
+
+    @property
+    def num_workers(self) -> int:
+        """Local worker processes."""
+        on_gpu = engines.choose(self.engine) == "tensorflow"
+        return self.workers or (max(1, len(engines.gpus())) if on_gpu else 1)
 
 
 @dataclass
@@ -139,6 +147,8 @@ def run_extraction(
         EmbedderError: As in `extract`. A run that was not finished leaves its record too.
     """
     watch = _Watch(on_progress or (lambda _: None))
+    if options.scheduler is None:  # workers elsewhere have other devices, and check them there
+        engines.check_precision(recipe.precision, options.engine)
     watch.enter("listing images")
     with ExitStack() as stack:
         # Before the store is made: a scheduler that does not answer must leave nothing behind.
@@ -161,8 +171,10 @@ def run_extraction(
                 summary.num_dropped += _prune(store, plan)
             if plan.missing.num_rows or plan.stale.num_rows:
                 if pool is None:
-                    pool = stack.enter_context(cluster.connect(None, options.workers))
-                job = Job(recipe, str(store.path.absolute()), options.engine, options.batch_size)
+                    pool = stack.enter_context(cluster.connect(None, options.num_workers))
+                num_images = plan.missing.num_rows + plan.stale.num_rows
+                path = str(store.path.absolute())
+                job = Job(recipe, path, options.engine, options.batch_size, num_images)
                 changed = _refresh(pool, job, plan, summary, watch)
                 store.drop(plan.stale_failures, FAILURES)
                 todo = pa.concat_tables([plan.missing, changed]).sort_by("image_id")
@@ -240,6 +252,7 @@ def _embed(
     watch: _Watch,
 ) -> None:
     watch.enter("embedding", todo.num_rows)
+    summary.num_workers = pool.num_workers
     shards = ((job, refs) for refs in _shards(todo, options.shard_size))
     with closing(pool.run(_extract_shard, shards, watch.add)) as receipts:
         for receipt in receipts:

@@ -2,17 +2,20 @@
 
 Reading and decoding run in threads, ahead of the network; batches are embedded in the engine's
 own threads; the shard's thread only carries images from one to the other, in the refs' order.
-A worker process keeps two shards in hand, so that one fills while the other drains.
+Pixels wait in a fixed number of buffers, which go round: where none is free, the network has all
+it can take, and decoding waits. A worker process keeps two shards in hand: the second begins when
+the first has handed its last image to the decoders, so nothing runs dry between shards.
 """
 
 import contextlib
 import ctypes
 import hashlib
+import queue
 import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +27,7 @@ from numpy.typing import NDArray
 from embedder import engines
 from embedder.decode import DecodedImage, decode_rgb, silence_decoders
 from embedder.engines import Engine
-from embedder.errors import DecodeError, ReadError, Unfinished
+from embedder.errors import DecodeError, EngineError, OutOfMemory, ReadError, Unfinished
 from embedder.recipe import Recipe
 from embedder.sources import read_bytes
 from embedder.store import (
@@ -38,6 +41,9 @@ from embedder.store import (
 
 STAGES = ("read", "decode", "embed", "write")
 _MIN_LOOKAHEAD = 64  # images read and decoded ahead of the network, per shard
+_SHARDS_IN_HAND = 2  # of a worker process
+# A shorter run would be over before measuring batch sizes has paid for itself.
+_MIN_IMAGES_TO_MEASURE = 2000
 _REPORT_SECONDS = 0.5
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -49,7 +55,8 @@ class Job:
     recipe: Recipe
     store: str
     engine: str
-    batch_size: int | None
+    batch_size: int | None  # None: found by measuring, where the run is long enough to gain by it
+    num_images: int = 0
 
 
 @dataclass
@@ -60,24 +67,37 @@ class Receipt:
         shard: File name of the shard.
         num_rows: Images embedded.
         failures: Number of failures by (stage, error).
-        seconds: Busy time of each stage, summed over threads.
+        seconds: Busy time of each stage, summed over threads. Threads that share a core are
+            all busy.
+        decode_cpu_seconds: Of these, what decoding took of the cores.
         waits: Seconds that the shard's thread waited for `decode` (the network had no work) and
             for `embed` (the network had all it could take).
+        num_ready: Images that were decoded by the time they were wanted.
         started: Time of the first byte read, in seconds since the epoch.
         ended: Time when the shard was written.
         num_bytes: Written to the store.
+        num_bytes_read: Of image files.
         engine: Name and device of the engine.
+        batch_size: Images in a batch.
+        num_threads: Of the worker, for reading and decoding.
+        num_parallel: Batches that its engine takes at the same time.
     """
 
     shard: str
     num_rows: int = 0
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    decode_cpu_seconds: float = 0.0
     waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    num_ready: int = 0
     started: float = 0.0
     ended: float = 0.0
     num_bytes: int = 0
+    num_bytes_read: int = 0
     engine: str = ""
+    batch_size: int = 0
+    num_threads: int = 0
+    num_parallel: int = 0
 
 
 class Stopped(Unfinished):
@@ -85,20 +105,66 @@ class Stopped(Unfinished):
 
 
 class Toolbox:
-    """What a worker process keeps between shards: the engine and the threads."""
+    """What a worker process keeps between shards: the engine, the threads and the buffers."""
 
-    def __init__(self, engine: Engine, num_threads: int) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine, num_threads: int) -> None:
         """Start the threads.
 
         Args:
+            recipe: What is computed.
             engine: Compiled model.
             num_threads: Threads that read and decode.
         """
         silence_decoders()
         _give_back_large_blocks()
         self.engine = engine
+        self.num_threads = num_threads
         self.decoders = ThreadPoolExecutor(num_threads, "decode")
         self.embedders = ThreadPoolExecutor(engine.num_parallel, "embed")
+        # For each call of the engine one that is in work and one that waits; and one that each
+        # shard fills. A shard can always hand over the one it has, so none waits for ever.
+        self.buffers: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
+        for _ in range(2 * engine.num_parallel + _SHARDS_IN_HAND):
+            self.buffers.put(np.zeros((engine.batch_size, *recipe.image_size, 3), np.uint8))
+        self.feeding = threading.Lock()  # held by the shard that hands images to the decoders
+        self._resizing = threading.Lock()
+
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed a buffer: in one call, or in several once the engine has run out of memory.
+
+        Args:
+            pixels: uint8 (buffer's batch size, height, width, 3).
+
+        Returns:
+            float32 (buffer's batch size, dim).
+
+        Raises:
+            EngineError: Not even one image fits into memory.
+        """
+        while True:
+            engine = self.engine
+            try:
+                return _embed_in_parts(engine, pixels)
+            except OutOfMemory as error:
+                with self._resizing:
+                    if self.engine is not engine:
+                        continue  # another thread has made it smaller meanwhile
+                    if engine.batch_size == 1:
+                        raise EngineError(
+                            f"Not even one image of {pixels.shape[1]}x{pixels.shape[2]} pixels "
+                            f"fits into the memory of {engine.device}: {error}"
+                        ) from error
+                    self.engine = engine.resized(engine.batch_size // 2)
+
+
+def _embed_in_parts(engine: Engine, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    size = engine.batch_size
+    if size == len(pixels):
+        return engine.embed(pixels)
+    padding = np.zeros((-len(pixels) % size, *pixels.shape[1:]), np.uint8)
+    padded = np.concatenate([pixels, padding])
+    parts = [engine.embed(padded[start : start + size]) for start in range(0, len(pixels), size)]
+    return np.concatenate(parts)[: len(pixels)]
 
 
 def _give_back_large_blocks() -> None:
@@ -122,7 +188,13 @@ def toolbox_of(job: Job, num_threads: int) -> Toolbox:
     with _toolboxes_lock:
         if key not in _toolboxes:
             engine = engines.load(job.recipe, job.engine, job.batch_size, num_threads)
-            _toolboxes[key] = Toolbox(engine, num_threads)
+            if (
+                job.batch_size is None
+                and job.num_images >= _MIN_IMAGES_TO_MEASURE
+                and not engines.is_batch_size_known(job.recipe, job.engine, num_threads)
+            ):
+                engine = engines.find_batch_size(engine, job.recipe, num_threads)
+            _toolboxes[key] = Toolbox(job.recipe, engine, num_threads)
         return _toolboxes[key]
 
 
@@ -139,6 +211,7 @@ class _Image(NamedTuple):
     outcome: DecodedImage | _Failure
     read_seconds: float
     decode_seconds: float
+    decode_cpu_seconds: float
 
 
 def _load_image(path: bytes, recipe: Recipe) -> _Image:
@@ -146,16 +219,17 @@ def _load_image(path: bytes, recipe: Recipe) -> _Image:
     try:
         encoded = read_bytes(path)
     except ReadError as error:
-        return _Image(None, None, _Failure("read", str(error)), time.perf_counter() - begin, 0.0)
+        failure = _Failure("read", str(error))
+        return _Image(None, None, failure, time.perf_counter() - begin, 0.0, 0.0)
     sha256 = hashlib.sha256(encoded).hexdigest()
-    read = time.perf_counter()
+    read, cpu = time.perf_counter(), time.thread_time()
     outcome: DecodedImage | _Failure
     try:
         outcome = decode_rgb(encoded, recipe)
     except DecodeError as error:
         outcome = _Failure("decode", str(error))
-    end = time.perf_counter()
-    return _Image(len(encoded), sha256, outcome, read - begin, end - read)
+    end, cpu = time.perf_counter(), time.thread_time() - cpu
+    return _Image(len(encoded), sha256, outcome, read - begin, end - read, cpu)
 
 
 def extract_shard(
@@ -180,16 +254,21 @@ def extract_shard(
         StoreError: The shard could not be written.
     """
     store = Store(job.store)
-    receipt = Receipt(shard_name(job.recipe, refs["image_id"].to_pylist()), started=time.time())
+    receipt = Receipt(shard_name(job.recipe, refs["image_id"].to_pylist()))
     receipt.engine = f"{toolbox.engine.name} on {toolbox.engine.device}"
+    receipt.num_threads, receipt.num_parallel = toolbox.num_threads, toolbox.engine.num_parallel
     shard = _ShardInWork(job.recipe, toolbox, receipt, refs.num_rows)
     reporter = _Reporter(report)
-    for position, image in enumerate(_load_images(refs, job.recipe, toolbox, receipt)):
-        if is_stopped():
-            raise Stopped(f"stopped while shard {receipt.shard} was in work")
-        shard.add(position, image)
-        reporter.tell(position + 1, len(shard.failures))
-    shard.finish()
+    try:
+        for position, image in enumerate(_load_images(refs, job.recipe, toolbox, receipt)):
+            if is_stopped():
+                raise Stopped(f"stopped while shard {receipt.shard} was in work")
+            shard.add(position, image)
+            reporter.tell(position + 1, len(shard.failures))
+        shard.finish()
+    finally:
+        shard.give_back()
+    receipt.batch_size = toolbox.engine.batch_size
     begin = time.perf_counter()
     rows, failures = shard.rows_table(refs), shard.failures_table(refs)
     receipt.num_bytes = store.write_shard(rows, failures, receipt.shard)
@@ -222,10 +301,12 @@ def _load_images(
     lookahead = max(_MIN_LOOKAHEAD, 4 * toolbox.engine.batch_size)
     ahead: deque[Future[_Image]] = deque()
     try:
-        for path in refs["path"]:
-            ahead.append(toolbox.decoders.submit(_load_image, path.as_py(), recipe))
-            if len(ahead) == lookahead:
-                yield _take(ahead.popleft(), receipt)
+        with toolbox.feeding:
+            receipt.started = time.time()
+            for path in refs["path"]:
+                ahead.append(toolbox.decoders.submit(_load_image, path.as_py(), recipe))
+                if len(ahead) == lookahead:
+                    yield _take(ahead.popleft(), receipt)
         while ahead:
             yield _take(ahead.popleft(), receipt)
     finally:
@@ -234,11 +315,14 @@ def _load_images(
 
 
 def _take(future: Future[_Image], receipt: Receipt) -> _Image:
+    receipt.num_ready += future.done()
     begin = time.perf_counter()
     image = future.result()
     receipt.waits["decode"] += time.perf_counter() - begin
     receipt.seconds["read"] += image.read_seconds
     receipt.seconds["decode"] += image.decode_seconds
+    receipt.decode_cpu_seconds += image.decode_cpu_seconds
+    receipt.num_bytes_read += image.num_bytes or 0
     return image
 
 
@@ -271,11 +355,8 @@ class _ShardInWork:
         # its concatenation, would be three times the memory.
         self._vectors: NDArray[Any] = np.empty((0, 0))
         self._batch: list[_Row] = []
-        self._pixels = self._new_pixels()
-        self._in_flight: set[Future[_EmbeddedBatch]] = set()
-
-    def _new_pixels(self) -> NDArray[np.uint8]:
-        return np.zeros((self.toolbox.engine.batch_size, *self.recipe.image_size, 3), np.uint8)
+        self._buffer: NDArray[np.uint8] | None = None  # holds the pixels of the batch
+        self._in_flight: deque[Future[_EmbeddedBatch]] = deque()
 
     def add(self, position: int, image: _Image) -> None:
         """Add an image to the batch, or its failure to the failures."""
@@ -284,25 +365,24 @@ class _ShardInWork:
             row = _Row(position, image.num_bytes, image.sha256, 0, 0, "")
             self.failures.append((row, outcome))
             return
-        self._pixels[len(self._batch)] = outcome.pixels
+        if self._buffer is None:
+            begin = time.perf_counter()
+            self._buffer = self.toolbox.buffers.get()
+            self.receipt.waits["embed"] += time.perf_counter() - begin
+        self._buffer[len(self._batch)] = outcome.pixels
         size_and_format = outcome.width, outcome.height, outcome.format
         self._batch.append(_Row(position, image.num_bytes, image.sha256, *size_and_format))
-        if len(self._batch) == len(self._pixels):
-            self._submit()
+        if len(self._batch) == len(self._buffer):
+            self._submit(self._buffer)
 
-    def _submit(self) -> None:
-        """Hand the batch over; wait while the engine has as much as it can take, and one more."""
-        begin = time.perf_counter()
-        while len(self._in_flight) > self.toolbox.engine.num_parallel:
-            done, self._in_flight = wait(self._in_flight, return_when=FIRST_COMPLETED)
-            for future in done:
-                self._collect(future.result())
-        self.receipt.waits["embed"] += time.perf_counter() - begin
-        engine, embedders = self.toolbox.engine, self.toolbox.embedders
-        self._in_flight.add(
-            embedders.submit(_embed, engine, self.recipe, self._batch, self._pixels)
+    def _submit(self, buffer: NDArray[np.uint8]) -> None:
+        """Hand the batch over, with its buffer, and take in those that are done."""
+        self._in_flight.append(
+            self.toolbox.embedders.submit(_embed, self.toolbox, self.recipe, self._batch, buffer)
         )
-        self._batch, self._pixels = [], self._new_pixels()
+        self._batch, self._buffer = [], None
+        while self._in_flight[0].done() and len(self._in_flight) > 1:
+            self._collect(self._in_flight.popleft().result())
 
     def _collect(self, embedded: "_EmbeddedBatch") -> None:
         self.receipt.seconds["embed"] += embedded.seconds
@@ -320,13 +400,21 @@ class _ShardInWork:
 
     def finish(self) -> None:
         """Embed the last, partial batch and wait for all."""
-        if self._batch:
-            self._submit()
+        if self._buffer is not None:
+            self._submit(self._buffer)
         begin = time.perf_counter()
-        for future in self._in_flight:
-            self._collect(future.result())
+        while self._in_flight:
+            self._collect(self._in_flight.popleft().result())
         self.receipt.waits["embed"] += time.perf_counter() - begin
         self.failures.sort(key=lambda failure: failure[0].position)
+
+    def give_back(self) -> None:
+        """Return what a shard that was given up still holds of the toolbox."""
+        if self._buffer is not None:
+            self.toolbox.buffers.put(self._buffer)
+            self._buffer = None
+        for future in self._in_flight:
+            future.exception()  # its buffer is back
 
     def rows_table(self, refs: pa.Table) -> pa.Table:
         """The shard's rows, in the refs' order."""
@@ -375,11 +463,15 @@ class _EmbeddedBatch(NamedTuple):
 
 
 def _embed(
-    engine: Engine, recipe: Recipe, rows: list[_Row], pixels: NDArray[np.uint8]
+    toolbox: Toolbox, recipe: Recipe, rows: list[_Row], buffer: NDArray[np.uint8]
 ) -> _EmbeddedBatch:
-    """Embed a batch, of which the first `len(rows)` images are real."""
+    """Embed a batch, of which the first `len(rows)` images are real, and return its buffer."""
     begin = time.perf_counter()
-    vectors = finished_vectors(engine.embed(pixels)[: len(rows)], recipe)
+    try:
+        vectors = toolbox.embed(buffer)
+    finally:
+        toolbox.buffers.put(buffer)
+    vectors = finished_vectors(vectors[: len(rows)], recipe)
     return _EmbeddedBatch(rows, vectors, time.perf_counter() - begin)
 
 

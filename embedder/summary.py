@@ -11,6 +11,7 @@ from typing import Any
 
 from embedder import engines
 from embedder.pipeline import STAGES, Receipt
+from embedder.recipe import Recipe
 from embedder.sources import Listing
 from embedder.store import FAILURES, Store
 
@@ -36,12 +37,20 @@ class Summary:
         skipped: Files that do not have the extension of an image format, by extension.
         failures: Of this run, by (stage, error).
         seconds: Busy time by stage, summed over threads and workers.
+        decode_cpu_seconds: Of these, what decoding took of the cores.
         waits: Seconds that shards waited for decode and for the network.
+        num_ready: Images that were decoded by the time they were wanted.
         first_started: When the first byte was read.
         last_ended: When the last shard was written.
         num_shards: Shards written.
         num_bytes: Bytes written.
+        num_bytes_read: Bytes of image files.
         engine: Name and device.
+        batch_size: Images in a batch.
+        num_workers: Worker processes.
+        num_threads: Threads of a worker that read and decode.
+        num_parallel: Batches that a worker's engine takes at the same time.
+        recipe: What was computed.
         status: `done`, or why not.
         total_rows: Rows in the store after the run.
         total_failures: Failures in the store after the run.
@@ -51,6 +60,7 @@ class Summary:
     source: str
     store: str
     options: dict[str, Any]
+    recipe: Recipe
     started: float
     num_inputs: int
     num_repeated: int
@@ -64,12 +74,19 @@ class Summary:
     num_dropped: int = 0
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    decode_cpu_seconds: float = 0.0
     waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    num_ready: int = 0
     first_started: float = float("inf")
     last_ended: float = 0.0
     num_shards: int = 0
     num_bytes: int = 0
+    num_bytes_read: int = 0
     engine: str = ""
+    batch_size: int = 0
+    num_workers: int = 1
+    num_threads: int = 1
+    num_parallel: int = 1
     status: str = "started"
     total_rows: int = 0
     total_failures: int = 0
@@ -90,6 +107,7 @@ class Summary:
             source=os.fspath(source),
             store=str(store.path),
             options=asdict(options),
+            recipe=store.recipe,
             started=started,
             num_inputs=min(num_listed, options.limit or num_listed),
             num_repeated=listing.num_repeated,
@@ -107,32 +125,78 @@ class Summary:
         for stage, seconds in receipt.waits.items():
             self.waits[stage] += seconds
         self.num_bytes += receipt.num_bytes
+        self.num_bytes_read += receipt.num_bytes_read
         self.first_started = min(self.first_started, receipt.started)
         self.last_ended = max(self.last_ended, receipt.ended)
-        self.engine = receipt.engine
+        self.decode_cpu_seconds += receipt.decode_cpu_seconds
+        self.num_ready += receipt.num_ready
+        self.engine, self.batch_size = receipt.engine, receipt.batch_size
+        self.num_threads, self.num_parallel = receipt.num_threads, receipt.num_parallel
 
     @property
     def images_per_second(self) -> float:
         """From the first byte read to the last shard written; 0 where nothing was embedded."""
         if not self.num_embedded:
             return 0.0
-        return self.num_embedded / max(self.last_ended - self.first_started, 1e-9)
+        return self.num_embedded / self._elapsed
+
+    @property
+    def _elapsed(self) -> float:
+        return max(self.last_ended - self.first_started, 1e-9)
+
+    @property
+    def engine_idle(self) -> float:
+        """Share of the run, 0 to 1, in which the engine could have taken a batch and had none."""
+        capacity = self.num_workers * self.num_parallel * self._elapsed
+        return max(0.0, 1.0 - self.seconds["embed"] / capacity)
 
     @property
     def bottleneck(self) -> str:
-        """The stage that held the run back, in words."""
-        total = sum(self.seconds.values())
-        if not total:
+        """The stage that held the run back, the figures that say so, and what would help."""
+        if not self.num_embedded:
             return "nothing to embed"
-        share = {stage: f"{self.seconds[stage] / total:.0%}" for stage in STAGES}
+        stage = self._slowest_stage()
+        num_threads = self.num_workers * self.num_threads
+        num_images = self.num_embedded + self.num_failures
+        ready = f"{self.num_ready / num_images:.0%} of the images were decoded when wanted"
+        idle = f"the engine idled {self.engine_idle:.0%} of the time"
+        if stage == "embed":
+            facts = f"{self.engine} was busy, {ready}"
+            if self.decode_cpu_seconds and "CPU" in self.engine:
+                share = self.decode_cpu_seconds / (num_threads * self._elapsed)
+                facts += f", and decoding took {share:.0%} of the {num_threads} cores"
+        elif stage == "decode":
+            rate = num_images * num_threads / max(self.decode_cpu_seconds, 1e-9)
+            facts = f"{num_threads} cores decode {rate:,.0f} images/s; {idle}"
+        elif stage == "read":
+            rate = self.num_bytes_read / self._elapsed / 1e6
+            facts = f"{num_threads} threads read {rate:,.1f} MB/s; {idle}"
+        else:
+            rate = self.num_bytes / max(self.seconds["write"], 1e-9) / 1e6
+            facts = f"shards are written at {rate:,.1f} MB/s; {idle}"
+        return f"{stage}-bound: {facts}. {self._advice(stage)}"
+
+    def _slowest_stage(self) -> str:
+        """By where the shards waited; on a CPU the stages share the cores, and all are busy."""
+        if self.seconds["write"] > max(*self.waits.values(), self._elapsed * self.num_workers / 2):
+            return "write"
         if self.waits["embed"] >= self.waits["decode"]:
-            return f"embed: the network ({self.engine}) takes {share['embed']} of the working time"
-        slower = "read" if self.seconds["read"] > self.seconds["decode"] else "decode"
-        advice = "a faster disk or network" if slower == "read" else "more cores or workers"
-        return (
-            f"{slower}: it takes {share[slower]} of the working time, and the network waits; "
-            f"{advice} would help"
-        )
+            return "embed"
+        return "read" if self.seconds["read"] > self.seconds["decode"] else "decode"
+
+    def _advice(self, stage: str) -> str:
+        on_cpu = "CPU" in self.engine
+        if stage == "embed" and on_cpu and self.recipe.precision == "float32":
+            return "A GPU, more cores, or on a CPU that has it `--precision bfloat16` would help"
+        if stage == "embed":
+            return "More cores, workers or GPUs would help" if on_cpu else "More GPUs would help"
+        if stage == "decode" and self.recipe.decode == "exact":
+            return "More cores or workers would help, or `--decode scaled` where photos are large"
+        return {
+            "decode": "More cores or workers would help",
+            "read": "A faster disk or network, or more workers, would help",
+            "write": "A faster disk, or `--store-dtype float16`, would help",
+        }[stage]
 
     def finish(self, store: Store) -> None:
         """Count what the store holds now, and keep the record there."""
@@ -170,7 +234,13 @@ class Summary:
             "failures": dict(by_stage),
             "skipped_files": dict(self.skipped),
             "seconds": {stage: round(self.seconds[stage], 3) for stage in STAGES},
+            "decode_cpu_seconds": round(self.decode_cpu_seconds, 3),
             "waits": {stage: round(seconds, 3) for stage, seconds in self.waits.items()},
+            "ready": self.num_ready,
+            "engine_idle": round(self.engine_idle, 3) if self.num_embedded else None,
+            "batch_size": self.batch_size,
+            "workers": self.num_workers,
+            "threads": self.num_threads,
             "images_per_second": round(self.images_per_second, 1),
             "seconds_total": round(self.seconds_total, 3),
             "bottleneck": self.bottleneck,

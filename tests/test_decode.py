@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 import struct
 import subprocess
@@ -63,9 +64,10 @@ def test_extensions_that_are_listed_are_those_of_the_formats_that_are_read() -> 
     assert ".mpo" not in readable
 
 
-def test_every_odd_file_comes_out_as_expected(odd: Path) -> None:
+@pytest.mark.parametrize("how", ["exact", "scaled"])
+def test_every_odd_file_comes_out_as_expected(odd: Path, how: str) -> None:
     silence_decoders()
-    recipe = make_recipe()
+    recipe = make_recipe(decode=how)
     with (odd / "expected.csv").open(newline="", encoding="utf-8") as lines:
         expected = {row["file"]: row["expect"] for row in csv.DictReader(lines)}
     assert len(expected) == 180
@@ -125,13 +127,14 @@ for file in files:
 # Rotation --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("how", ["exact", "scaled"])
 @pytest.mark.parametrize(
     ("family", "width", "height"), [("Landscape", 1800, 1200), ("Portrait", 1200, 1800)]
 )
 def test_the_eight_orientations_of_a_picture_decode_alike(
-    odd: Path, family: str, width: int, height: int
+    odd: Path, family: str, width: int, height: int, how: str
 ) -> None:
-    recipe = make_recipe((height // 20, width // 20), crop="squash")
+    recipe = make_recipe((height // 20, width // 20), crop="squash", decode=how)
     files = [odd / "orientation" / f"{family}_{number}.jpg" for number in range(1, 9)]
     decoded = [decode_rgb(file.read_bytes(), recipe) for file in files]
     assert {(image.width, image.height) for image in decoded} == {(width, height)}
@@ -377,6 +380,144 @@ def test_images_of_one_pixel_or_one_line_decode(crop: str, height: int, width: i
     assert (decoded.width, decoded.height) == (width, height)
     assert RED in colours(decoded.pixels)
     assert colours(decoded.pixels) <= ({RED, BLACK} if crop == "pad" else {RED})
+
+
+# Scaled decoding -------------------------------------------------------------------------------
+
+
+def noisy(height: int, width: int) -> NDArray[np.uint8]:
+    """Smooth colours and noise: what is decoded at another scale is not quite the same."""
+    noise = np.random.default_rng(0).normal(0, 20, (height, width, 3))
+    return (picture(3, height, width) + noise).clip(0, 255).astype(np.uint8)
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def both_ways(encoded: bytes, size: tuple[int, int], **options: Any) -> list[NDArray[np.uint8]]:
+    """`exact`, then `scaled`."""
+    recipes = (make_recipe(size, decode=how, **options) for how in ("exact", "scaled"))
+    return [decode_rgb(encoded, recipe).pixels for recipe in recipes]
+
+
+def squash_at(encoded: bytes, divisor: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """What `squash` makes of a JPEG of which one pixel in `divisor` is decoded."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        box = (0, 0, image.width / divisor, image.height / divisor)
+        image.draft(None, (image.width // divisor, image.height // divisor))
+        assert image.width == math.ceil(box[2])
+        return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
+
+
+@pytest.mark.parametrize("tight", ["height", "width"])
+@pytest.mark.parametrize(
+    ("side", "divisor"),
+    [(159, 1), (160, 2), (161, 2), (319, 2), (320, 4), (639, 4), (640, 8), (1600, 8)],
+)
+def test_scaled_leaves_twice_the_target_or_more_and_no_more_than_needed(
+    side: int, divisor: int, tight: str
+) -> None:
+    image, target = noisy(side, 1400), (40, 32)  # 43 times as wide: the height decides
+    if tight == "width":
+        image, target = image.transpose(1, 0, 2), (32, 40)
+    encoded = encode(image, "JPEG")
+    exact, scaled = both_ways(encoded, target, crop="squash")
+    np.testing.assert_array_equal(exact, squash_at(encoded, 1, target))
+    np.testing.assert_array_equal(scaled, squash_at(encoded, divisor, target))
+    assert (exact == scaled).all() == (divisor == 1)
+
+
+@pytest.mark.parametrize(
+    ("crop", "crop_fraction", "side"),
+    [("center", 1.0, 160), ("center", 0.8, 200), ("squash", 1.0, 160), ("pad", 1.0, 160)],
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_scaled_is_exact_below_four_times_the_target(
+    crop: str, crop_fraction: float, side: int, orientation: int
+) -> None:
+    for height, is_same in ((side - 1, True), (side, False)):
+        image = noisy(height, 1400)
+        if orientation == 6:  # lies on its side in the file
+            image = image.transpose(1, 0, 2)
+        encoded = encode(image, "JPEG", exif=turned(orientation))
+        exact, scaled = both_ways(encoded, (40, 32), crop=crop, crop_fraction=crop_fraction)
+        assert (exact == scaled).all() == is_same
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("height", [200, 401, 803])  # decoded at 1/2, 1/4, 1/8
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_scaled_is_close_to_exact(crop: str, height: int, options: dict[str, Any]) -> None:
+    encoded = encode(noisy(height, height + 101), "JPEG", quality=90, **options)
+    exact, scaled = both_ways(encoded, (48, 40), crop=crop)
+    assert 0 < mean_difference(exact, scaled) < 1.5  # of 255
+    assert mean_difference(exact, scaled[:, ::-1]) > 10  # what a wrong picture would show
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_scaled_reads_grey_and_print_colours(mode: str) -> None:
+    encoded = encode(Image.fromarray(noisy(401, 502)).convert(mode), "JPEG")
+    exact, scaled = both_ways(encoded, (48, 64))
+    assert 0 < mean_difference(exact, scaled) < 1  # of 255
+
+
+def test_scaled_reads_several_pictures_in_one_jpeg() -> None:
+    first, second = (Image.fromarray(image) for image in (noisy(401, 502), picture(9, 401, 502)))
+    encoded = encode(first, "MPO", save_all=True, append_images=[second])
+    assert decode_rgb(encoded, make_recipe(decode="scaled")).format == "MPO"
+    exact, scaled = both_ways(encoded, (48, 64))
+    assert 0 < mean_difference(exact, scaled) < 1  # of 255
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size"), [(1, (502, 401)), (3, (502, 401)), (6, (401, 502))]
+)
+def test_scaled_reports_the_size_of_the_original(orientation: int, size: tuple[int, int]) -> None:
+    encoded = encode(noisy(401, 502), "JPEG", exif=turned(orientation))
+    exact, scaled = both_ways(encoded, (48, 40))
+    assert (exact != scaled).any()
+    decoded = decode_rgb(encoded, make_recipe((48, 40), decode="scaled"))
+    assert (decoded.width, decoded.height) == size
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_scaled_shows_the_same_part_in_every_orientation(crop: str, orientation: int) -> None:
+    # One pixel more than a multiple of 8: seven eighths of the last decoded pixel are surplus.
+    image = np.zeros((673, 849, 3), np.uint8)
+    image[200:232, 300:340] = WHITE
+    encoded = encode(image, "JPEG", exif=turned(orientation))
+    options = {"crop_fraction": 0.9} if crop == "center" else {}
+    exact, scaled = both_ways(encoded, (36, 34), crop=crop, **options)
+    assert (exact != scaled).any()
+    for axis in (0, 1):
+        where = [
+            np.average(np.arange(len(pixels)), weights=pixels.sum(axis=2).sum(axis=1))
+            for pixels in (np.moveaxis(pixels, axis, 0).astype(float) for pixels in (exact, scaled))
+        ]
+        assert where[0] == pytest.approx(where[1], abs=0.05)  # of a pixel of the network's input
+
+
+@pytest.mark.parametrize("image_format", ["BMP", "GIF", "PNG", "TIFF", "WEBP"])
+def test_scaled_leaves_other_formats_alone(image_format: str) -> None:
+    exact, scaled = both_ways(encode(noisy(400, 500), image_format), (40, 50))
+    np.testing.assert_array_equal(exact, scaled)
+
+
+def test_scaled_refuses_a_truncated_jpeg_like_exact() -> None:
+    encoded = encode(noisy(400, 500), "JPEG")
+    for kept in (len(encoded) // 2, len(encoded) - 2):  # the last two bytes say that it ends
+        with pytest.raises(DecodeError, match=r"^OSError: image file is truncated"):
+            decode_rgb(encoded[:kept], make_recipe((40, 50), decode="scaled"))
+
+
+def test_scaled_refuses_a_bomb_by_what_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_PIXELS", 400 * 500 - 1)
+    with pytest.raises(DecodeError, match=r"^declares more than 199,999 pixels: 500 x 400$"):
+        decode_rgb(encode(noisy(400, 500), "JPEG"), make_recipe((40, 50), decode="scaled"))
 
 
 # Refusals --------------------------------------------------------------------------------------

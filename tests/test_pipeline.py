@@ -22,7 +22,7 @@ def run(
 ) -> tuple[Store, Receipt]:
     """Extract a folder as one shard."""
     opened = Store.open_or_create(store, recipe, {})
-    toolbox = Toolbox(engine or MeanColour(), num_threads=3)
+    toolbox = Toolbox(recipe, engine or MeanColour(), num_threads=3)
     job = Job(recipe, str(store), "mean-colour", None)
     refs = list_images(folder).refs
     receipt = extract_shard(job, toolbox, refs, lambda *_: None, lambda: False)
@@ -165,7 +165,7 @@ def test_a_stopped_shard_writes_nothing(
     with pytest.raises(Stopped):
         extract_shard(
             job,
-            Toolbox(MeanColour(), 2),
+            Toolbox(mean_colour_recipe, MeanColour(), 2),
             list_images(archive).refs,
             lambda *_: None,
             lambda: next(answers, True),
@@ -190,7 +190,13 @@ def test_progress_adds_up(archive: Path, tmp_path: Path, mean_colour_recipe: Rec
     store = Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
     job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
     refs = list_images(archive).refs
-    extract_shard(job, Toolbox(MeanColour(), 2), refs, lambda *n: told.append(n), lambda: False)
+    extract_shard(
+        job,
+        Toolbox(mean_colour_recipe, MeanColour(), 2),
+        refs,
+        lambda *n: told.append(n),
+        lambda: False,
+    )
     assert np.sum(told, axis=0).tolist() == [21, 1]
 
 
@@ -206,4 +212,6 @@ def test_a_vanished_store_is_told(
     job = Job(mean_colour_recipe, str(tmp_path / "nowhere"), "mean-colour", None)
     refs = pa.table({"image_id": ["a"], "path": [b"a"]})
     with pytest.raises(StoreError, match="not a feature store"):
-        extract_shard(job, Toolbox(MeanColour(), 1), refs, lambda *_: None, lambda: False)
+        extract_shard(
+            job, Toolbox(mean_colour_recipe, MeanColour(), 1), refs, lambda *_: None, lambda: False
+        )

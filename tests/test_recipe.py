@@ -133,8 +133,11 @@ def test_a_recipe_comes_back_from_json_as_it_was() -> None:
         ({"crop_fraction": 1.5}, r"`crop_fraction`: .*less than or equal to 1. .*fraction=1.5"),
         ({"crop_fraction": float("nan")}, r"`crop_fraction`: .* Received: crop_fraction=nan"),
         ({"interpolation": "area"}, r"`interpolation`: .*'nearest', .*Received: .*='area'"),
-        ({"decode": "draft"}, r"`decode`: .*'exact'. Received: decode='draft'"),
-        ({"precision": "int8"}, r"`precision`: .*'float32'. Received: precision='int8'"),
+        ({"decode": "draft"}, r"`decode`: .*'exact' or 'scaled'. Received: decode='draft'"),
+        (
+            {"precision": "int8"},
+            r"`precision`: .*'float32', 'bfloat16' or 'float16'. Received: precision='int8'",
+        ),
         ({"store_dtype": "int8"}, r"`store_dtype`: .*'float32' or 'float16'. .*dtype='int8'"),
         ({"l2_normalise": "perhaps"}, r"`l2_normalise`: .*boolean.*l2_normalise='perhaps'"),
         ({"version": 2}, r"`version`: .*1. Received: version=2"),
