@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 
 from embedder.errors import SourceError
-from embedder.heads import train
 from embedder.store import Store
 
 _PACKAGE = "conformal_clip_data"
@@ -27,4 +26,8 @@ def images_folder() -> Path:
 
 def linear_probe(store: Store) -> dict[str, dict[str, float]]:
     """How well a logistic regression tells the demo's classes apart; see `Head.evaluate`."""
+    from embedder.heads import (
+        train,
+    )  # scikit-learn takes half a second, which no other command pays
+
     return train(store, labels="folder").evaluate()

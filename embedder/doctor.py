@@ -1,9 +1,10 @@
 """This machine, its engines, and a self-test of the way from bytes to vectors."""
 
+import contextlib
 import io
 import os
 import platform
-from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,16 @@ from embedder import engines
 from embedder.backbones import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.decode import FORMATS, decode_rgb
-from embedder.errors import WeightsError
+from embedder.demo import images_folder
+from embedder.errors import EngineError, SourceError, WeightsError
 from embedder.pipeline import finished_vectors
 from embedder.recipe import Recipe
 from embedder.verify import Check
 
 _CARD_SIZE = (300, 400)  # (height, width): other than square, so that swapped axes show
 _MIN_COSINE = 0.9999  # between engines
+_MIN_COSINE_OF_PRECISION = 0.99  # median, to float32; bfloat16 has 8 bits of mantissa
+_NUM_DEMO_IMAGES = 32
 _MAX_DIFFERENCE = 1e-5  # between batch sizes, as a share of the largest value
 
 
@@ -29,7 +33,7 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cores": f"{NUM_CORES} usable of {os.cpu_count()}",
         "memory": _memory(),
-        "bfloat16": "in hardware" if "avx512_bf16" in _cpu_flags() else "not in hardware",
+        "precisions": ", ".join(precisions()),
         "engine": f"{engines.choose('auto')} (chosen by auto)",
         "image formats": ", ".join(FORMATS),
         "model cache": str(engines.cache_folder()),
@@ -72,7 +76,17 @@ def self_test(backbone: str) -> list[Check]:
             f"cosine {cosine:.7f}, at least {_MIN_COSINE}",
         )
     )
-    return checks
+    return checks + _check_precisions(recipe)
+
+
+def precisions() -> list[str]:
+    """Precisions that the engine chosen by `auto` computes in on this machine."""
+    found = []
+    for precision in get_args(Recipe.model_fields["precision"].annotation):
+        with contextlib.suppress(EngineError):
+            engines.check_precision(precision, "auto")
+            found.append(precision)
+    return found
 
 
 def weights_at_hand(backbone: str) -> str:
@@ -100,6 +114,37 @@ def _embed(recipe: Recipe, engine_name: str, pixels: NDArray[np.uint8]) -> NDArr
     return finished_vectors(engine.embed(pixels), recipe)
 
 
+def _check_precisions(recipe: Recipe) -> list[Check]:
+    """How far each other precision's vectors are from float32's, on demo images."""
+    try:
+        files = sorted(images_folder().rglob("*.jpg"))
+        chosen = files[:: max(1, len(files) // _NUM_DEMO_IMAGES)]
+        encoded = [path.read_bytes() for path in chosen]
+        what = f"{len(encoded)} demo images"
+    except SourceError:
+        encoded, what = [_encode(test_card(_CARD_SIZE), 1)], "the test card"
+    pixels = np.stack([decode_rgb(file, recipe).pixels for file in encoded])
+    exact = _embed(recipe, "auto", pixels).astype(np.float64)
+    checks = []
+    for precision in precisions():
+        if precision == "float32":
+            continue
+        other = recipe.model_copy(update={"precision": precision})
+        vectors = _embed(other, "auto", pixels).astype(np.float64)
+        norms = np.linalg.norm(exact, axis=1) * np.linalg.norm(vectors, axis=1)
+        cosines = (exact * vectors).sum(axis=1) / norms
+        median, lowest = float(np.median(cosines)), float(cosines.min())
+        checks.append(
+            Check(
+                f"{precision} as float32",
+                median >= _MIN_COSINE_OF_PRECISION,
+                f"cosine on {what}: median {median:.5f}, lowest {lowest:.5f}, "
+                f"median at least {_MIN_COSINE_OF_PRECISION}",
+            )
+        )
+    return checks
+
+
 def _check_rotation(recipe: Recipe, upright: bytes, on_its_side: bytes) -> Check:
     difference = np.abs(
         decode_rgb(upright, recipe).pixels.astype(int) - decode_rgb(on_its_side, recipe).pixels
@@ -123,11 +168,3 @@ def _memory() -> str:
     except (AttributeError, ValueError, OSError):
         return "unknown"
     return f"{pages * page_bytes / 2**30:.1f} GiB"
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())

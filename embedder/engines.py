@@ -33,6 +33,7 @@ ENGINES = ("openvino", "tensorflow")
 # larger batch no longer fits the caches.
 _DEFAULT_BATCH_SIZE = {"openvino": 8, "tensorflow": 32}
 _BATCH_SIZES = {"openvino": (2, 4, 8, 16, 32), "tensorflow": (16, 32, 64, 128, 256, 512)}
+_GPU_FOLDER = Path("/proc/driver/nvidia/gpus")  # of NVIDIA's driver for Linux
 _KNEE = 1.03  # a larger batch must be faster by so much: it costs memory and idle time at the end
 _KNEE_SECONDS = 0.5  # of measuring, at each batch size
 
@@ -408,7 +409,7 @@ def gpus() -> list[str]:
     Asked of NVIDIA's driver: asking TensorFlow would take seconds, and fix the process's choice.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    found = sorted(_GPU_FOLDER.glob("*"))
     if not found or visible is None:
         return [str(number) for number in range(len(found))]
     return [name for name in visible.split(",") if name not in ("", "-1")]

@@ -1,17 +1,23 @@
 """The engines: the same vectors on each, whatever the batch; a cache that can be trusted."""
 
+import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import picture
 from numpy.typing import NDArray
 
-from embedder import engines
+from embedder import backbones, cluster, engines
 from embedder.engines import exported_model, load
-from embedder.errors import EngineError
+from embedder.errors import EngineError, OutOfMemory
+from embedder.extract import RunOptions, extract
 from embedder.recipe import Recipe
 
 
@@ -127,3 +133,149 @@ def test_nothing_is_written_to_standard_error() -> None:
     code = "from embedder.backbones import build, make_recipe; build(make_recipe())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    return (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+
+
+def needs_precision(precision: str) -> None:
+    try:
+        engines.check_precision(precision, "openvino")
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
+def test_bfloat16_is_close_to_float32_and_not_the_same(
+    lite0: Recipe, pixels: NDArray[np.uint8]
+) -> None:
+    needs_precision("bfloat16")
+    exact = embed_all(lite0, "openvino", 3, pixels)
+    recipe = lite0.model_copy(update={"precision": "bfloat16"})
+    rounded = embed_all(recipe, "openvino", 3, pixels)
+    assert rounded.dtype == np.float32
+    assert cosines(exact, rounded).min() > 0.99
+    assert np.abs(exact - rounded).max() > 1e-4 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_the_model_for_a_gpu_computes_in_its_precision(
+    lite0: Recipe, pixels: NDArray[np.uint8], precision: str
+) -> None:
+    """Built here, where TensorFlow emulates these precisions on CPU; it runs fast on a GPU."""
+    model = backbones.build(lite0.model_copy(update={"precision": precision}))
+    convolution = model.get_layer("stage2_block1_expand_conv")
+    assert convolution.compute_dtype == precision
+    assert convolution.kernel.dtype == "float32"
+    vectors = np.asarray(model(pixels)["embedding"])
+    assert vectors.dtype == np.float32
+    exact = embed_all(lite0, "openvino", 3, pixels)
+    assert cosines(exact, vectors).min() > 0.99
+    assert np.abs(exact - vectors).max() > 1e-4 * np.abs(exact).max()
+    # The choice does not outlive the build.
+    assert backbones.build(lite0).get_layer("stem_conv").compute_dtype == "float32"
+
+
+@pytest.mark.skipif(bool(engines.gpus()), reason="this machine has a GPU, which has float16")
+def test_float16_on_a_cpu_is_refused(lite0: Recipe) -> None:
+    recipe = lite0.model_copy(update={"precision": "float16"})
+    with pytest.raises(EngineError, match=r"float16 needs a GPU. Received: precision=float16 on"):
+        load(recipe, "auto", None, 2)
+
+
+class Paced:
+    """An engine whose call takes as long for 8 images as for one, and that holds no more."""
+
+    name = "openvino"
+    device = "CPU"
+    num_parallel = 2
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if len(pixels) > 8:
+            raise OutOfMemory("no more than 8 images fit")
+        time.sleep(0.01)
+        return np.zeros((len(pixels), 1), np.float32)
+
+    def resized(self, batch_size: int) -> "Paced":
+        return Paced(batch_size)
+
+
+def test_the_batch_size_that_was_found_is_used_from_then_on(
+    lite0: Recipe, model_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    exported_model(lite0)
+    shutil.copytree(model_cache, tmp_path / "cache")
+    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "cache"))
+    assert not engines.is_batch_size_known(lite0, "openvino", 2)
+    assert engines.find_batch_size(Paced(1), lite0, 2).batch_size == 8
+    assert engines.is_batch_size_known(lite0, "openvino", 2)
+    assert not engines.is_batch_size_known(lite0, "openvino", 1)
+    assert not engines.is_batch_size_known(lite0, "tensorflow", 2)
+    (file,) = (tmp_path / "cache" / "batch-sizes").iterdir()
+    file.write_text(json.dumps({"batch_size": 3}))  # so that it is told from the default
+    assert load(lite0, "openvino", None, 2).batch_size == 3
+    assert load(lite0, "openvino", 5, 2).batch_size == 5
+    file.write_text("damaged")
+    assert not engines.is_batch_size_known(lite0, "openvino", 2)
+    assert load(lite0, "openvino", None, 2).batch_size == 8
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_a_resized_engine_gives_the_same_vectors(
+    lite0: Recipe, pixels: NDArray[np.uint8], engine: str
+) -> None:
+    whole = load(lite0, engine, 6, 2)
+    half = whole.resized(3)
+    assert half.batch_size == 3
+    vectors = np.concatenate([half.embed(pixels[:3]), half.embed(pixels[3:])])
+    np.testing.assert_allclose(vectors, whole.embed(pixels), atol=1e-5 * np.abs(vectors).max())
+
+
+def test_each_worker_process_gets_a_gpu_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(engines, "_GPU_FOLDER", tmp_path)  # of a machine with three
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert engines.gpus() == ["0", "1", "2"]
+    assert engines.choose("auto") == "tensorflow"
+    assert RunOptions().num_workers == 3
+    assert RunOptions(workers=2).num_workers == 2
+    assert RunOptions(engine="openvino").num_workers == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,2")
+    assert engines.gpus() == ["GPU-abc", "2"]
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        cluster.dask_setup(SimpleNamespace(name=1))
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+    assert engines.gpus() == ["2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert engines.gpus() == []
+    assert engines.choose("auto") == "openvino"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_gpu_agrees_with_the_cpu(
+    lite0: Recipe, pixels: NDArray[np.uint8], precision: str
+) -> None:
+    engine = load(lite0.model_copy(update={"precision": precision}), "tensorflow", 3, 2)
+    assert engine.device == "GPU"
+    vectors = np.concatenate([engine.embed(pixels[:3]), engine.embed(pixels[3:])])
+    exact = embed_all(lite0, "openvino", 3, pixels)
+    assert cosines(exact, vectors).min() > (0.9999 if precision == "float32" else 0.99)
+
+
+@pytest.mark.gpu
+def test_extraction_uses_every_gpu(archive: Path, tmp_path: Path) -> None:
+    store = extract(archive, tmp_path / "out", shard_size=2, image_size=(64, 96))
+    (run,) = store.runs()
+    assert len(store) == 20
+    assert run["engine"] == "tensorflow on GPU"
+    assert run["workers"] == len(engines.gpus())

@@ -1,5 +1,6 @@
 """One shard: every image a row or a failure, every vector with its own row."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder.decode import decode_rgb
-from embedder.errors import StoreError
+from embedder.errors import EngineError, OutOfMemory, StoreError
 from embedder.pipeline import Job, Receipt, Stopped, Toolbox, extract_shard, finished_vectors
 from embedder.recipe import Recipe
 from embedder.sources import list_images
@@ -215,3 +216,93 @@ def test_a_vanished_store_is_told(
         extract_shard(
             job, Toolbox(mean_colour_recipe, MeanColour(), 1), refs, lambda *_: None, lambda: False
         )
+
+
+class SmallMemory(MeanColour):
+    """Holds so many images and no more; keeps the batch sizes it was asked for."""
+
+    def __init__(self, batch_size: int, num_images: int, asked: list[int]) -> None:
+        super().__init__(batch_size)
+        self._num_images, self._asked = num_images, asked
+
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self._asked.append(len(pixels))
+        if len(pixels) > self._num_images:
+            raise OutOfMemory(f"{len(pixels)} images do not fit")
+        return super().embed(pixels)
+
+    def resized(self, batch_size: int) -> "SmallMemory":
+        return SmallMemory(batch_size, self._num_images, self._asked)
+
+
+@pytest.mark.parametrize(("batch_size", "fits"), [(16, 4), (11, 2), (8, 1)])
+def test_out_of_memory_halves_the_batch_and_loses_no_row(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe, batch_size: int, fits: int
+) -> None:
+    asked: list[int] = []
+    engine = SmallMemory(batch_size, fits, asked)
+    store, receipt = run(mean_colour_recipe, archive, tmp_path / "out", engine)
+    expected = expected_colours(mean_colour_recipe, archive)
+    assert sorted(store.ids()) == sorted(expected)
+    for image_id, vector in zip(store.ids(), store.vectors(), strict=True):
+        np.testing.assert_allclose(vector, expected[image_id], atol=1e-4)
+    assert receipt.failures.total() == 0
+    assert receipt.batch_size <= fits
+    # Once small enough it stays so; only a batch that was in work already may come late.
+    first_that_fits = next(i for i, size in enumerate(asked) if size <= fits)
+    assert sum(size > fits for size in asked[first_that_fits:]) <= engine.num_parallel
+
+
+def test_an_image_that_does_not_fit_alone_ends_the_run(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    with pytest.raises(EngineError, match="Not even one image of 48x64 pixels"):
+        run(mean_colour_recipe, archive, tmp_path / "out", SmallMemory(4, 0, []))
+    assert Store(tmp_path / "out").failures().num_rows == 0
+
+
+def test_a_shard_that_is_given_up_returns_its_buffers(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    store = Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
+    job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
+    toolbox = Toolbox(mean_colour_recipe, MeanColour(), 2)
+    num_buffers = toolbox.buffers.qsize()
+    refs = list_images(archive).refs
+    for num_images in range(12):  # more often than there are buffers
+        answers = iter([False] * num_images)
+        with pytest.raises(Stopped):
+            extract_shard(job, toolbox, refs, lambda *_: None, lambda a=answers: next(a, True))
+    assert toolbox.buffers.qsize() == num_buffers
+    extract_shard(job, toolbox, refs, lambda *_: None, lambda: False)
+    assert len(store) == 20
+    assert toolbox.buffers.qsize() == num_buffers
+
+
+def test_the_next_shard_is_fed_while_the_last_one_drains(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    """The first shard's last batch waits for a batch of the second: they must overlap."""
+    import threading
+
+    refs = list_images(archive).refs
+    second_began = threading.Event()
+    num_calls = iter(range(100))
+
+    def hold_the_last_batch(_: NDArray[np.uint8]) -> None:
+        number = next(num_calls)
+        if number == 4:
+            assert second_began.wait(timeout=30)
+        elif number > 4:
+            second_began.set()
+
+    toolbox = Toolbox(mean_colour_recipe, MeanColour(before=hold_the_last_batch), 2)
+    store = Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
+    job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
+
+    def one(part: pa.Table) -> Receipt:
+        return extract_shard(job, toolbox, part, lambda *_: None, lambda: False)
+
+    with ThreadPoolExecutor(2) as threads:
+        receipts = list(threads.map(one, [refs.slice(0, 17), refs.slice(17)]))
+    assert [receipt.num_rows for receipt in receipts] == [17, 3]
