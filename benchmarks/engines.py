@@ -1,0 +1,166 @@
+"""Images per second of the network alone: every engine and precision, several networks.
+
+Networks have random weights and their classifier cut off; batches are in memory. Beside each
+figure stands its share of what this machine's matrix multiplication (GEMM) of the same precision
+reaches, in the same run: a convolution that is one large multiplication can come near it, a
+depthwise one cannot. OpenVINO measures the GEMM too: one 2048x2048x2048 product per stream.
+
+    python benchmarks/engines.py --seconds 3 --rounds 3
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from embedder import engines
+from embedder.backbones import build, import_keras, make_recipe
+from embedder.cluster import NUM_CORES
+
+GEMM_SIDE = 2048
+BATCH_SIZES = {"openvino": 8, "tensorflow": 32}
+OPENVINO_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+# Multiplications and additions of one image at 224x224, as the networks' papers give them, times
+# two: Tan and Le 2019 (Lite: its release notes), Sandler 2018, He 2015, Simonyan 2014.
+NETWORKS = {
+    "efficientnet-lite0": 2 * 0.39e9,
+    "mobilenet-v2": 2 * 0.30e9,
+    "resnet50": 2 * 3.86e9,
+    "vgg16": 2 * 15.3e9,
+}
+
+
+def keras_network(name: str) -> Any:
+    """uint8 pixels to pooled features."""
+    if name == "efficientnet-lite0":
+        return build(make_recipe())
+    keras = import_keras()
+    constructors = {
+        "mobilenet-v2": keras.applications.MobileNetV2,
+        "resnet50": keras.applications.ResNet50,
+        "vgg16": keras.applications.VGG16,
+    }
+    pixels = keras.Input((224, 224, 3), dtype="uint8", name="pixels")
+    scaled = keras.layers.Rescaling(1 / 127.5, offset=-1)(keras.ops.cast(pixels, "float32"))
+    network = constructors[name](weights=None, include_top=False, pooling="avg")
+    return keras.Model(pixels, {"embedding": network(scaled)})
+
+
+def per_second(call: Callable[[], Any], num_parallel: int, seconds: float) -> float:
+    """Calls per second in so many threads at the same time."""
+
+    def repeat(_: int) -> int:
+        num_calls = 0
+        while time.perf_counter() - begin < seconds:
+            call()
+            num_calls += 1
+        return num_calls
+
+    with ThreadPoolExecutor(num_parallel) as threads:
+        begin = time.perf_counter()
+        num_calls = sum(threads.map(repeat, range(num_parallel)))
+        return num_calls / (time.perf_counter() - begin)
+
+
+def openvino_call(model: Any, inputs: dict[str, Any], precision: str) -> Callable[[], Any]:
+    """A function that runs one inference on a stream of its own."""
+    openvino = engines.import_openvino()
+    compiled = openvino.Core().compile_model(
+        model,
+        "CPU",
+        {
+            "NUM_STREAMS": NUM_CORES,
+            "INFERENCE_NUM_THREADS": NUM_CORES,
+            "INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision],
+            "ENABLE_CPU_PINNING": False,
+        },
+    )
+    requests = [compiled.create_infer_request() for _ in range(NUM_CORES)]
+    requests[0].infer(inputs)
+
+    def call() -> None:
+        request = requests.pop()
+        request.infer(inputs, share_inputs=True)
+        requests.append(request)
+
+    return call
+
+
+def gemm_call(precision: str) -> Callable[[], Any]:
+    openvino = engines.import_openvino()
+    from openvino import opset13 as ops
+
+    left = ops.parameter([GEMM_SIDE, GEMM_SIDE], np.float32, "left")
+    right = ops.constant(np.random.default_rng(0).random((GEMM_SIDE, GEMM_SIDE), np.float32))
+    model = openvino.Model([ops.matmul(left, right, False, False)], [left])
+    values = np.random.default_rng(1).random((GEMM_SIDE, GEMM_SIDE), np.float32)
+    return openvino_call(model, {"left": values}, precision)
+
+
+def network_call(name: str, engine: str, precision: str) -> Callable[[], Any]:
+    network = keras_network(name)
+    shape = (BATCH_SIZES[engine], 224, 224, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    if engine == "openvino":
+        openvino = engines.import_openvino()
+        import tempfile
+        from pathlib import Path
+
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "model.xml"
+            network.export(str(path), format="openvino", verbose=False)
+            model = openvino.Core().read_model(path)
+        model.reshape(list(shape))
+        return openvino_call(model, {"pixels": pixels}, precision)
+    import tensorflow as tf
+
+    run = tf.function(
+        lambda batch: network(batch, training=False), jit_compile=False, reduce_retracing=True
+    )
+    run(pixels)
+    return lambda: run(tf.constant(pixels))["embedding"].numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    options = parser.parse_args()
+    precisions = ["float32"]
+    try:
+        engines.check_precision("bfloat16", "openvino")
+        precisions.append("bfloat16")
+    except engines.EngineError as error:
+        print(f"bfloat16: left out. {error}")
+    print(f"{NUM_CORES} cores, " + ", ".join(f"{k} {v}" for k, v in engines.versions().items()))
+    gemms = {precision: gemm_call(precision) for precision in precisions}
+    cases = [("openvino", precision) for precision in precisions] + [("tensorflow", "float32")]
+    for name in options.networks:
+        calls = {case: network_call(name, *case) for case in cases}
+        speeds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+        peaks: dict[str, list[float]] = {precision: [] for precision in precisions}
+        for _ in range(options.rounds):
+            for precision, call in gemms.items():
+                rate = per_second(call, NUM_CORES, options.seconds)
+                peaks[precision].append(rate * 2 * GEMM_SIDE**3)
+            for (engine, precision), call in calls.items():
+                num_parallel = NUM_CORES if engine == "openvino" else 1
+                rate = per_second(call, num_parallel, options.seconds)
+                speeds[engine, precision].append(rate * BATCH_SIZES[engine])
+        for (engine, precision), values in speeds.items():
+            median, peak = statistics.median(values), statistics.median(peaks[precision])
+            print(
+                f"{name:<19} {engine:<10} {precision:<8} {median:7.1f} images/s "
+                f"({min(values):.1f} to {max(values):.1f}), "
+                f"{median * NETWORKS[name] / 1e9:6.0f} of {peak / 1e9:5.0f} GFLOP/s, "
+                f"{median * NETWORKS[name] / peak:.0%} of the GEMM peak"
+            )
+
+
+if __name__ == "__main__":
+    main()
