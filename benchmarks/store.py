@@ -5,7 +5,9 @@ The same random float32 vectors are written and read back whole, in turn, severa
 - `store`: `Store.write_shard` in shards of 1,024 rows, and `Store.vectors`.
 - `nullable lists`: one Parquet file with a column of variable, nullable lists.
 - `dictionary`: fixed-size lists as in the store, but with PyArrow's default dictionary encoding.
-- `npy`: one `.npy` file, no ids, no checksums: the disk's own limit.
+- `npy`: one `.npy` file, no ids, no checksums.
+
+Only the store waits until the disk has the bytes (fsync); all files are read from the page cache.
 
     python benchmarks/store.py --rows 20000 --dim 1280 --rounds 3
 """

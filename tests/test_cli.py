@@ -10,6 +10,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
+from embedder import doctor
 from embedder.backbones import BACKBONES
 from embedder.store import Store
 
@@ -106,7 +107,11 @@ def test_backbones_are_listed() -> None:
 def test_the_doctor_finds_this_machine_well() -> None:
     done = run("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("pass") == 4
+    # Rotation, each engine alone and in a batch, the two together; then each further precision.
+    others = [precision for precision in doctor.precisions() if precision != "float32"]
+    assert done.stdout.count("pass") == 4 + len(others)
+    for precision in others:
+        assert f"{precision} as float32" in done.stdout
     assert "openvino and tensorflow agree" in " ".join(done.stdout.split())
     assert done.stderr == ""
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +152,15 @@ def test_reading_an_empty_store_says_so(store: Store) -> None:
     assert store.failures().num_rows == 0
 
 
-def test_a_damaged_shard_is_named_with_what_to_do(store: Store) -> None:
+@pytest.mark.parametrize("read", [Store.ids, Store.index, Store.__len__])
+def test_a_damaged_shard_is_named_with_what_to_do(
+    store: Store, read: Callable[[Store], Any]
+) -> None:
     name = write(store, ["a", "b"])
     path = store.path / "embeddings" / name
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(StoreError, match=rf"{name} is damaged.*Delete it"):
-        store.ids()
+        read(store)
 
 
 def test_a_flipped_bit_is_noticed(store: Store) -> None:
@@ -174,6 +178,17 @@ def test_index_tells_each_rows_shard(store: Store) -> None:
     index = store.index()
     shards = dict(zip(index["image_id"].to_pylist(), index["shard"].to_pylist(), strict=True))
     assert shards == {"a": first, "b": first, "c": second}
+
+
+def test_index_has_every_column_of_a_manifest_whatever_its_name(store: Store) -> None:
+    extras = {"label": ["x", "y"], "label.fine": [1, 2], "bytes.old": [3, 4], "tags": [["t"], []]}
+    vectors = np.zeros((2, DIM), np.float32)
+    store.write_shard(
+        rows_of(store.recipe, ["a", "b"], vectors, extras), make_failures([]), "0.parquet"
+    )
+    index = store.index()
+    assert index.column_names == ["image_id", "bytes", "modified", *extras, "shard"]
+    assert index.select(list(extras)).to_pydict() == extras
 
 
 def test_dropping_rows_keeps_the_others_and_their_vectors(store: Store) -> None:
