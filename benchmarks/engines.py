@@ -10,9 +10,11 @@ depthwise one cannot. OpenVINO measures the GEMM too: one 2048x2048x2048 product
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,6 @@ from embedder.cluster import NUM_CORES
 
 GEMM_SIDE = 2048
 BATCH_SIZES = {"openvino": 8, "tensorflow": 32}
-OPENVINO_PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 # Multiplications and additions of one image at 224x224, as the networks' papers give them, times
 # two: Tan and Le 2019 (Lite: its release notes), Sandler 2018, He 2015, Simonyan 2014.
 NETWORKS = {
@@ -66,19 +67,11 @@ def per_second(call: Callable[[], Any], num_parallel: int, seconds: float) -> fl
         return num_calls / (time.perf_counter() - begin)
 
 
-def openvino_call(model: Any, inputs: dict[str, Any], precision: str) -> Callable[[], Any]:
+def openvino_call(model: Any, inputs: list[Any], precision: str) -> Callable[[], Any]:
     """A function that runs one inference on a stream of its own."""
     openvino = engines.import_openvino()
-    compiled = openvino.Core().compile_model(
-        model,
-        "CPU",
-        {
-            "NUM_STREAMS": NUM_CORES,
-            "INFERENCE_NUM_THREADS": NUM_CORES,
-            "INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision],
-            "ENABLE_CPU_PINNING": False,
-        },
-    )
+    settings = engines.openvino_settings(precision, NUM_CORES)
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
     requests = [compiled.create_infer_request() for _ in range(NUM_CORES)]
     requests[0].infer(inputs)
 
@@ -98,31 +91,33 @@ def gemm_call(precision: str) -> Callable[[], Any]:
     right = ops.constant(np.random.default_rng(0).random((GEMM_SIDE, GEMM_SIDE), np.float32))
     model = openvino.Model([ops.matmul(left, right, False, False)], [left])
     values = np.random.default_rng(1).random((GEMM_SIDE, GEMM_SIDE), np.float32)
-    return openvino_call(model, {"left": values}, precision)
+    return openvino_call(model, [values], precision)
 
 
-def network_call(name: str, engine: str, precision: str) -> Callable[[], Any]:
+def network_calls(name: str, precisions: list[str]) -> dict[tuple[str, str], Callable[[], Any]]:
+    """A function that runs one batch, by engine and precision: of one network, exported once."""
     network = keras_network(name)
-    shape = (BATCH_SIZES[engine], 224, 224, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    if engine == "openvino":
-        openvino = engines.import_openvino()
-        import tempfile
-        from pathlib import Path
+    generator = np.random.default_rng(0)
+    pixels = {
+        engine: generator.integers(0, 256, (size, 224, 224, 3), dtype=np.uint8)
+        for engine, size in BATCH_SIZES.items()
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.xml"
+        network.export(str(path), format="openvino", verbose=False)
+        model = engines.import_openvino().Core().read_model(path)
+    model.reshape(list(pixels["openvino"].shape))
+    inputs = [pixels["openvino"]]
+    calls = {("openvino", p): openvino_call(model, inputs, p) for p in precisions}
 
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "model.xml"
-            network.export(str(path), format="openvino", verbose=False)
-            model = openvino.Core().read_model(path)
-        model.reshape(list(shape))
-        return openvino_call(model, {"pixels": pixels}, precision)
     import tensorflow as tf
 
-    run = tf.function(
-        lambda batch: network(batch, training=False), jit_compile=False, reduce_retracing=True
-    )
-    run(pixels)
-    return lambda: run(tf.constant(pixels))["embedding"].numpy()
+    run = tf.function(lambda batch: network(batch, training=False), jit_compile=False)
+    run(tf.constant(pixels["tensorflow"]))
+    calls["tensorflow", "float32"] = lambda: run(tf.constant(pixels["tensorflow"]))[
+        "embedding"
+    ].numpy()
+    return calls
 
 
 def main() -> None:
@@ -139,10 +134,9 @@ def main() -> None:
         print(f"bfloat16: left out. {error}")
     print(f"{NUM_CORES} cores, " + ", ".join(f"{k} {v}" for k, v in engines.versions().items()))
     gemms = {precision: gemm_call(precision) for precision in precisions}
-    cases = [("openvino", precision) for precision in precisions] + [("tensorflow", "float32")]
     for name in options.networks:
-        calls = {case: network_call(name, *case) for case in cases}
-        speeds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+        calls = network_calls(name, precisions)
+        speeds: dict[tuple[str, str], list[float]] = {case: [] for case in calls}
         peaks: dict[str, list[float]] = {precision: [] for precision in precisions}
         for _ in range(options.rounds):
             for precision, call in gemms.items():

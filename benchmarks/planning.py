@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from embedder.extract import DEFAULT_SHARD_SIZE
 from embedder.plan import drop_repeated, make_plan
@@ -41,16 +42,17 @@ def make_listing(num_refs: int) -> pa.Table:
     )
 
 
-def make_store(path: Path, refs: pa.Table) -> None:
+def write_store(path: Path, refs: pa.Table, vectors: NDArray[np.float32]) -> None:
+    """Write vectors (n_refs, dim) in shards, as a run over these refs would."""
     recipe = Recipe(backbone="synthetic", weights="0" * 64, image_size=(224, 224))
     store = Store.open_or_create(path, recipe, {})
-    schema = row_schema(recipe, DIM)
+    schema = row_schema(recipe, vectors.shape[1])
     for number, start in enumerate(range(0, refs.num_rows, DEFAULT_SHARD_SIZE)):
         part = refs.slice(start, DEFAULT_SHARD_SIZE)
         size = part.num_rows
         columns = [part["image_id"], ["0" * 64] * size, part["bytes"], [500] * size, [375] * size]
         columns += [["JPEG"] * size, part["modified"]]
-        columns.append(vector_array(np.zeros((size, DIM), np.float32)))
+        columns.append(vector_array(vectors[start : start + size]))
         store.write_shard(pa.table(columns, schema=schema), pa.table({}), f"{number:020x}.parquet")
 
 
@@ -84,7 +86,8 @@ def main() -> None:
     for num_refs in options.refs:
         with tempfile.TemporaryDirectory() as scratch:
             store = Path(scratch) / "store"
-            make_store(store, make_listing(num_refs))
+            vectors = np.zeros((num_refs, DIM), np.float32)
+            write_store(store, make_listing(num_refs), vectors)
             command = [sys.executable, __file__, "--plan", str(store)]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         measured = json.loads(done.stdout)

@@ -23,25 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from planning import make_listing, write_store
 
-from embedder.extract import DEFAULT_SHARD_SIZE
-from embedder.recipe import Recipe
-from embedder.store import Store, row_schema, vector_array
-
-RECIPE = Recipe(backbone="synthetic", weights="0" * 64, image_size=(224, 224))
-
-
-def write_store(folder: Path, vectors: NDArray[np.float32]) -> None:
-    store = Store.open_or_create(folder, RECIPE, {})
-    schema = row_schema(RECIPE, vectors.shape[1])
-    for start in range(0, len(vectors), DEFAULT_SHARD_SIZE):
-        part = vectors[start : start + DEFAULT_SHARD_SIZE]
-        size = len(part)
-        ids = [f"image{number:08d}.jpg" for number in range(start, start + size)]
-        modified = pa.nulls(size, schema.field("modified").type)
-        columns = [ids, ["0" * 64] * size, [30_000] * size, [500] * size, [375] * size]
-        columns += [["JPEG"] * size, modified, vector_array(part)]
-        store.write_shard(pa.table(columns, schema=schema), pa.table({}), f"{start:020x}.parquet")
+from embedder.store import Store, vector_array
 
 
 def read_store(folder: Path) -> NDArray[np.float32]:
@@ -76,8 +60,7 @@ def read_npy(folder: Path) -> NDArray[np.float32]:
     return np.load(folder / "a.npy")
 
 
-FORMATS = {
-    "store": (write_store, read_store),
+OTHERS = {
     "nullable lists": (write_lists, read_parquet),
     "dictionary": (write_dictionary, read_parquet),
     "npy": (write_npy, read_npy),
@@ -91,11 +74,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     vectors = np.random.default_rng(0).random((options.rows, options.dim), np.float32)
+    refs = make_listing(options.rows)
+    ours = lambda folder, vectors: write_store(folder, refs, vectors), read_store
+    formats = {"store": ours} | OTHERS
     seconds: dict[tuple[str, str], list[float]] = {}
     sizes = {}
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(options.rounds):
-            for name, (write, read) in FORMATS.items():
+            for name, (write, read) in formats.items():
                 folder = Path(scratch) / "folder"
                 shutil.rmtree(folder, ignore_errors=True)
                 begin = time.perf_counter()
@@ -108,7 +94,7 @@ def main() -> None:
                 seconds.setdefault((name, "read"), []).append(end - written)
                 sizes[name] = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     print(f"{options.rows:,} vectors of {options.dim:,} float32, {vectors.nbytes / 1e6:,.0f} MB")
-    for name in FORMATS:
+    for name in formats:
         line = f"{name:<15}"
         for step in ("write", "read"):
             values = seconds[name, step]

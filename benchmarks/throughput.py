@@ -19,7 +19,6 @@ exceed is `1 / (1 / decode + 1 / inference)`; `efficiency` is our speed as a sha
 import argparse
 import importlib.util
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -209,7 +208,7 @@ def main() -> None:
                 command = [sys.executable, __file__, options.source, "--pipelines", pipeline]
                 command += ["--decode", options.decode] if options.decode else []
                 command += ["--measure", str(warm_up), str(folder), str(Path(scratch) / "store")]
-                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ)
+                done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
                 results[pipeline].append(json.loads(done.stdout.splitlines()[-1]))
     base = statistics.median(result["speed"] for result in results[pipelines[0]])
     for pipeline, measured in results.items():

@@ -183,8 +183,6 @@ def _fit(image: Image.Image, box: _Box, recipe: Recipe) -> Image.Image:
     # Rounding can put an edge a hair outside the image, which Pillow refuses.
     crop_left = left + max(0.0, (box_width - crop_width) / 2)
     crop_top = top + max(0.0, (box_height - crop_height) / 2)
-    crop_right, crop_bottom = (
-        min(right, crop_left + crop_width),
-        min(bottom, crop_top + crop_height),
-    )
+    crop_right = min(right, crop_left + crop_width)
+    crop_bottom = min(bottom, crop_top + crop_height)
     return image.resize((width, height), resample, (crop_left, crop_top, crop_right, crop_bottom))

@@ -26,8 +26,7 @@ def images_folder() -> Path:
 
 def linear_probe(store: Store) -> dict[str, dict[str, float]]:
     """How well a logistic regression tells the demo's classes apart; see `Head.evaluate`."""
-    from embedder.heads import (
-        train,
-    )  # scikit-learn takes half a second, which no other command pays
+    # scikit-learn takes half a second to import, which no other command is to pay.
+    from embedder.heads import train
 
     return train(store, labels="folder").evaluate()

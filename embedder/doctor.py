@@ -67,8 +67,8 @@ def self_test(backbone: str) -> list[Check]:
                 f"difference {share:.1e}, at most {_MAX_DIFFERENCE:.0e}",
             )
         )
-    first, second = (vector.astype(np.float64) for vector in alone.values())
-    cosine = float(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
+    first, second = alone.values()
+    cosine = float(_cosines(first[None], second[None])[0])
     checks.append(
         Check(
             f"{' and '.join(alone)} agree",
@@ -114,6 +114,14 @@ def _embed(recipe: Recipe, engine_name: str, pixels: NDArray[np.uint8]) -> NDArr
     return finished_vectors(engine.embed(pixels), recipe)
 
 
+def _cosines(vectors: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cosine of each vector to the other in its row: two of (n, dim) to (n,)."""
+    one, other = vectors.astype(np.float64), others.astype(np.float64)
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    cosines: NDArray[np.float64] = (one * other).sum(axis=1) / norms
+    return cosines
+
+
 def _check_precisions(recipe: Recipe) -> list[Check]:
     """How far each other precision's vectors are from float32's, on demo images."""
     try:
@@ -124,15 +132,13 @@ def _check_precisions(recipe: Recipe) -> list[Check]:
     except SourceError:
         encoded, what = [_encode(test_card(_CARD_SIZE), 1)], "the test card"
     pixels = np.stack([decode_rgb(file, recipe).pixels for file in encoded])
-    exact = _embed(recipe, "auto", pixels).astype(np.float64)
+    exact = _embed(recipe, "auto", pixels)
     checks = []
     for precision in precisions():
         if precision == "float32":
             continue
         other = recipe.model_copy(update={"precision": precision})
-        vectors = _embed(other, "auto", pixels).astype(np.float64)
-        norms = np.linalg.norm(exact, axis=1) * np.linalg.norm(vectors, axis=1)
-        cosines = (exact * vectors).sum(axis=1) / norms
+        cosines = _cosines(exact, _embed(other, "auto", pixels))
         median, lowest = float(np.median(cosines)), float(cosines.min())
         checks.append(
             Check(

@@ -89,7 +89,7 @@ def check_precision(precision: str, name: str) -> None:
     Raises:
         EngineError: It does not.
     """
-    if precision == "float32" or (choose(name) == "tensorflow" and gpus()):
+    if precision == "float32" or gpus_of(name):
         return
     if precision == "float16":
         raise EngineError(
@@ -146,19 +146,8 @@ class OpenVinoEngine:
         model = core.read_model(exported_model(recipe))
         model.reshape([batch_size, *recipe.image_size, 3])
         with _out_of_memory(RuntimeError, MemoryError):
-            compiled = core.compile_model(
-                model,
-                self.device,
-                {
-                    "NUM_STREAMS": num_threads,
-                    "INFERENCE_NUM_THREADS": num_threads,
-                    "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[
-                        recipe.precision
-                    ],
-                    # Decode threads share the cores: a pinned thread would wait for its own.
-                    "ENABLE_CPU_PINNING": False,
-                },
-            )
+            settings = openvino_settings(recipe.precision, num_threads)
+            compiled = core.compile_model(model, self.device, settings)
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(num_threads):
             self._requests.put(compiled.create_infer_request())
@@ -180,6 +169,17 @@ class OpenVinoEngine:
     def resized(self, batch_size: int) -> "OpenVinoEngine":
         """Compile again, for another batch size."""
         return OpenVinoEngine(self._recipe, batch_size, self.num_parallel)
+
+
+def openvino_settings(precision: str, num_threads: int) -> dict[str, Any]:
+    """What OpenVINO compiles a model with: a stream for each thread, in a precision of `Recipe`."""
+    return {
+        "NUM_STREAMS": num_threads,
+        "INFERENCE_NUM_THREADS": num_threads,
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        # Decode threads share the cores: a pinned thread would wait for its own.
+        "ENABLE_CPU_PINNING": False,
+    }
 
 
 class TensorFlowEngine:
@@ -316,7 +316,7 @@ def _remembered_batch_size(recipe: Recipe, name: str, num_threads: int) -> int |
 
 
 def _batch_size_file(recipe: Recipe, name: str, num_threads: int) -> Path:
-    device = "GPU" if name == "tensorflow" and gpus() else platform.processor() or "CPU"
+    device = "GPU" if gpus_of(name) else platform.processor() or "CPU"
     versions_of = _installed((name,))
     parts = [recipe.fingerprint, name, *versions_of, device, platform.node(), num_threads]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -413,6 +413,11 @@ def gpus() -> list[str]:
     if not found or visible is None:
         return [str(number) for number in range(len(found))]
     return [name for name in visible.split(",") if name not in ("", "-1")]
+
+
+def gpus_of(name: str) -> list[str]:
+    """GPUs that an engine, one of `ENGINES` or `auto`, computes on; empty where it uses the CPU."""
+    return gpus() if choose(name) == "tensorflow" else []
 
 
 def versions() -> dict[str, str]:

@@ -77,8 +77,7 @@ class RunOptions:
     @property
     def num_workers(self) -> int:
         """Local worker processes."""
-        on_gpu = engines.choose(self.engine) == "tensorflow"
-        return self.workers or (max(1, len(engines.gpus())) if on_gpu else 1)
+        return self.workers or len(engines.gpus_of(self.engine)) or 1
 
 
 @dataclass

@@ -381,7 +381,7 @@ class _ShardInWork:
             self.toolbox.embedders.submit(_embed, self.toolbox, self.recipe, self._batch, buffer)
         )
         self._batch, self._buffer = [], None
-        while self._in_flight[0].done() and len(self._in_flight) > 1:
+        while self._in_flight and self._in_flight[0].done():
             self._collect(self._in_flight.popleft().result())
 
     def _collect(self, embedded: "_EmbeddedBatch") -> None:

@@ -225,7 +225,11 @@ class Store:
 
     def __len__(self) -> int:
         """Number of embedded images."""
-        return sum(map(_num_rows, self.shards()))
+        num_rows = 0
+        for path in self.shards():
+            with _reading(path):
+                num_rows += pq.read_metadata(path).num_rows
+        return num_rows
 
     # Writing -------------------------------------------------------------------------------
 
@@ -313,14 +317,9 @@ def _read(path: Path, columns: list[str] | None) -> pa.Table:
         )
 
 
-def _num_rows(path: Path) -> int:
-    with _reading(path):
-        return int(pq.read_metadata(path).num_rows)
-
-
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Names the shard, and what to do, where it cannot be read."""
+    """Name the shard, and what to do, where it cannot be read."""
     try:
         yield
     except FileNotFoundError as error:

@@ -46,10 +46,14 @@ def test_a_vector_does_not_depend_on_its_batch(
     assert alone.dtype == np.float32
 
 
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    return (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+
+
 def test_engines_agree(lite0: Recipe, pixels: NDArray[np.uint8]) -> None:
     one, other = (embed_all(lite0, name, 3, pixels) for name in engines.ENGINES)
-    cosines = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
-    assert cosines.min() > 0.9999
+    assert cosines(one, other).min() > 0.9999
     assert np.linalg.norm(one[0] - one[1]) > 0.1 * np.linalg.norm(one[0])  # pictures do differ
 
 
@@ -133,11 +137,6 @@ def test_nothing_is_written_to_standard_error() -> None:
     code = "from embedder.backbones import build, make_recipe; build(make_recipe())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
-
-
-def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    return (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
 
 
 def needs_precision(precision: str) -> None:

@@ -1,5 +1,6 @@
 """One shard: every image a row or a failure, every vector with its own row."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,8 +74,6 @@ def test_bad_files_among_good_ones_shift_nothing(
 def test_batches_that_come_back_out_of_order_find_their_rows(
     archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
 ) -> None:
-    import threading
-
     second_is_done = threading.Event()
     calls = []
 
@@ -283,8 +282,6 @@ def test_the_next_shard_is_fed_while_the_last_one_drains(
     archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
 ) -> None:
     """The first shard's last batch waits for a batch of the second: they must overlap."""
-    import threading
-
     refs = list_images(archive).refs
     second_began = threading.Event()
     num_calls = iter(range(100))

@@ -7,10 +7,15 @@ from embedder.recipe import Recipe
 from embedder.summary import Summary
 
 
+def summary_of_nothing(recipe: Recipe) -> Summary:
+    return Summary(
+        "photos", "store", {}, recipe, started=0.0, num_inputs=1000, num_repeated=0, skipped={}
+    )
+
+
 def summary_of(recipe: Recipe, **receipt: object) -> Summary:
     """A run of ten seconds and one worker, with 1,000 images in one shard."""
-    summary = Summary("photos", "store", {}, recipe, started=0.0, num_inputs=1000, num_repeated=0,
-                      skipped={})  # fmt: skip
+    summary = summary_of_nothing(recipe)
     facts = {
         "started": 100.0,
         "ended": 110.0,
@@ -91,7 +96,6 @@ def test_the_engine_of_two_workers_is_twice_as_large(mean_colour_recipe: Recipe)
 
 
 def test_a_run_with_nothing_to_do_has_no_bottleneck(mean_colour_recipe: Recipe) -> None:
-    summary = Summary("photos", "store", {}, mean_colour_recipe, started=0.0, num_inputs=0,
-                      num_repeated=0, skipped={})  # fmt: skip
+    summary = summary_of_nothing(mean_colour_recipe)
     assert summary.bottleneck == "nothing to embed"
     assert summary.record()["images_per_second"] == 0.0
