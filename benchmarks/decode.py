@@ -31,7 +31,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from embedder import engines
 from embedder.backbones import make_recipe
 from embedder.cluster import NUM_CORES
-from embedder.decode import decode_rgb, silence_decoders
+from embedder.decode import decode_rgb, prepare_decoders
 from embedder.recipe import Recipe
 from embedder.sources import list_images, read_bytes
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="repeated if there are fewer")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    silence_decoders()
+    prepare_decoders()
     listed = list_images(options.source).refs["path"].to_pylist()
     # Evenly over the whole source, which may be sorted by class.
     step = max(1, len(listed) // options.images)

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedder import engines
-from embedder.decode import DecodedImage, decode_rgb, silence_decoders
+from embedder.decode import DecodedImage, decode_rgb, prepare_decoders
 from embedder.engines import Engine
 from embedder.errors import DecodeError, EngineError, OutOfMemory, ReadError, Unfinished
 from embedder.recipe import Recipe
@@ -115,7 +115,7 @@ class Toolbox:
             engine: Compiled model.
             num_threads: Threads that read and decode.
         """
-        silence_decoders()
+        prepare_decoders()
         _give_back_large_blocks()
         self.engine = engine
         self.num_threads = num_threads

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from embedder import decode
-from embedder.decode import FORMATS, MAX_PIXELS, decode_rgb, silence_decoders
+from embedder.decode import FORMATS, MAX_PIXELS, decode_rgb, prepare_decoders
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
 from embedder.sources import IMAGE_EXTENSIONS
@@ -66,7 +66,7 @@ def test_extensions_that_are_listed_are_those_of_the_formats_that_are_read() -> 
 
 @pytest.mark.parametrize("how", ["exact", "scaled"])
 def test_every_odd_file_comes_out_as_expected(odd: Path, how: str) -> None:
-    silence_decoders()
+    prepare_decoders()
     recipe = make_recipe(decode=how)
     with (odd / "expected.csv").open(newline="", encoding="utf-8") as lines:
         expected = {row["file"]: row["expect"] for row in csv.DictReader(lines)}
@@ -93,13 +93,13 @@ def test_silenced_decoders_write_nothing_to_standard_error(odd: Path) -> None:
     warns, errs = "crash-2020-10-test.tif", "m3-63c8b14ea08a18c884d05a3431716047.tif"
     code = """
 import pathlib, sys
-from embedder.decode import decode_rgb, silence_decoders
+from embedder.decode import decode_rgb, prepare_decoders
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
 
 volume, *files = sys.argv[1:]
 if volume == "silent":
-    silence_decoders()
+    prepare_decoders()
 recipe = Recipe(backbone="none", weights="0" * 64, image_size=(48, 64))
 for file in files:
     try:
@@ -580,7 +580,7 @@ def test_a_size_that_changes_while_loading_is_checked_again(
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP"])
 def test_a_truncated_file_is_refused(image_format: str) -> None:
-    silence_decoders()
+    prepare_decoders()
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     encoded = encode(noise, image_format)
     assert decode_rgb(encoded, make_recipe()).width == 120
