@@ -29,9 +29,8 @@ from embedder.errors import EngineError, OutOfMemory
 from embedder.recipe import Recipe
 
 ENGINES = ("openvino", "tensorflow")
-# By `benchmarks/engines.py` for EfficientNet-Lite0 on two cores: 8 is the knee on CPU, where a
-# larger batch no longer fits the caches.
-_DEFAULT_BATCH_SIZE = {"openvino": 8, "tensorflow": 32}
+# On a CPU, a larger batch no longer fits the caches, which decoding uses too.
+_DEFAULT_BATCH_SIZE = {"openvino": 4, "tensorflow": 32}
 _BATCH_SIZES = {"openvino": (2, 4, 8, 16, 32), "tensorflow": (16, 32, 64, 128, 256, 512)}
 _GPU_FOLDER = Path("/proc/driver/nvidia/gpus")  # of NVIDIA's driver for Linux
 _KNEE = 1.03  # a larger batch must be faster by so much: it costs memory and idle time at the end
@@ -422,8 +421,8 @@ def gpus_of(name: str) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide a vector's last digits."""
-    packages = ("embedder", "keras", "tensorflow", "openvino", "pillow", "numpy", "pyarrow")
-    return dict(_installed(packages))
+    libraries = ("keras", "tensorflow", "openvino", "pillow", "cykooz-resizer", "numpy", "pyarrow")
+    return dict(_installed(("embedder", *libraries)))
 
 
 def _installed(packages: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -28,8 +28,9 @@ class Recipe(BaseModel):
             rest with black.
         crop_fraction: For `center`: side of the crop, as a share of the largest crop that fits.
         interpolation: Filter of the antialiased resize.
-        decode: `exact` decodes every pixel, `scaled` decodes large JPEG files at 1/2, 1/4 or 1/8 of
-            their size, and never at less than twice `image_size`.
+        decode: `scaled` decodes large JPEG files at 1/2, 1/4 or 1/8 of their size, but never at
+            less than twice `image_size`, and resizes with vector instructions; `exact` decodes
+            every pixel and resizes with Pillow.
         precision: Arithmetic of the network; vectors leave it as float32. `bfloat16` and `float16`
             need a device that has them.
         store_dtype: Data type of the stored vector.
@@ -46,7 +47,7 @@ class Recipe(BaseModel):
     crop: Literal["center", "squash", "pad"] = "center"
     crop_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    decode: Literal["exact", "scaled"] = "exact"
+    decode: Literal["exact", "scaled"] = "scaled"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     store_dtype: Literal["float32", "float16"] = "float32"
     l2_normalise: bool = False

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ def bands(height: int = 100, width: int = 300) -> NDArray[np.uint8]:
 
 def mean_difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     return float(np.abs(one.astype(float) - other).mean())
+
+
+def largest_difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> int:
+    return int(np.abs(one.astype(int) - other).max())
 
 
 # The shared odd files --------------------------------------------------------------------------
@@ -329,8 +334,9 @@ def test_pad_shows_the_whole_image_between_black_bars() -> None:
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize(("height", "width"), [(90, 130), (130, 90), (30, 41), (333, 96)])
 @pytest.mark.parametrize("size", [(48, 64), (80, 40)])
+@pytest.mark.parametrize(("how", "tolerance"), [("exact", 0.0), ("scaled", 0.3)])
 def test_geometry_is_that_of_pillows_own_operations(
-    interpolation: str, height: int, width: int, size: tuple[int, int]
+    interpolation: str, height: int, width: int, size: tuple[int, int], how: str, tolerance: float
 ) -> None:
     photo = picture(7, height, width)
     image, encoded = Image.fromarray(photo), encode(photo)
@@ -338,23 +344,21 @@ def test_geometry_is_that_of_pillows_own_operations(
     target = (size[1], size[0])  # Pillow's order
 
     def pixels(crop: str, crop_fraction: float = 1.0) -> NDArray[np.uint8]:
-        recipe = make_recipe(
-            size, crop=crop, crop_fraction=crop_fraction, interpolation=interpolation
-        )
-        return decode_rgb(encoded, recipe).pixels
+        options = {"crop": crop, "crop_fraction": crop_fraction, "interpolation": interpolation}
+        return decode_rgb(encoded, make_recipe(size, decode=how, **options)).pixels
 
     squashed = np.asarray(image.resize(target, resample))
-    np.testing.assert_array_equal(pixels("squash"), squashed)
+    assert mean_difference(pixels("squash"), squashed) <= tolerance  # of 255
     fitted = ImageOps.fit(image, target, resample)
-    assert mean_difference(pixels("center"), np.asarray(fitted)) < 0.1
+    assert mean_difference(pixels("center"), np.asarray(fitted)) < 0.1 + tolerance
     # A bleed takes its share from each of two sides.
     bled = ImageOps.fit(image, target, resample, bleed=0.125)
-    assert mean_difference(pixels("center", 0.75), np.asarray(bled)) < 0.1
+    assert mean_difference(pixels("center", 0.75), np.asarray(bled)) < 0.1 + tolerance
     contained = np.asarray(ImageOps.contain(image, target, resample))
     top, left = (size[0] - contained.shape[0]) // 2, (size[1] - contained.shape[1]) // 2
     padded = np.zeros((*size, 3), np.uint8)
     padded[top:, left:][: contained.shape[0], : contained.shape[1]] = contained
-    np.testing.assert_array_equal(pixels("pad"), padded)
+    assert mean_difference(pixels("pad"), padded) <= tolerance
     assert mean_difference(pixels("center"), squashed) > 1  # the crops do differ
 
 
@@ -426,8 +430,9 @@ def test_scaled_leaves_twice_the_target_or_more_and_no_more_than_needed(
     encoded = encode(image, "JPEG")
     exact, scaled = both_ways(encoded, target, crop="squash")
     np.testing.assert_array_equal(exact, squash_at(encoded, 1, target))
-    np.testing.assert_array_equal(scaled, squash_at(encoded, divisor, target))
-    assert (exact == scaled).all() == (divisor == 1)
+    assert largest_difference(scaled, squash_at(encoded, divisor, target)) <= 1  # of 255
+    candidates = {d: squash_at(encoded, d, target) for d in (1, 2, 4, 8)}
+    assert divisor == min(candidates, key=lambda d: mean_difference(scaled, candidates[d]))
 
 
 @pytest.mark.parametrize(
@@ -435,16 +440,16 @@ def test_scaled_leaves_twice_the_target_or_more_and_no_more_than_needed(
     [("center", 1.0, 160), ("center", 0.8, 200), ("squash", 1.0, 160), ("pad", 1.0, 160)],
 )
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_scaled_is_exact_below_four_times_the_target(
+def test_scaled_decodes_all_pixels_below_four_times_the_target(
     crop: str, crop_fraction: float, side: int, orientation: int
 ) -> None:
-    for height, is_same in ((side - 1, True), (side, False)):
+    for height, is_whole in ((side - 1, True), (side, False)):
         image = noisy(height, 1400)
         if orientation == 6:  # lies on its side in the file
             image = image.transpose(1, 0, 2)
         encoded = encode(image, "JPEG", exif=turned(orientation))
         exact, scaled = both_ways(encoded, (40, 32), crop=crop, crop_fraction=crop_fraction)
-        assert (exact == scaled).all() == is_same
+        assert (largest_difference(exact, scaled) <= 1) == is_whole
 
 
 @pytest.mark.parametrize("crop", CROPS)
@@ -502,9 +507,50 @@ def test_scaled_shows_the_same_part_in_every_orientation(crop: str, orientation:
 
 
 @pytest.mark.parametrize("image_format", ["BMP", "GIF", "PNG", "TIFF", "WEBP"])
-def test_scaled_leaves_other_formats_alone(image_format: str) -> None:
+def test_scaled_decodes_all_pixels_of_other_formats(image_format: str) -> None:
     exact, scaled = both_ways(encode(noisy(400, 500), image_format), (40, 50))
-    np.testing.assert_array_equal(exact, scaled)
+    assert largest_difference(exact, scaled) <= 1
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("shape", [(300, 400), (57, 41), (1, 1), (3, 700)])
+def test_scaled_resizes_by_the_same_filter(
+    interpolation: str, crop: str, shape: tuple[int, int]
+) -> None:
+    encoded = encode(picture(3, *shape), "PNG")
+    exact, scaled = both_ways(encoded, (48, 40), crop=crop, interpolation=interpolation)
+    assert mean_difference(exact, scaled) < (0.001 if interpolation == "nearest" else 0.5)
+    if max(shape) > 300:
+        others = {"nearest", "bilinear", "bicubic", "lanczos"} - {interpolation}
+        for other in others:
+            exact, _ = both_ways(encoded, (48, 40), crop=crop, interpolation=other)
+            assert mean_difference(exact, scaled) > 0
+
+
+def test_scaled_resizes_with_pillow_where_nothing_faster_is_installed(tmp_path: Path) -> None:
+    file = tmp_path / "picture.png"
+    file.write_bytes(encode(noisy(300, 400), "PNG"))
+    code = f"""
+import sys
+sys.modules["cykooz_resizer"] = None
+from embedder.backbones import make_recipe
+from embedder.decode import decode_rgb
+scaled, exact = (make_recipe(decode=how) for how in ("scaled", "exact"))
+encoded = open({str(file)!r}, "rb").read()
+assert (decode_rgb(encoded, scaled).pixels == decode_rgb(encoded, exact).pixels).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_scaled_resizes_in_many_threads_at_once() -> None:
+    files = [encode(noisy(200 + 10 * number, 300), "PNG") for number in range(16)]
+    recipe = make_recipe((48, 40), decode="scaled")
+    alone = [decode_rgb(file, recipe).pixels for file in files]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda file: decode_rgb(file, recipe).pixels, files * 8))
+    for number, pixels in enumerate(together):
+        np.testing.assert_array_equal(pixels, alone[number % len(files)])
 
 
 def test_scaled_refuses_a_truncated_jpeg_like_exact() -> None:

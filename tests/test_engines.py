@@ -80,7 +80,9 @@ def test_a_damaged_cache_is_mended(lite0: Recipe, pixels: NDArray[np.uint8], dam
     before = embed_all(lite0, "openvino", 3, pixels)
     file = exported_model(lite0).with_suffix(".bin")
     if damage == "truncate":
-        file.write_bytes(file.read_bytes()[:1000])
+        content = file.read_bytes()
+        file.unlink()  # engines of other tests have it mapped into memory
+        file.write_bytes(content[:1000])
     else:
         file.unlink()
     np.testing.assert_array_equal(embed_all(lite0, "openvino", 3, pixels), before)
@@ -220,7 +222,7 @@ def test_the_batch_size_that_was_found_is_used_from_then_on(
     assert load(lite0, "openvino", 5, 2).batch_size == 5
     file.write_text("damaged")
     assert not engines.is_batch_size_known(lite0, "openvino", 2)
-    assert load(lite0, "openvino", None, 2).batch_size == 8
+    assert load(lite0, "openvino", None, 2).batch_size == 4
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
