@@ -160,7 +160,13 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
     """
     # Dask tells of every lost connection; what matters of that reaches the user as an error.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    config = {"distributed.comm.timeouts.connect": f"{_CONNECT_SECONDS}s"}
+    config = {
+        "distributed.comm.timeouts.connect": f"{_CONNECT_SECONDS}s",
+        # Of what a task does, 100 times a second, and of the event loop, 50 times: they take the
+        # interpreter's lock from decoding, a twentieth of a core.
+        "distributed.worker.profile.enabled": False,
+        "distributed.admin.tick.interval": "1s",
+    }
     with dask.config.set(config):
         if scheduler is not None:
             with _client_of(scheduler) as client:
