@@ -29,12 +29,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("grocery", type=Path, help="folder with train.txt and test.txt")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, choices=BACKBONES)
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--decode", default="scaled", choices=["scaled", "exact"])
     options = parser.parse_args()
+    recipe = {name: getattr(options, name) for name in ("backbone", "precision", "decode")}
     with tempfile.TemporaryDirectory() as scratch:
-        store = embedder.extract(options.grocery, Path(scratch) / "s", backbone=options.backbone)
+        store = embedder.extract(options.grocery, Path(scratch) / "s", **recipe)
         vectors = dict(zip(store.ids(), store.vectors(), strict=True))
     train, test = (read_list(options.grocery / f"{name}.txt") for name in ("train", "test"))
-    print(f"{options.backbone}: {len(train):,} images to train on, {len(test):,} to test on")
+    print(
+        f"{', '.join(recipe.values())}: {len(train):,} images to train on, {len(test):,} to test on"
+    )
     for level, name in enumerate(("fine", "coarse")):
         head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         head.fit(

@@ -13,7 +13,7 @@ Each of our measurements also times the parts alone, in the same process: readin
 all cores, and the network on batches that are in memory. What no overlap on shared cores can
 exceed is `1 / (1 / decode + 1 / inference)`; `efficiency` is our speed as a share of it.
 
-    python benchmarks/throughput.py SOURCE --images 1000 --rounds 3
+    python benchmarks/throughput.py SOURCE --images 1000 --rounds 3 --chart throughput.svg
 """
 
 import argparse
@@ -183,6 +183,32 @@ def available() -> Iterator[str]:
         yield pipeline
 
 
+def draw(speeds: dict[str, list[float]], num_images: int, file: Path) -> None:
+    """A bar for each pipeline, as long as its median; a line from its slowest to its fastest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams |= {"svg.hashsalt": "embedder", "font.size": 10}
+    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(speeds) + 1.1), layout="constrained")
+    for position, (pipeline, values) in enumerate(speeds.items()):
+        median = statistics.median(values)
+        is_ours = pipeline.startswith("embedder")
+        axes.barh(position, median, 0.62, color="#1f6f8b" if is_ours else "#b8c4c9")
+        axes.plot([min(values), max(values)], [position, position], color="#222222", linewidth=1)
+        end = max(values) + 0.01 * max(map(max, speeds.values()))
+        axes.text(end, position, f"{median:.0f}", va="center", weight="bold" if is_ours else None)
+    axes.set_yticks(range(len(speeds)), speeds)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"images per second, {num_images:,} images, {NUM_CORES} cores")
+    axes.set_title("EfficientNet-Lite0, from JPEG files to embeddings", loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    axes.margins(x=0.08)
+    figure.savefig(file, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", help="folder of JPEG images")
@@ -190,6 +216,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decode", default=None, help="exact or scaled, for our own")
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=PIPELINES)
+    parser.add_argument("--chart", type=Path, help="SVG or PNG file to draw; needs matplotlib")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a child process
     options = parser.parse_args()
     if options.measure:
@@ -219,6 +246,9 @@ def main() -> None:
         for name in measured[0].keys() - {"speed"}:
             line += f", {name} {statistics.median(result[name] for result in measured):.3g}"
         print(line)
+    if options.chart:
+        speeds = {name: [one["speed"] for one in measured] for name, measured in results.items()}
+        draw(speeds, options.images, options.chart)
 
 
 if __name__ == "__main__":

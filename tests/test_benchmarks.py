@@ -1,0 +1,80 @@
+"""Each benchmark runs, at a size that says nothing about speed, and prints what it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import picture
+from PIL import Image
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(12):
+        Image.fromarray(picture(number, 480, 640)).save(folder / f"{number}.jpg")
+    return folder
+
+
+def run(script: str, *arguments: object) -> str:
+    command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_benchmark_is_run_here() -> None:
+    text = Path(__file__).read_text()
+    scripts = {path.name for path in FOLDER.glob("*.py")} - {"grocery_probe.py"}  # needs Grocery
+    assert {script for script in scripts if f'run("{script}"' not in text} == set()
+
+
+def test_throughput(photos: Path, tmp_path: Path) -> None:
+    chart = tmp_path / "chart.svg"
+    pipelines = ("--pipelines", "keras", "embedder float32")
+    output = run(
+        "throughput.py", photos, "--images", 20, "--rounds", 1, *pipelines, "--chart", chart
+    )
+    keras, ours = (line for line in output.splitlines() if "median" in line)
+    assert "ratio 1.00" in keras
+    assert "efficiency" in ours
+    assert "<svg" in chart.read_text()
+
+
+def test_decode(photos: Path) -> None:
+    output = run("decode.py", photos, "--images", 12, "--rounds", 1)
+    assert "cosine of scaled to exact embeddings" in output
+
+
+def test_engines() -> None:
+    output = run("engines.py", "--networks", "mobilenet-v2", "--seconds", 0.1, "--rounds", 1)
+    assert "mobilenet-v2        openvino   float32" in output
+    assert "mobilenet-v2        tensorflow float32" in output
+
+
+def test_store() -> None:
+    output = run("store.py", "--rows", 2000, "--dim", 16, "--rounds", 1)
+    assert {"store", "nullable", "dictionary", "npy"} <= set(output.split())
+
+
+def test_planning() -> None:
+    output = run("planning.py", "--refs", 2000, 4000)
+    assert "2,000 refs" in output
+    assert "4,000 refs" in output
+
+
+def test_memory(photos: Path) -> None:
+    assert "ratio 1.000" in run("memory.py", photos, "--images", 12)
+
+
+def test_workers(photos: Path) -> None:
+    output = run("workers.py", photos, "--images", 24, "--rounds", 1, "--shard-size", 8)
+    assert "ratio" in output
+
+
+def test_startup(photos: Path) -> None:
+    output = run("startup.py", photos, "--images", 12, "--rounds", 1)
+    assert "cached, first shard" in output
