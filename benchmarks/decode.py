@@ -105,7 +105,7 @@ def main() -> None:
     distinct = listed[::step][: options.images]
     paths = [distinct[number % len(distinct)] for number in range(options.images)]
 
-    recipe = make_recipe()
+    recipe = make_recipe(decode="exact")
     scaled_recipe = make_recipe(decode="scaled")
     decoders: dict[str, Decoder] = {
         "exact": lambda encoded: decode_rgb(encoded, recipe).pixels,

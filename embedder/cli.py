@@ -76,7 +76,7 @@ def extract(
         str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")
     ] = None,
     decode: Annotated[
-        str | None, typer.Option(help="exact, or scaled: large JPEG photos several times faster.")
+        str | None, typer.Option(help="scaled (default), or exact: every pixel, and slower.")
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="float32, bfloat16 (GPU, recent CPU) or float16 (GPU).")

@@ -280,7 +280,10 @@ class Store:
         _replace(self.path / RUNS / f"{moment}-{run_id}.json", content)
 
     def _write(self, path: Path, table: pa.Table) -> int:
-        sink = pa.BufferOutputStream()
+        # The C library's memory goes back to the system as soon as it is freed; Arrow's own would
+        # keep it for the next shard, seconds away, and takes a twentieth of a second to set up.
+        pool = pa.system_memory_pool()
+        sink = pa.BufferOutputStream(pool)
         schema = table.schema.with_metadata(_metadata(self.recipe))
         pq.write_table(
             table.replace_schema_metadata(schema.metadata),
@@ -290,16 +293,14 @@ class Store:
             use_dictionary=["format", "stage"],  # on vectors it makes reading slower
             write_statistics=[name for name in table.column_names if name != "embedding"],
             write_page_checksum=True,
+            memory_pool=pool,
         )
         buffer = sink.getvalue()
         try:
             _replace(path, buffer)
         except OSError as error:
             raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
-        num_bytes = int(buffer.size)
-        del buffer, sink
-        pa.default_memory_pool().release_unused()  # the next shard is seconds away
-        return num_bytes
+        return int(buffer.size)
 
 
 def shard_name(recipe: Recipe, ids: Iterable[str]) -> str:

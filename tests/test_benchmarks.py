@@ -29,7 +29,7 @@ def run(script: str, *arguments: object) -> str:
 def test_every_benchmark_is_run_here() -> None:
     text = Path(__file__).read_text()
     scripts = {path.name for path in FOLDER.glob("*.py")} - {"grocery_probe.py"}  # needs Grocery
-    assert {script for script in scripts if f'run("{script}"' not in text} == set()
+    assert {script for script in scripts if f'"{script}"' not in text} == set()
 
 
 def test_throughput(photos: Path, tmp_path: Path) -> None:
@@ -47,6 +47,8 @@ def test_throughput(photos: Path, tmp_path: Path) -> None:
 def test_decode(photos: Path) -> None:
     output = run("decode.py", photos, "--images", 12, "--rounds", 1)
     assert "cosine of scaled to exact embeddings" in output
+    assert "scaled       pixels differ" in output
+    assert "12 are identical" not in output
 
 
 def test_engines() -> None:
