@@ -25,7 +25,6 @@ from embedder.backbones import build, import_keras, make_recipe
 from embedder.cluster import NUM_CORES
 
 GEMM_SIDE = 2048
-CONVOLUTIONS = {"number": 4, "batch": 8, "channels": 256, "side": 14}
 BATCH_SIZES = {"openvino": 4, "tensorflow": 32}
 # Multiplications and additions of one image at 224x224, as the networks' papers give them, times
 # two: Tan and Le 2019 (Lite: its release notes), Sandler 2018, He 2015, Simonyan 2014.
@@ -103,7 +102,7 @@ def convolution_call(precision: str) -> tuple[Callable[[], Any], float]:
     openvino = engines.import_openvino()
     from openvino import opset13 as ops
 
-    number, batch, channels, side = CONVOLUTIONS.values()
+    number, batch, channels, side = 4, 8, 256, 14
     generator = np.random.default_rng(0)
     maps = ops.parameter([batch, channels, side, side], np.float32, "maps")
     output = maps

@@ -29,7 +29,7 @@ def start(source: str, store: Path, num_images: int, cache: Path) -> tuple[float
     )
     first = None
     while process.poll() is None:
-        if first is None and list((store / "embeddings").glob("[!.]*.parquet")):
+        if first is None and any((store / "embeddings").glob("*.parquet")):
             first = time.perf_counter() - begin
         time.sleep(POLL_SECONDS)
     end = time.perf_counter() - begin

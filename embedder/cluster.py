@@ -162,8 +162,8 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     config = {
         "distributed.comm.timeouts.connect": f"{_CONNECT_SECONDS}s",
-        # Of what a task does, 100 times a second, and of the event loop, 50 times: they take the
-        # interpreter's lock from decoding, a twentieth of a core.
+        # By default Dask looks 100 times a second what a task does, and 50 times whether its event
+        # loop is late: that takes the interpreter's lock from decoding.
         "distributed.worker.profile.enabled": False,
         "distributed.admin.tick.interval": "1s",
     }

@@ -35,19 +35,19 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# The same antialiased convolutions in vector instructions, four to six times as fast and within
-# one or two of 255 of Pillow's on photos: docs/adr/0004-scaled-by-default.md.
-_SIMD_FILTERS = simd and {
-    "bilinear": simd.FilterType.bilinear,
-    "bicubic": simd.FilterType.catmull_rom,
-    "lanczos": simd.FilterType.lanczos3,
-}
+# The same antialiased convolutions in vector instructions: docs/adr/0004-scaled-by-default.md.
+_SIMD_FILTERS = {}
+if simd:
+    _SIMD_FILTERS = {
+        "bilinear": simd.FilterType.bilinear,
+        "bicubic": simd.FilterType.catmull_rom,
+        "lanczos": simd.FilterType.lanczos3,
+    }
 _of_thread = threading.local()  # holds a Resizer, which keeps its intermediate picture
 # Modes with more than eight bits a sample: `convert("RGB")` would clip them to 0..255.
 _DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 
-# Of 1 MiB each. Without them each picture's memory is new to the process, and its page faults
-# take up to a fifth of the time that decoding a camera photo takes.
+# Of 1 MiB each. Without them each picture's memory is new to the process, and costs page faults.
 _MAX_KEPT_BLOCKS = 64
 
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -91,7 +91,7 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
             _check_size(image)
             image_format = image.format or "unknown"
             draft = _draft(image, recipe) if recipe.decode == "scaled" else None
-            # In place, as a copy of a whole photo costs a third of decoding it.
+            # In place: a copy of a whole photo would cost time and memory.
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             upright = image if image.im.size == image.size else image.copy()  # IPTC's loader
@@ -214,8 +214,8 @@ def _fit(image: Image.Image, box: _Box, recipe: Recipe) -> Image.Image:
 
 def _resize(image: Image.Image, size: tuple[int, int], box: _Box, recipe: Recipe) -> Image.Image:
     """Resize the part of an RGB image in `box` to `size`, (width, height)."""
-    simd_filter = _SIMD_FILTERS and _SIMD_FILTERS.get(recipe.interpolation)
-    if recipe.decode == "exact" or not simd_filter:
+    simd_filter = _SIMD_FILTERS.get(recipe.interpolation)
+    if recipe.decode == "exact" or simd_filter is None:
         return image.resize(size, _FILTERS[recipe.interpolation], box)
     if not hasattr(_of_thread, "resizer"):
         _of_thread.resizer = simd.Resizer()

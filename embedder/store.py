@@ -281,7 +281,7 @@ class Store:
 
     def _write(self, path: Path, table: pa.Table) -> int:
         # The C library's memory goes back to the system as soon as it is freed; Arrow's own would
-        # keep it for the next shard, seconds away, and takes a twentieth of a second to set up.
+        # keep it for the next shard, which is seconds away.
         pool = pa.system_memory_pool()
         sink = pa.BufferOutputStream(pool)
         schema = table.schema.with_metadata(_metadata(self.recipe))
