@@ -232,7 +232,10 @@ def test_a_limit_takes_the_first_images(archive: Path, tmp_path: Path) -> None:
 
 
 def start(archive: Path, store: Path, *options: str) -> "subprocess.Popen[str]":
-    """Start the command in a process group of its own."""
+    """Start the command in a process group of its own, with Ctrl-C as in a terminal.
+
+    A suite that runs in the background of a shell ignores SIGINT, and so would its children.
+    """
     command = [sys.executable, "-m", "embedder", "extract", str(archive), str(store)]
     command += ["--image-size", "64x96", *options]
     return subprocess.Popen(
@@ -241,6 +244,7 @@ def start(archive: Path, store: Path, *options: str) -> "subprocess.Popen[str]":
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
