@@ -32,7 +32,7 @@ from embedder import engines
 from embedder.backbones import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.decode import decode_rgb, prepare_decoders
-from embedder.recipe import Recipe
+from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources import list_images, read_bytes
 
 Pixels = NDArray[np.uint8]
@@ -88,7 +88,7 @@ def embed_all(engine: engines.Engine, images: list[Pixels]) -> NDArray[np.float3
     size = engine.batch_size
     padded = images + images[:1] * (-len(images) % size)
     batches = [np.stack(padded[begin : begin + size]) for begin in range(0, len(padded), size)]
-    vectors = np.concatenate([engine.embed(batch) for batch in batches])[: len(images)]
+    vectors = np.concatenate([engine.embed(batch)[EMBEDDING] for batch in batches])[: len(images)]
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 

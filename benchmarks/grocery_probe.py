@@ -16,7 +16,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import embedder
-from embedder.backbones import BACKBONES, DEFAULT_BACKBONE
+from embedder.backbones import DEFAULT_BACKBONE
+from embedder.networks import BACKBONES
 
 
 def read_list(file: Path) -> dict[str, tuple[str, str]]:
@@ -29,10 +30,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("grocery", type=Path, help="folder with train.txt and test.txt")
     parser.add_argument("--backbone", default=DEFAULT_BACKBONE, choices=BACKBONES)
+    parser.add_argument("--weights", default="imagenet", help="as in `embedder extract`")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--decode", default="scaled", choices=["scaled", "exact"])
     options = parser.parse_args()
-    recipe = {name: getattr(options, name) for name in ("backbone", "precision", "decode")}
+    recipe = {
+        name: getattr(options, name) for name in ("backbone", "weights", "precision", "decode")
+    }
     with tempfile.TemporaryDirectory() as scratch:
         store = embedder.extract(options.grocery, Path(scratch) / "s", **recipe)
         vectors = dict(zip(store.ids(), store.vectors(), strict=True))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from embedder.extract import DEFAULT_SHARD_SIZE
 from embedder.plan import drop_repeated, make_plan
-from embedder.recipe import Recipe
+from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources import REF_SCHEMA
 from embedder.store import Store, row_schema, vector_array
 
@@ -46,7 +46,7 @@ def write_store(path: Path, refs: pa.Table, vectors: NDArray[np.float32]) -> Non
     """Write vectors (n_refs, dim) in shards, as a run over these refs would."""
     recipe = Recipe(backbone="synthetic", weights="0" * 64, image_size=(224, 224))
     store = Store.open_or_create(path, recipe, {})
-    schema = row_schema(recipe, vectors.shape[1])
+    schema = row_schema(recipe, {EMBEDDING: vector_array(vectors[:1]).type})
     for number, start in enumerate(range(0, refs.num_rows, DEFAULT_SHARD_SIZE)):
         part = refs.slice(start, DEFAULT_SHARD_SIZE)
         size = part.num_rows

@@ -1,5 +1,6 @@
 """The command line: parse, call, exit code."""
 
+import logging
 import shlex
 import sys
 import time
@@ -21,6 +22,7 @@ from embedder import doctor as doctor_job
 from embedder import verify as verify_job
 from embedder.errors import EmbedderError
 from embedder.extract import DEFAULT_SHARD_SIZE, Progress, RunOptions, run_extraction
+from embedder.networks import BACKBONES
 from embedder.store import Store
 from embedder.summary import Summary
 
@@ -47,8 +49,11 @@ _StorePath = Annotated[str, typer.Argument(help="Folder of the feature store.")]
 
 
 @contextmanager
-def _exit_status() -> Iterator[None]:
-    """Turn a user's mistake into a message and an exit status."""
+def _exit_status(quiet: bool = False) -> Iterator[None]:
+    """Turn a user's mistake into a message and an exit status; show what the package tells."""
+    logger = logging.getLogger("embedder")
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.addHandler(handler := _Messages())
     try:
         yield
     except EmbedderError as error:
@@ -57,6 +62,22 @@ def _exit_status() -> Iterator[None]:
     except KeyboardInterrupt:
         _err.print("\nInterrupted. Finished shards are kept: the same command continues from here.")
         raise typer.Exit(1) from None
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Messages(logging.Handler):
+    """Shows what the package logs, such as which weights were loaded, once, on standard error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = ("Warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
+        if message not in self._shown:
+            self._shown.add(message)
+            _err.print(message)
 
 
 @app.command()
@@ -66,7 +87,15 @@ def extract(
     backbone: Annotated[
         str, typer.Option(help="See `embedder backbones`.")
     ] = backbone_table.DEFAULT_BACKBONE,
-    pooling: Annotated[str | None, typer.Option(help="avg or max.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="imagenet, a .weights.h5, .h5 or .keras file, or random[:SEED]."),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="Take this layer's output; repeat for several, a column each."),
+    ] = None,
+    pooling: Annotated[str | None, typer.Option(help="avg, max, gem, flatten or none.")] = None,
     image_size: Annotated[
         str | None,
         typer.Option(help="SIDE or HEIGHTxWIDTH, in pixels; the backbone's own if absent."),
@@ -107,9 +136,11 @@ def extract(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Embed the images of SOURCE into STORE; what is there already is not done again."""
-    with _exit_status():
+    with _exit_status(quiet):
         recipe = backbone_table.make_recipe(
             backbone,
+            weights,
+            layers=tuple(layer) if layer else None,
             pooling=pooling,
             image_size=_parse_size(image_size),
             crop=crop,
@@ -190,17 +221,49 @@ def verify(
 
 
 @app.command()
-def backbones() -> None:
+def backbones(
+    name: Annotated[str | None, typer.Argument(help="Show this network alone.")] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="List what --layer can name, with shapes.")
+    ] = False,
+) -> None:
     """List the networks: name, dim, input size, parameters, licence, weights at hand or not."""
+    with _exit_status():
+        if name is None and layers:
+            raise typer.BadParameter("wants the name of a network", param_hint="--layers")
+        if name is None:
+            _print_backbones()
+            return
+        name, row = backbone_table.find_backbone(name)
+        if layers:
+            table = Table("layer", "output", box=None)
+            for layer, shape in backbone_table.layer_shapes(name).items():
+                table.add_row(layer, "x".join(map(str, shape)))
+            _out.print(table)
+            return
+        _print_facts(
+            {
+                "backbone": name,
+                "dim": f"{row.dim:,}",
+                "image size": f"{row.image_size[0]}x{row.image_size[1]}, at least {row.min_side}",
+                "crop": f"{row.crop_fraction:.3f} of the largest square, {row.interpolation}",
+                "parameters": f"{row.num_parameters:,}",
+                "licence": row.licence,
+                "weights": str(row.weights.path or f"not on this machine. {row.weights.advice}"),
+            }
+        )
+
+
+def _print_backbones() -> None:
     table = Table("backbone", "dim", "size", "parameters", "licence", "weights at hand", box=None)
-    for name, row in backbone_table.BACKBONES.items():
+    for name, row in BACKBONES.items():
         table.add_row(
             name,
             f"{row.dim:,}",
             "x".join(map(str, row.image_size)),
             f"{row.num_parameters / 1e6:.1f} M",
             row.licence,
-            doctor_job.weights_at_hand(name),
+            "yes" if row.weights.path else row.weights.how_to_get,
         )
     _out.print(table)
 
@@ -208,14 +271,17 @@ def backbones() -> None:
 @app.command()
 def doctor(
     backbone: Annotated[
-        str, typer.Argument(help="The network to test with.")
+        str, typer.Argument(help="The network to test.")
     ] = backbone_table.DEFAULT_BACKBONE,
+    weights: Annotated[
+        str | None, typer.Option(help="As in extract; random where none are at hand.")
+    ] = None,
 ) -> None:
-    """Show this machine and its engines, and test the way from bytes to vectors."""
+    """Show this machine and its engines, and test BACKBONE's pixels and vectors."""
     with _exit_status():
         _print_facts(doctor_job.machine())
         _out.print()
-        _print_checks(doctor_job.self_test(backbone))
+        _print_checks(doctor_job.self_test(backbone, weights))
 
 
 @app.command()

@@ -13,18 +13,23 @@ from PIL import Image
 from embedder import engines
 from embedder.backbones import make_recipe
 from embedder.cluster import NUM_CORES
+from embedder.conformance import (
+    check_features,
+    check_input_stage,
+    check_resize,
+    cosines,
+    embed,
+    test_card,
+)
 from embedder.decode import FORMATS, decode_rgb
 from embedder.demo import images_folder
-from embedder.errors import EngineError, SourceError, WeightsError
-from embedder.pipeline import finished_vectors
+from embedder.errors import EngineError, SourceError
 from embedder.recipe import Recipe
 from embedder.verify import Check
 
 _CARD_SIZE = (300, 400)  # (height, width): other than square, so that swapped axes show
-_MIN_COSINE = 0.9999  # between engines
 _MIN_COSINE_OF_PRECISION = 0.99  # median, to float32; bfloat16 has 8 bits of mantissa
 _NUM_DEMO_IMAGES = 32
-_MAX_DIFFERENCE = 1e-5  # between batch sizes, as a share of the largest value
 
 
 def machine() -> dict[str, str]:
@@ -40,43 +45,33 @@ def machine() -> dict[str, str]:
     } | engines.versions()
 
 
-def self_test(backbone: str) -> list[Check]:
-    """Embed a generated picture on every engine, alone and in a batch, and compare.
+def self_test(
+    backbone: str, weights: str | None = None, image_size: tuple[int, int] | None = None
+) -> list[Check]:
+    """Test a network's way from bytes to vectors against plain references, on generated pictures.
 
     Args:
-        backbone: Name of a row of `BACKBONES`, whose weights are at hand.
+        backbone: Name of a row of `BACKBONES`.
+        weights: As in `make_recipe`; `random` where the network's own are not at hand.
+        image_size: (height, width), in pixels; the network's own if None.
 
     Raises:
         RecipeError: The backbone is unknown.
-        WeightsError: Its weights are missing or corrupt.
+        WeightsError: The weights are missing or corrupt.
     """
-    recipe = make_recipe(backbone)
-    upright, on_its_side = _encode(test_card(_CARD_SIZE), 1), _encode(test_card(_CARD_SIZE), 6)
-    pixels = decode_rgb(upright, recipe).pixels
-    checks = [_check_rotation(recipe, upright, on_its_side)]
-    alone = {}
-    for name in engines.ENGINES:
-        alone[name] = _embed(recipe, name, pixels[None])[0]
-        batch = np.stack([pixels[:, ::-1], pixels, 255 - pixels])
-        difference = np.abs(_embed(recipe, name, batch)[1] - alone[name]).max()
-        share = float(difference / np.abs(alone[name]).max())
-        checks.append(
-            Check(
-                f"{name}: alone as in a batch",
-                share <= _MAX_DIFFERENCE,
-                f"difference {share:.1e}, at most {_MAX_DIFFERENCE:.0e}",
-            )
-        )
-    first, second = alone.values()
-    cosine = float(_cosines(first[None], second[None])[0])
-    checks.append(
-        Check(
-            f"{' and '.join(alone)} agree",
-            cosine >= _MIN_COSINE,
-            f"cosine {cosine:.7f}, at least {_MIN_COSINE}",
-        )
-    )
-    return checks + _check_precisions(recipe)
+    recipe = make_recipe(backbone, weights, image_size=image_size)
+    card = test_card(_CARD_SIZE)
+    upright, on_its_side = _encode(card, 1), _encode(card, 6)
+    return [
+        _check_rotation(recipe, upright, on_its_side),
+        *(
+            check_resize(recipe.model_copy(update={"decode": decode}), card, upright)
+            for decode in ("exact", "scaled")
+        ),
+        check_input_stage(recipe),
+        *check_features(recipe),
+        *_check_precisions(recipe),
+    ]
 
 
 def precisions() -> list[str]:
@@ -89,39 +84,6 @@ def precisions() -> list[str]:
     return found
 
 
-def weights_at_hand(backbone: str) -> str:
-    """`yes`, or what to do about a backbone's weights."""
-    try:
-        make_recipe(backbone)
-    except WeightsError as error:
-        return str(error)
-    return "yes"
-
-
-def test_card(image_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Colour bars over gradients: uint8 (height, width, 3), with no symmetry."""
-    height, width = image_size
-    card = np.zeros((height, width, 3), np.uint8)
-    bars = np.array([[255, 255, 255], [255, 255, 0], [0, 255, 255], [0, 255, 0], [255, 0, 255]])
-    card[: height // 2] = bars[np.arange(width) * len(bars) // width]
-    card[height // 2 :, :, 0] = np.linspace(0, 255, width)
-    card[height // 2 :, :, 2] = np.linspace(0, 255, height - height // 2)[:, None]
-    return card
-
-
-def _embed(recipe: Recipe, engine_name: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    engine = engines.load(recipe, engine_name, len(pixels), NUM_CORES)
-    return finished_vectors(engine.embed(pixels), recipe)
-
-
-def _cosines(vectors: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine of each vector to the other in its row: two of (n, dim) to (n,)."""
-    one, other = vectors.astype(np.float64), others.astype(np.float64)
-    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    cosines: NDArray[np.float64] = (one * other).sum(axis=1) / norms
-    return cosines
-
-
 def _check_precisions(recipe: Recipe) -> list[Check]:
     """How far each other precision's vectors are from float32's, on demo images."""
     try:
@@ -132,14 +94,14 @@ def _check_precisions(recipe: Recipe) -> list[Check]:
     except SourceError:
         encoded, what = [_encode(test_card(_CARD_SIZE), 1)], "the test card"
     pixels = np.stack([decode_rgb(file, recipe).pixels for file in encoded])
-    exact = _embed(recipe, "auto", pixels)
+    exact = embed(recipe, "auto", pixels)
     checks = []
     for precision in precisions():
         if precision == "float32":
             continue
         other = recipe.model_copy(update={"precision": precision})
-        cosines = _cosines(exact, _embed(other, "auto", pixels))
-        median, lowest = float(np.median(cosines)), float(cosines.min())
+        found = cosines(exact, embed(other, "auto", pixels))
+        median, lowest = float(np.median(found)), float(found.min())
         checks.append(
             Check(
                 f"{precision} as float32",

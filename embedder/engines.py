@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from embedder import backbones
 from embedder.errors import EngineError, OutOfMemory
 from embedder.recipe import Recipe
+from embedder.weights import import_keras
 
 ENGINES = ("openvino", "tensorflow")
 # On a CPU, a larger batch no longer fits the caches, which decoding uses too.
@@ -35,6 +36,8 @@ _BATCH_SIZES = {"openvino": (2, 4, 8, 16, 32), "tensorflow": (16, 32, 64, 128, 2
 _GPU_FOLDER = Path("/proc/driver/nvidia/gpus")  # of NVIDIA's driver for Linux
 _KNEE = 1.03  # a larger batch must be faster by so much: it costs memory and idle time at the end
 _KNEE_SECONDS = 0.5  # of measuring, at each batch size
+
+Features = dict[str, NDArray[np.float32]]  # by column of the recipe
 
 
 class Engine(Protocol):
@@ -52,8 +55,12 @@ class Engine(Protocol):
     batch_size: int
     num_parallel: int
 
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed one batch: (batch_size, height, width, 3) to float32 (batch_size, dim).
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        """Embed one batch, (batch_size, height, width, 3).
+
+        Returns:
+            By column, float32 (batch_size, dim), or (batch_size, height, width, channels) where
+            the recipe does not pool.
 
         Raises:
             OutOfMemory: The batch is too large for the device.
@@ -130,6 +137,34 @@ def load(recipe: Recipe, name: str, batch_size: int | None, num_threads: int) ->
             size //= 2
 
 
+def prepare(recipe: Recipe, name: str) -> None:
+    """Build the model once before a run, so that what cannot be built is refused before it.
+
+    On OpenVINO the model is exported to the cache, where the run then finds it.
+
+    Raises:
+        RecipeError: The network has no such layer, or does not take such pictures.
+        WeightsError: The weights are missing, or do not fit the network.
+    """
+    if choose(name) == "openvino":
+        exported_model(recipe)
+        return
+    import_keras()
+    import tensorflow as tf
+
+    _let_gpu_memory_grow()
+    with tf.device("/CPU:0"):  # the GPUs are the workers'
+        backbones.build(recipe)
+
+
+def _let_gpu_memory_grow() -> None:
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # already set, by an earlier engine
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+
+
 class OpenVinoEngine:
     """OpenVINO on CPU: as many streams as threads, each embedding a batch of its own."""
 
@@ -154,14 +189,13 @@ class OpenVinoEngine:
         # make it together wait for each other for ever. So the first call is made here, alone.
         self.embed(np.zeros((batch_size, *recipe.image_size, 3), np.uint8))
 
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed one batch: (batch_size, height, width, 3) to float32 (batch_size, dim)."""
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        """Embed one batch, (batch_size, height, width, 3)."""
         request = self._requests.get()
         try:
             with _out_of_memory(RuntimeError, MemoryError):
                 request.infer({"pixels": pixels}, share_inputs=True)
-            vectors: NDArray[np.float32] = request.get_output_tensor(0).data.copy()
-            return vectors
+            return {name: request.get_tensor(name).data.copy() for name in self._recipe.columns}
         finally:
             self._requests.put(request)
 
@@ -188,13 +222,12 @@ class TensorFlowEngine:
 
     def __init__(self, recipe: Recipe, batch_size: int, num_threads: int) -> None:
         """Build the model and trace it for one batch size."""
-        backbones.import_keras()
+        import_keras()
         import tensorflow as tf
 
         with contextlib.suppress(RuntimeError):  # already set, by an earlier engine
             tf.config.threading.set_intra_op_parallelism_threads(num_threads)
-            for gpu in tf.config.list_physical_devices("GPU"):
-                tf.config.experimental.set_memory_growth(gpu, True)
+        _let_gpu_memory_grow()
         self._compile(backbones.build(recipe), recipe.image_size, batch_size)
 
     def _compile(self, model: Any, image_size: tuple[int, int], batch_size: int) -> None:
@@ -206,7 +239,7 @@ class TensorFlowEngine:
         # TensorFlow spreads one batch over the cores by itself.
         self.num_parallel = 2 if self.device == "GPU" else 1
         self._run = tf.function(
-            lambda pixels: model(pixels, training=False)[backbones.EMBEDDING],
+            lambda pixels: model(pixels, training=False),
             input_signature=[tf.TensorSpec((batch_size, *image_size, 3), tf.uint8)],
             # XLA is ten times slower on CPU for depthwise convolutions, so never there.
             jit_compile=self.device == "GPU",
@@ -214,13 +247,13 @@ class TensorFlowEngine:
         # The first call compiles: better here than while others wait.
         self.embed(np.zeros((batch_size, *image_size, 3), np.uint8))
 
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed one batch: (batch_size, height, width, 3) to float32 (batch_size, dim)."""
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        """Embed one batch, (batch_size, height, width, 3)."""
         import tensorflow as tf
 
         with _out_of_memory(tf.errors.ResourceExhaustedError), tf.device(f"/{self.device}:0"):
-            vectors: NDArray[np.float32] = self._run(tf.constant(pixels)).numpy()
-        return vectors
+            features = self._run(tf.constant(pixels))
+            return {name: array.numpy() for name, array in features.items()}
 
     def resized(self, batch_size: int) -> "TensorFlowEngine":
         """Trace the same model again, for another batch size."""
@@ -292,7 +325,8 @@ def _images_per_second(engine: Engine, recipe: Recipe) -> float:
     def embed_for_a_while(_: int) -> int:
         num_images = 0
         while time.perf_counter() - begin < _KNEE_SECONDS:
-            num_images += len(engine.embed(pixels))
+            engine.embed(pixels)
+            num_images += len(pixels)
         return num_images
 
     with ThreadPoolExecutor(engine.num_parallel) as threads:
@@ -332,9 +366,9 @@ def exported_model(recipe: Recipe) -> Path:
         Path of the `.xml` file, with its `.bin` beside it. Reading it needs no TensorFlow.
     """
     keras_version = importlib.metadata.version("keras")
-    parts = [recipe.backbone, recipe.weights, recipe.pooling, recipe.image_size, keras_version]
-    key = hashlib.sha256(json.dumps([recipe.version, *parts]).encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{recipe.backbone}-{key}"
+    parts = [recipe.backbone, recipe.weights, recipe.layers, recipe.pooling, recipe.image_size]
+    key = hashlib.sha256(json.dumps([recipe.version, *parts, keras_version]).encode())
+    folder = cache_folder() / f"{recipe.backbone}-{key.hexdigest()[:16]}"
     if not _is_intact(folder):
         with _lock:
             if not _is_intact(folder):

@@ -157,6 +157,9 @@ def run_extraction(
             else None
         )
         listing = list_images(source)
+        _check_columns(listing.refs, recipe)
+        watch.enter("preparing the network")
+        engines.prepare(recipe, options.engine)
         store = Store.open_or_create(store_path, recipe, engines.versions())
         summary = Summary.begin(source, store, options, listing, started or time.time())
         try:
@@ -195,6 +198,14 @@ def run_extraction(
         finally:
             summary.finish(store)
     return summary
+
+
+def _check_columns(refs: pa.Table, recipe: Recipe) -> None:
+    if taken := set(refs.column_names).intersection(recipe.columns):
+        raise RecipeError(
+            f"A manifest's columns must have other names than the layers. "
+            f"Received: {', '.join(sorted(taken))} in both"
+        )
 
 
 class _Watch:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from embedder import engines
 from embedder.decode import DecodedImage, decode_rgb, prepare_decoders
-from embedder.engines import Engine
+from embedder.engines import Engine, Features
 from embedder.errors import DecodeError, EngineError, OutOfMemory, ReadError, Unfinished
 from embedder.recipe import Recipe
 from embedder.sources import read_bytes
@@ -129,14 +129,14 @@ class Toolbox:
         self.feeding = threading.Lock()  # held by the shard that hands images to the decoders
         self._resizing = threading.Lock()
 
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
         """Embed a buffer: in one call, or in several once the engine has run out of memory.
 
         Args:
             pixels: uint8 (buffer's batch size, height, width, 3).
 
         Returns:
-            float32 (buffer's batch size, dim).
+            By column, float32 (buffer's batch size, dim).
 
         Raises:
             EngineError: Not even one image fits into memory.
@@ -157,14 +157,14 @@ class Toolbox:
                     self.engine = engine.resized(engine.batch_size // 2)
 
 
-def _embed_in_parts(engine: Engine, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _embed_in_parts(engine: Engine, pixels: NDArray[np.uint8]) -> Features:
     size = engine.batch_size
     if size == len(pixels):
         return engine.embed(pixels)
     padding = np.zeros((-len(pixels) % size, *pixels.shape[1:]), np.uint8)
     padded = np.concatenate([pixels, padding])
     parts = [engine.embed(padded[start : start + size]) for start in range(0, len(pixels), size)]
-    return np.concatenate(parts)[: len(pixels)]
+    return {name: np.concatenate([p[name] for p in parts])[: len(pixels)] for name in parts[0]}
 
 
 def _give_back_large_blocks() -> None:
@@ -351,9 +351,9 @@ class _ShardInWork:
         self.receipt = receipt
         self.failures: list[tuple[_Row, _Failure]] = []
         self._rows: list[_Row] = []
-        # One array for the shard, made when the first batch tells `dim`: a list of batches, and
-        # its concatenation, would be three times the memory.
-        self._vectors: NDArray[Any] = np.empty((0, 0))
+        # By column, one array for the shard, made when the first batch tells `dim`: a list of
+        # batches, and its concatenation, would be three times the memory.
+        self._vectors: dict[str, NDArray[Any]] = {}
         self._batch: list[_Row] = []
         self._buffer: NDArray[np.uint8] | None = None  # holds the pixels of the batch
         self._in_flight: deque[Future[_EmbeddedBatch]] = deque()
@@ -386,11 +386,13 @@ class _ShardInWork:
 
     def _collect(self, embedded: "_EmbeddedBatch") -> None:
         self.receipt.seconds["embed"] += embedded.seconds
-        is_finite = np.isfinite(embedded.vectors).all(axis=1)
-        if not self._vectors.size:
-            shape = (self.num_refs, embedded.vectors.shape[1])
-            self._vectors = np.empty(shape, embedded.vectors.dtype)
-        self._vectors[[row.position for row in embedded.rows]] = embedded.vectors
+        positions = [row.position for row in embedded.rows]
+        is_finite = np.ones(len(positions), bool)
+        for column, vectors in embedded.vectors.items():
+            is_finite &= np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
+            if column not in self._vectors:
+                self._vectors[column] = np.empty((self.num_refs, *vectors.shape[1:]), vectors.dtype)
+            self._vectors[column][positions] = vectors
         for row, good in zip(embedded.rows, is_finite, strict=True):
             if good:
                 self._rows.append(row)
@@ -423,7 +425,10 @@ class _ShardInWork:
         rows = sorted(self._rows)  # by position
         positions = [row.position for row in rows]
         is_whole = len(positions) == self.num_refs
-        vectors = vector_array(self._vectors if is_whole else self._vectors[positions])
+        vectors = {
+            column: vector_array(array if is_whole else array[positions])
+            for column, array in self._vectors.items()
+        }
         mine = refs.take(pa.array(positions))
         extras = extra_columns(refs.column_names)
         columns = [
@@ -435,10 +440,11 @@ class _ShardInWork:
             [row.format for row in rows],
             mine["modified"],
             *(mine[name] for name in extras),
-            vectors,
+            *vectors.values(),
         ]
         fields = [refs.schema.field(name) for name in extras]
-        return pa.table(columns, schema=row_schema(self.recipe, vectors.type.list_size, fields))
+        types = {column: array.type for column, array in vectors.items()}
+        return pa.table(columns, schema=row_schema(self.recipe, types, fields))
 
     def failures_table(self, refs: pa.Table) -> pa.Table:
         """The shard's failures, in the refs' order."""
@@ -458,7 +464,7 @@ class _ShardInWork:
 
 class _EmbeddedBatch(NamedTuple):
     rows: list[_Row]
-    vectors: NDArray[Any]
+    vectors: dict[str, NDArray[Any]]
     seconds: float
 
 
@@ -468,22 +474,28 @@ def _embed(
     """Embed a batch, of which the first `len(rows)` images are real, and return its buffer."""
     begin = time.perf_counter()
     try:
-        vectors = toolbox.embed(buffer)
+        features = toolbox.embed(buffer)
     finally:
         toolbox.buffers.put(buffer)
-    vectors = finished_vectors(vectors[: len(rows)], recipe)
+    vectors = finished_vectors({name: f[: len(rows)] for name, f in features.items()}, recipe)
     return _EmbeddedBatch(rows, vectors, time.perf_counter() - begin)
 
 
-def finished_vectors(vectors: NDArray[np.float32], recipe: Recipe) -> NDArray[Any]:
-    """Bring the network's output (batch, dim) to what the recipe stores.
+def finished_vectors(features: Features, recipe: Recipe) -> dict[str, NDArray[Any]]:
+    """Bring the network's outputs, each (batch, dim), to what the recipe stores.
 
     Returns:
-        Array of the same shape, divided by its Euclidean length if `l2_normalise`, in
-        `store_dtype`. Values too large for float16 become infinite.
+        Arrays of the same shapes, each vector divided by its Euclidean length if `l2_normalise`,
+        in `store_dtype`. Values too large for float16 become infinite. A feature map that is not
+        pooled, (batch, height, width, channels), counts as one vector.
     """
+    return {name: _finished(vectors, recipe) for name, vectors in features.items()}
+
+
+def _finished(vectors: NDArray[np.float32], recipe: Recipe) -> NDArray[Any]:
     if recipe.l2_normalise:
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        axes = tuple(range(1, vectors.ndim))
+        norms = np.sqrt((vectors**2).sum(axis=axes, keepdims=True))
         vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
     with np.errstate(over="ignore"):
         return vectors.astype(recipe.store_dtype)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from embedder.errors import RecipeError
 
+EMBEDDING = "embedding"  # column of the vectors, where there is one feature
 MIN_SIDE = 32  # pixels: below it the last feature map of a stride-32 network is empty
 MAX_SIDE = 4096  # pixels: a batch of 32 at this side is 1.6 GB of uint8
 
@@ -19,9 +20,12 @@ class Recipe(BaseModel):
     argument of the run. Use `backbones.make_recipe` to fill in a backbone's own defaults.
 
     Attributes:
-        backbone: Name of a row of `backbones.BACKBONES`.
-        weights: sha256 of the weights file, 64 hexadecimal digits.
-        pooling: How the last feature map (height, width, channels) becomes one vector.
+        backbone: Name of a row of `networks.BACKBONES`.
+        weights: sha256 of the weights file, 64 hexadecimal digits; or `random:SEED`.
+        layers: Names of the layers whose output is taken; none for the last feature map.
+        pooling: How a feature map (height, width, channels) becomes one vector: the mean or the
+            largest of each channel, their generalised mean of power 3 (`gem`, arXiv 1711.02512),
+            all values one after the other (`flatten`), or not at all (`none`).
         image_size: What the network sees, as (height, width), in pixels.
         crop: `center` keeps the central part of the image's own proportions, `squash` resizes the
             whole image and changes its proportions, `pad` fits the whole image in and fills the
@@ -36,13 +40,16 @@ class Recipe(BaseModel):
         store_dtype: Data type of the stored vector.
         l2_normalise: Whether vectors are divided by their Euclidean length.
         version: Raised when this package changes what a recipe means.
+        weights_source: Where this machine finds the weights: `imagenet`, `random:SEED` or a file's
+            path. It decides nothing, so it is not in the fingerprint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     backbone: str = Field(min_length=1)
-    weights: str = Field(pattern=r"^[0-9a-f]{64}$")
-    pooling: Literal["avg", "max"] = "avg"
+    weights: str = Field(pattern=r"^([0-9a-f]{64}|random:[0-9]+)$")
+    layers: tuple[str, ...] = ()
+    pooling: Literal["avg", "max", "gem", "flatten", "none"] = "avg"
     image_size: tuple[int, int]
     crop: Literal["center", "squash", "pad"] = "center"
     crop_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -52,6 +59,7 @@ class Recipe(BaseModel):
     store_dtype: Literal["float32", "float16"] = "float32"
     l2_normalise: bool = False
     version: Literal[1] = 1
+    weights_source: str = Field(default="imagenet", exclude=True)
 
     def __init__(self, **values: Any) -> None:
         """Check the values.
@@ -73,10 +81,24 @@ class Recipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"each layer must be named once. Received: layers={self.layers}")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the features: `embedding`, or with several layers, theirs."""
+        return self.layers if len(self.layers) > 1 else (EMBEDDING,)
+
     @property
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the sha256 of the recipe's canonical JSON."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        values = self.model_dump(mode="json")
+        if not self.layers:  # as in stores made before there were layers
+            del values["layers"]
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def differences(self, other: "Recipe") -> list[str]:

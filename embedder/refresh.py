@@ -46,7 +46,8 @@ def refresh_shard(
         if not ref["same_file"] and hash_of(ref["path"]) != stored_hash:
             changed_ids.append(ref["image_id"])
     keep = pc.invert(pc.is_in(table["image_id"], pa.array(changed_ids, pa.string())))
-    store.replace_shard(name, _with_columns_of(stale, table).filter(keep))
+    columns = store.recipe.columns
+    store.replace_shard(name, _with_columns_of(stale, table, columns).filter(keep))
     return changed_ids
 
 
@@ -58,14 +59,14 @@ def hash_of(path: bytes) -> str | None:
         return None
 
 
-def _with_columns_of(refs: pa.Table, table: pa.Table) -> pa.Table:
+def _with_columns_of(refs: pa.Table, table: pa.Table, vectors: tuple[str, ...]) -> pa.Table:
     """Take `modified` and a manifest's columns from the refs; other rows keep what they have."""
     row_of = pc.index_in(table["image_id"], refs["image_id"].combine_chunks())
     is_stale = pc.is_valid(row_of)
     columns = {f.name: (f, table[f.name]) for f in table.schema}
+    last = {name: columns.pop(name) for name in vectors}
     for name in extra_columns(columns):
         del columns[name]
-    embedding = columns.pop("embedding")
     for name in ["modified", *extra_columns(refs.drop_columns(["same_file"]).column_names)]:
         field = refs.schema.field(name)
         ours = refs[name].take(row_of)
@@ -73,6 +74,5 @@ def _with_columns_of(refs: pa.Table, table: pa.Table) -> pa.Table:
         if name in table.column_names and table.schema.field(name).type == field.type:
             theirs = table[name]
         columns[name] = field, pc.if_else(is_stale, ours, theirs)
-    columns["embedding"] = embedding
-    fields, arrays = zip(*columns.values(), strict=True)
+    fields, arrays = zip(*columns.values(), *last.values(), strict=True)
     return pa.table(list(arrays), schema=pa.schema(fields, metadata=table.schema.metadata))

@@ -49,22 +49,42 @@ _ROW_FIELDS = [
     pa.field("modified", MODIFIED_TYPE),
 ]
 _ROW_GROUP_ROWS = 8192
-_DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 
 
-def vector_array(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
-    """Wrap vectors (n, dim) as an Arrow array of lists of fixed length, without a copy."""
-    dim = vectors.shape[1]
+def vector_array(vectors: NDArray[Any]) -> pa.Array:
+    """Wrap vectors as an Arrow array, without a copy.
+
+    Args:
+        vectors: (n, dim), or (n, height, width, channels) where a feature map is not pooled.
+
+    Returns:
+        Lists of fixed length; a feature map's carry its shape as Arrow's `fixed_shape_tensor`.
+    """
+    size = int(np.prod(vectors.shape[1:]))
     item = pa.field("item", pa.from_numpy_dtype(vectors.dtype), nullable=False)
     flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, dim))
+    lists = pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, size))
+    if vectors.ndim == 2:
+        return lists
+    tensor = pa.fixed_shape_tensor(item.type, vectors.shape[1:])
+    return pa.ExtensionArray.from_storage(tensor, lists.cast(tensor.storage_type))
 
 
-def row_schema(recipe: Recipe, dim: int, extra_fields: Iterable[pa.Field] = ()) -> pa.Schema:
-    """Schema of `embeddings/`: who, which bytes, the manifest's columns, then the vector."""
-    item = pa.field("item", _DTYPES[recipe.store_dtype], nullable=False)
-    vector = pa.field("embedding", pa.list_(item, dim), nullable=False)
-    return pa.schema([*_ROW_FIELDS, *extra_fields, vector], metadata=_metadata(recipe))
+def vectors_of(array: pa.Array) -> NDArray[Any]:
+    """The vectors that `vector_array` wrapped; read-only, and without a copy."""
+    if isinstance(array, pa.FixedShapeTensorArray):
+        vectors: NDArray[Any] = array.to_numpy_ndarray()
+        return vectors
+    flat: NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(array), -1)
+
+
+def row_schema(
+    recipe: Recipe, types: dict[str, pa.DataType], extra_fields: Iterable[pa.Field] = ()
+) -> pa.Schema:
+    """Schema of `embeddings/`: who, which bytes, the manifest's columns, then the vectors."""
+    vectors = [pa.field(name, types[name], nullable=False) for name in recipe.columns]
+    return pa.schema([*_ROW_FIELDS, *extra_fields, *vectors], metadata=_metadata(recipe))
 
 
 def extra_columns(names: Iterable[str]) -> list[str]:
@@ -104,7 +124,9 @@ class Store:
         self.path = Path(path)
         file = self.path / RECIPE_FILE
         try:
-            self.recipe = Recipe(**json.loads(file.read_bytes())["recipe"])
+            content = json.loads(file.read_bytes())
+            source = content.get("weights_source", "imagenet")
+            self.recipe = Recipe(**content["recipe"], weights_source=source)
         except FileNotFoundError:
             raise StoreError(
                 f"{self.path} is not a feature store: it has no {RECIPE_FILE}"
@@ -142,6 +164,7 @@ class Store:
                 "recipe": recipe.model_dump(mode="json"),
                 "fingerprint": recipe.fingerprint,
                 "weights_sha256": recipe.weights,
+                "weights_source": recipe.weights_source,
                 "versions": versions,
             }
             if not (folder / RECIPE_FILE).exists():
@@ -170,28 +193,34 @@ class Store:
         ids: NDArray[np.object_] = self.table(["image_id"])["image_id"].to_numpy()
         return ids
 
-    def vectors(self) -> NDArray[Any]:
+    def vectors(self, column: str | None = None) -> NDArray[Any]:
         """Embeddings, in the order of `ids`.
 
+        Args:
+            column: Name of the feature, where the store has several.
+
         Returns:
-            Array of shape (n_images, dim), float32 or float16 as stored. Read-only, and without
-            a copy, where the store is a single shard.
+            Array of shape (n_images, dim), or (n_images, height, width, channels) where feature
+            maps are not pooled; float32 or float16 as stored. Read-only, and without a copy, where
+            the store is a single shard.
 
         Raises:
+            RecipeError: The store has no such feature, or several of which none is named.
             StoreError: The store has no rows.
         """
-        chunks = (
-            [
-                chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1)
-                for chunk in self.table(["embedding"])["embedding"].chunks
-                if len(chunk)
-            ]
-            if self.shards()
-            else []
-        )
-        if not chunks:
+        columns = self.recipe.columns
+        if column is None and len(columns) == 1:
+            column = columns[0]
+        if column not in columns:
+            raise RecipeError(
+                f"`column` must be one of the store's features: {', '.join(columns)}. "
+                f"Received: {column}"
+            )
+        chunks = self.table([column])[column].chunks if self.shards() else []
+        arrays = [vectors_of(chunk) for chunk in chunks if len(chunk)]
+        if not arrays:
             raise StoreError(f"The store {self.path} has no rows yet")
-        return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def failures(self) -> pa.Table:
         """Images that could not be embedded: a table of `FAILURE_SCHEMA`."""
@@ -208,7 +237,7 @@ class Store:
         for path in self.shards(kind):
             # Not `pq.read_table`, which takes longer to open a small file than to read it.
             with _reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-                extras = extra_columns(file.schema_arrow.names)
+                extras = self.extra_columns(file.schema_arrow.names)
                 table = file.read(["image_id", "bytes", "modified", *extras])
             shard = pa.array(np.zeros(table.num_rows, np.int32))
             names_of = pa.DictionaryArray.from_arrays(shard, pa.array([path.name]))
@@ -230,6 +259,10 @@ class Store:
             with _reading(path):
                 num_rows += pq.read_metadata(path).num_rows
         return num_rows
+
+    def extra_columns(self, names: Iterable[str]) -> list[str]:
+        """The columns that came from a manifest, among those of this store's rows."""
+        return [name for name in extra_columns(names) if name not in self.recipe.columns]
 
     # Writing -------------------------------------------------------------------------------
 
@@ -291,7 +324,7 @@ class Store:
             compression="zstd",
             row_group_size=_ROW_GROUP_ROWS,
             use_dictionary=["format", "stage"],  # on vectors it makes reading slower
-            write_statistics=[name for name in table.column_names if name != "embedding"],
+            write_statistics=[n for n in table.column_names if n not in self.recipe.columns],
             write_page_checksum=True,
             memory_pool=pool,
         )

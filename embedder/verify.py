@@ -2,10 +2,12 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from embedder import engines
 from embedder.cluster import NUM_CORES
@@ -16,7 +18,7 @@ from embedder.plan import make_plan
 from embedder.recipe import Recipe
 from embedder.refresh import hash_of
 from embedder.sources import list_images, read_bytes
-from embedder.store import EMBEDDINGS, FAILURES, Store
+from embedder.store import EMBEDDINGS, FAILURES, Store, vectors_of
 
 MIN_COSINE = 0.9999  # between a stored vector and the same image embedded again, alone
 _MAX_NAMES = 3  # ids shown for a check that failed
@@ -100,10 +102,12 @@ def _check_vectors(store: Store) -> Check:
     num_rows = num_bad = 0
     for path in store.shards():
         table = store.read_shard(path.name)
-        vectors = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        vectors = vectors.reshape(table.num_rows, -1)
+        is_finite = np.ones(table.num_rows, bool)
+        for column in store.recipe.columns:
+            vectors = vectors_of(table[column].combine_chunks()).reshape(table.num_rows, -1)
+            is_finite &= np.isfinite(vectors).all(axis=1)
         num_rows += table.num_rows
-        num_bad += int((~np.isfinite(vectors).all(axis=1)).sum())
+        num_bad += int((~is_finite).sum())
     return Check("every vector finite", num_bad == 0, f"{num_rows:,} vectors, {num_bad:,} not")
 
 
@@ -141,15 +145,15 @@ def _last_source(store: Store) -> str:
 def _audit(store: Store, source: str, num_rows: int, seed: int) -> Check:
     refs = list_images(source).refs
     paths = dict(zip(refs["image_id"].to_pylist(), refs["path"].to_pylist(), strict=True))
-    ids, vectors = store.ids(), store.vectors()
+    ids = store.ids()
+    vectors = {column: store.vectors(column) for column in store.recipe.columns}
     hashes = store.table(["sha256"])["sha256"]
     chosen = np.random.default_rng(seed).permutation(len(ids))[:num_rows]
     engine = engines.load(store.recipe, "auto", 1, NUM_CORES)
     wrong, lowest = [], 1.0
     for row in chosen:
-        cosine = _cosine_now(
-            store.recipe, engine, paths.get(ids[row]), hashes[row].as_py(), vectors[row]
-        )
+        stored = {column: array[row] for column, array in vectors.items()}
+        cosine = _cosine_now(store.recipe, engine, paths.get(ids[row]), hashes[row].as_py(), stored)
         if cosine is None or cosine < MIN_COSINE:
             wrong.append(str(ids[row]))
         if cosine is not None:
@@ -161,9 +165,13 @@ def _audit(store: Store, source: str, num_rows: int, seed: int) -> Check:
 
 
 def _cosine_now(
-    recipe: Recipe, engine: engines.Engine, path: bytes | None, sha256: str, stored: np.ndarray
+    recipe: Recipe,
+    engine: engines.Engine,
+    path: bytes | None,
+    sha256: str,
+    stored: dict[str, NDArray[Any]],
 ) -> float | None:
-    """Cosine of a stored vector to the image's vector now; None where its bytes are others."""
+    """Lowest cosine of stored vectors to the image's now; None where its bytes are others."""
     if path is None:
         return None
     try:
@@ -173,7 +181,11 @@ def _cosine_now(
         pixels = decode_rgb(encoded, recipe).pixels
     except (ReadError, DecodeError):
         return None
-    now = finished_vectors(engine.embed(pixels[None]), recipe)[0].astype(np.float64)
-    then = stored.astype(np.float64)
+    features = finished_vectors(engine.embed(pixels[None]), recipe)
+    return min(_cosine(features[column][0], vector) for column, vector in stored.items())
+
+
+def _cosine(one: NDArray[Any], other: NDArray[Any]) -> float:
+    now, then = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
     norms = float(np.linalg.norm(now) * np.linalg.norm(then))
     return float(now @ then) / norms if norms else float(np.array_equal(now, then))

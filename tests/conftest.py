@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder.backbones import make_recipe
+from embedder.engines import Features
 from embedder.recipe import Recipe
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -91,11 +92,11 @@ class MeanColour:
     ) -> None:
         self.batch_size, self.num_parallel, self._before = batch_size, num_parallel, before
 
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
         assert pixels.shape[0] == self.batch_size
         if self._before is not None:
             self._before(pixels)
-        return pixels.mean(axis=(1, 2), dtype=np.float32)
+        return {"embedding": pixels.mean(axis=(1, 2), dtype=np.float32)}
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "embedder"
 
 # Each module imports only from its left.
 ORDER = (
-    *("errors", "recipe", "torch_pickle", "sources", "decode", "backbones", "engines", "store"),
+    *("errors", "recipe", "torch_pickle", "sources", "decode", "weights", "lite", "networks"),
+    *("backbones", "engines", "store"),
     *("plan", "pipeline", "refresh", "cluster", "summary", "extract", "verify", "heads"),
-    *("demo", "doctor", "cli", "__main__"),
+    *("demo", "conformance", "doctor", "cli", "__main__"),
 )
 
 DOORS = {
@@ -22,7 +23,8 @@ DOORS = {
     "dask": {"cluster"},
     "distributed": {"cluster"},
     "fsspec": {"sources"},
-    "keras": {"backbones"},
+    "h5py": {"weights"},
+    "keras": {"backbones", "lite", "networks", "weights"},
     "openvino": {"engines"},
     "psutil": {"cli"},
     "pydantic": {"recipe"},

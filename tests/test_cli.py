@@ -11,7 +11,7 @@ import duckdb
 import pytest
 
 from embedder import doctor
-from embedder.backbones import BACKBONES
+from embedder.networks import BACKBONES
 from embedder.store import Store
 
 SMALL = "--image-size", "64x96"
@@ -107,9 +107,10 @@ def test_backbones_are_listed() -> None:
 def test_the_doctor_finds_this_machine_well() -> None:
     done = run("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
-    # Rotation, each engine alone and in a batch, the two together; then each further precision.
+    # Rotation, two ways of decoding, the input stage; each engine as plain Keras and alone as in a
+    # batch, the two together; then each further precision.
     others = [precision for precision in doctor.precisions() if precision != "float32"]
-    assert done.stdout.count("pass") == 4 + len(others)
+    assert done.stdout.count("pass") == 9 + len(others)
     for precision in others:
         assert f"{precision} as float32" in done.stdout
     assert "openvino and tensorflow agree" in " ".join(done.stdout.split())

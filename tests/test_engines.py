@@ -19,6 +19,7 @@ from embedder.engines import exported_model, load
 from embedder.errors import EngineError, OutOfMemory
 from embedder.extract import RunOptions, extract
 from embedder.recipe import Recipe
+from embedder.weights import leaf_layers
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,10 @@ def embed_all(
 ) -> np.ndarray:
     loaded = load(recipe, engine, batch_size, 2)
     return np.concatenate(
-        [loaded.embed(pixels[i : i + batch_size]) for i in range(0, len(pixels), batch_size)]
+        [
+            loaded.embed(pixels[i : i + batch_size])["embedding"]
+            for i in range(0, len(pixels), batch_size)
+        ]
     )
 
 
@@ -166,7 +170,8 @@ def test_the_model_for_a_gpu_computes_in_its_precision(
 ) -> None:
     """Built here, where TensorFlow emulates these precisions on CPU; it runs fast on a GPU."""
     model = backbones.build(lite0.model_copy(update={"precision": precision}))
-    convolution = model.get_layer("stage2_block1_expand_conv")
+    layers = {layer.name: layer for layer in leaf_layers(model)}
+    convolution = layers["stage2_block1_expand_conv"]
     assert convolution.compute_dtype == precision
     assert convolution.kernel.dtype == "float32"
     vectors = np.asarray(model(pixels)["embedding"])
@@ -175,7 +180,7 @@ def test_the_model_for_a_gpu_computes_in_its_precision(
     assert cosines(exact, vectors).min() > 0.99
     assert np.abs(exact - vectors).max() > 1e-4 * np.abs(exact).max()
     # The choice does not outlive the build.
-    assert backbones.build(lite0).get_layer("stem_conv").compute_dtype == "float32"
+    assert backbones.load_network(lite0).get_layer("stem_conv").compute_dtype == "float32"
 
 
 @pytest.mark.skipif(bool(engines.gpus()), reason="this machine has a GPU, which has float16")
@@ -232,8 +237,12 @@ def test_a_resized_engine_gives_the_same_vectors(
     whole = load(lite0, engine, 6, 2)
     half = whole.resized(3)
     assert half.batch_size == 3
-    vectors = np.concatenate([half.embed(pixels[:3]), half.embed(pixels[3:])])
-    np.testing.assert_allclose(vectors, whole.embed(pixels), atol=1e-5 * np.abs(vectors).max())
+    vectors = np.concatenate(
+        [half.embed(pixels[:3])["embedding"], half.embed(pixels[3:])["embedding"]]
+    )
+    np.testing.assert_allclose(
+        vectors, whole.embed(pixels)["embedding"], atol=1e-5 * np.abs(vectors).max()
+    )
 
 
 def test_each_worker_process_gets_a_gpu_of_its_own(
@@ -268,7 +277,9 @@ def test_a_gpu_agrees_with_the_cpu(
 ) -> None:
     engine = load(lite0.model_copy(update={"precision": precision}), "tensorflow", 3, 2)
     assert engine.device == "GPU"
-    vectors = np.concatenate([engine.embed(pixels[:3]), engine.embed(pixels[3:])])
+    vectors = np.concatenate(
+        [engine.embed(pixels[:3])["embedding"], engine.embed(pixels[3:])["embedding"]]
+    )
     exact = embed_all(lite0, "openvino", 3, pixels)
     assert cosines(exact, vectors).min() > (0.9999 if precision == "float32" else 0.99)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder.decode import decode_rgb
+from embedder.engines import Features
 from embedder.errors import EngineError, OutOfMemory, StoreError
 from embedder.pipeline import Job, Receipt, Stopped, Toolbox, extract_shard, finished_vectors
 from embedder.recipe import Recipe
@@ -124,10 +125,10 @@ def test_a_vector_that_is_not_finite_is_a_failure_to_embed(
     archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
 ) -> None:
     class Overflowing(MeanColour):
-        def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-            vectors = super().embed(pixels)
-            vectors[0, 1] = 1e6  # more than float16 holds
-            return vectors
+        def embed(self, pixels: NDArray[np.uint8]) -> Features:
+            features = super().embed(pixels)
+            features["embedding"][0, 1] = 1e6  # more than float16 holds
+            return features
 
     recipe = mean_colour_recipe.model_copy(update={"store_dtype": "float16"})
     store, receipt = run(recipe, archive, tmp_path / "out", Overflowing(batch_size=4))
@@ -202,8 +203,13 @@ def test_progress_adds_up(archive: Path, tmp_path: Path, mean_colour_recipe: Rec
 
 def test_lengths_are_one_when_asked(mean_colour_recipe: Recipe) -> None:
     recipe = mean_colour_recipe.model_copy(update={"l2_normalise": True})
-    vectors = finished_vectors(np.array([[3, 4], [0, 0]], np.float32), recipe)
-    np.testing.assert_allclose(vectors, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    features = {
+        "embedding": np.array([[3, 4], [0, 0]], np.float32),
+        "map": np.array([[[3, 0], [0, 4]]], np.float32),  # of shape (1, 2, 2)
+    }
+    vectors = finished_vectors(features, recipe)
+    np.testing.assert_allclose(vectors["embedding"], [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(vectors["map"], [[[0.6, 0], [0, 0.8]]], rtol=1e-6)
 
 
 def test_a_vanished_store_is_told(
@@ -224,7 +230,7 @@ class SmallMemory(MeanColour):
         super().__init__(batch_size)
         self._num_images, self._asked = num_images, asked
 
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
         self._asked.append(len(pixels))
         if len(pixels) > self._num_images:
             raise OutOfMemory(f"{len(pixels)} images do not fit")

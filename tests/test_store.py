@@ -42,6 +42,7 @@ def rows_of(
 ) -> pa.Table:
     """Rows of files of 1 byte, with these vectors and manifest columns."""
     extras = extras or {}
+    stored = vector_array(vectors.astype(recipe.store_dtype))
     fields = [pa.field(name, pa.array(values).type) for name, values in extras.items()]
     count = len(ids)
     columns = [
@@ -53,9 +54,9 @@ def rows_of(
         ["PNG"] * count,
         [None] * count,
         *extras.values(),
-        vector_array(vectors.astype(recipe.store_dtype)),
+        stored,
     ]
-    return pa.table(columns, schema=row_schema(recipe, vectors.shape[1], fields))
+    return pa.table(columns, schema=row_schema(recipe, {"embedding": stored.type}, fields))
 
 
 def make_failures(ids: list[str]) -> pa.Table:

@@ -1,0 +1,459 @@
+"""Weights: where they come from, whether they are the right ones, and how they get into a network.
+
+Only arrays are taken from files: HDF5 is read by name and shape, and a `.keras` file may hold
+nothing but Keras's own layers. No code of a file is ever run.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedder.errors import RecipeError, WeightsError
+
+if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not need it
+    import h5py
+    import keras
+
+logger = logging.getLogger("embedder")
+
+# Names by which `weights` says where to look; anything else is a file.
+IMAGENET = "imagenet"
+RANDOM = "random"
+
+# A `.keras` file may name classes of these modules only, and none that runs code of its own.
+_TRUSTED_MODULES = ("keras", "keras_hub", "builtins")
+_CLASSES_WITH_CODE = {
+    *("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "__lambda__"),
+}
+
+
+@dataclass(frozen=True)
+class PackagedWeights:
+    """Weights that come as a file inside a data-only package.
+
+    Attributes:
+        package: Import name of the package; it is located, never imported.
+        file: Path inside the package.
+        sha256: Of the whole file, 64 hexadecimal digits.
+        install: What to give to `pip install` when the package is absent.
+    """
+
+    package: str
+    file: str
+    sha256: str
+    install: str
+
+    @property
+    def path(self) -> Path | None:
+        """Where the file is, or None where the package is not installed."""
+        spec = importlib.util.find_spec(self.package)
+        if spec is None or not spec.submodule_search_locations:
+            return None
+        path = Path(spec.submodule_search_locations[0]) / self.file
+        return path if path.is_file() else None
+
+    @property
+    def how_to_get(self) -> str:
+        """How to come by the file, in a few words."""
+        return f"pip install '{self.install}'"
+
+    @property
+    def advice(self) -> str:
+        """How to come by the file."""
+        return f"Install them with: {self.how_to_get}"
+
+    def find(self) -> Path:
+        """Locate the file and check that it is the published one.
+
+        Raises:
+            WeightsError: The package is not installed, or the file's sha256 is another.
+        """
+        path = self.path
+        if path is None:
+            raise WeightsError(f"The weights are not installed. {self.advice}")
+        if (digest := digest_of(path)) != self.sha256:
+            raise WeightsError(
+                f"{path} is corrupt: its sha256 must be {self.sha256}. Received: {digest}. "
+                f"Install it again: pip install --force-reinstall --no-deps '{self.install}'"
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """Weights that Keras publishes, and downloads into a cache of its own.
+
+    Attributes:
+        url: Where the file is.
+        file: Its name in Keras's cache.
+        digest: Of the whole file, as Keras knows it: MD5 (32 hexadecimal digits) or sha256 (64);
+            empty where Keras knows none.
+    """
+
+    url: str
+    file: str
+    digest: str
+
+    @property
+    def place(self) -> Path:
+        """Where the file is looked for first, and where Keras downloads it to."""
+        home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+        return Path(home) / "models" / self.file
+
+    @property
+    def path(self) -> Path | None:
+        """Where the file is, or None where it has not been downloaded."""
+        return self.place if self.place.is_file() else None
+
+    @property
+    def how_to_get(self) -> str:
+        """How to come by the file, in a few words."""
+        return "downloaded by the first run"
+
+    @property
+    def advice(self) -> str:
+        """How to come by the file."""
+        kind = "sha256" if len(self.digest) == 64 else "MD5"
+        check = f", which has the {kind} {self.digest}" if self.digest else ""
+        return f"Download {self.url}{check}, and put it at {self.place}; or name it with --weights"
+
+    def find(self) -> Path:
+        """Locate the file, or download it, and check its hash.
+
+        Raises:
+            WeightsError: It cannot be had from the network, or its hash is another.
+        """
+        path = self.path
+        if path is None:
+            path = self._download()
+        kind = "sha256" if len(self.digest) == 64 else "md5"
+        if self.digest and (found := digest_of(path, kind)) != self.digest:
+            raise WeightsError(
+                f"{path} is corrupt: its {kind} must be {self.digest}. Received: {found}. "
+                f"Delete it; the next run downloads it again"
+            )
+        return path
+
+    def _download(self) -> Path:
+        keras = import_keras()
+        logger.info("downloading %s", self.url)
+        try:
+            found = keras.utils.get_file(
+                self.file, self.url, cache_subdir="models", file_hash=self.digest or None
+            )
+        # Keras raises `Exception` itself where the server does not answer.
+        except Exception as error:
+            raise WeightsError(
+                f"The weights are not on this machine, and cannot be downloaded: {error}. "
+                f"{self.advice}"
+            ) from error
+        return Path(found)
+
+
+def digest_of(path: Path, kind: str = "sha256") -> str:
+    """Hash of a whole file, in hexadecimal.
+
+    Raises:
+        WeightsError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, kind).hexdigest()
+    except OSError as error:
+        raise WeightsError(
+            f"The weights file {path} cannot be read: {error.strerror or error}"
+        ) from error
+
+
+def seed_of(weights: str) -> int | None:
+    """The seed that `random` or `random:SEED` names; None for all other weights.
+
+    Raises:
+        RecipeError: The seed is not a whole number.
+    """
+    kind, _, seed = weights.partition(":")
+    if kind != RANDOM:
+        return None
+    if not (seed or "0").isdecimal():
+        raise RecipeError(f"`weights` random:SEED wants a whole number. Received: {weights}")
+    return int(seed or "0")
+
+
+def randomise(network: "keras.Model", seed: int) -> None:
+    """Draw every kernel anew, from a normal distribution of variance 2 / fan-in (arXiv 1502.01852).
+
+    Biases and normalisations stay as they are built. The same seed gives the same values with any
+    version of Keras.
+    """
+    random = np.random.default_rng(seed)
+    for layer in leaf_layers(network):
+        values = layer.get_weights()
+        for number, variable in enumerate(layer.weights):
+            if len(variable.shape) > 1 and "kernel" in variable.name:
+                is_depthwise = "Depthwise" in type(layer).__name__ or "depthwise" in variable.name
+                fan_in = np.prod(variable.shape[: -2 if is_depthwise else -1])
+                scale = np.sqrt(2.0 / fan_in)
+                values[number] = random.normal(0.0, scale, variable.shape).astype(np.float32)
+        layer.set_weights(values)
+
+
+def leaf_layers(network: "keras.Model") -> "Iterator[keras.Layer]":
+    """Layers that are not models themselves, in the network's order."""
+    for layer in network.layers:
+        if hasattr(layer, "layers"):
+            yield from leaf_layers(layer)
+        else:
+            yield layer
+
+
+# HDF5 ----------------------------------------------------------------------------------------
+
+
+def load_hdf5(network: "keras.Model", path: Path) -> None:
+    """Load `.weights.h5`, or a legacy `.h5` of weights or of a whole model, by layer name.
+
+    Every layer of the network that has weights must find a layer of its name and shapes in the
+    file; the file may hold more, such as a classifier. Names that Keras gives by counting, such as
+    `conv2d_7`, are compared by their order. What matched is logged.
+
+    Args:
+        network: Built; its weights are replaced.
+        path: The file.
+
+    Raises:
+        WeightsError: The file cannot be read or is of another network.
+    """
+    import h5py
+
+    layers = {layer.name: layer for layer in leaf_layers(network) if layer.weights}
+    counted = set(map(_counted_name, layers.values()))
+    try:
+        with h5py.File(path, "r") as file:
+            arrays = _count_anew(dict(_arrays_by_layer(file)), counted)
+            wanted = with_canonical_names(layers)
+            _check_match(network, path, wanted, arrays)
+            for name, layer in wanted.items():
+                layer.set_weights([array[()] for array in arrays[name]])
+                if hasattr(layer, "finalize_state"):  # Normalization keeps values made from them
+                    layer.finalize_state()
+    except (OSError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{path} is not a whole HDF5 file of weights: {error}") from error
+    unused = sorted(arrays.keys() - wanted.keys())
+    rest = f"; not used: {_shortened(unused)}" if unused else ""
+    logger.info(
+        "%s: %d of %d layers of %s matched by name%s",
+        *(path, len(wanted), len(wanted), network.name, rest),
+    )
+
+
+def _check_match(
+    network: "keras.Model",
+    path: Path,
+    wanted: "dict[str, keras.Layer]",
+    arrays: "dict[str, list[h5py.Dataset]]",
+) -> None:
+    missing, misshapen = [], []
+    for name, layer in wanted.items():
+        shapes = [tuple(variable.shape) for variable in layer.weights]
+        if name not in arrays:
+            missing.append(name)
+        elif (found := [array.shape for array in arrays[name]]) != shapes:
+            misshapen.append(f"{name} has {found}, expected {shapes}")
+    if not missing and not misshapen:
+        return
+    num_matched = len(wanted) - len(missing) - len(misshapen)
+    raise WeightsError(
+        f"{path} does not fit {network.name}: every one of its {len(wanted)} layers must find its "
+        f"weights by name. Received: {num_matched} that match"
+        + (f"; not in the file: {_shortened(missing)}" if missing else "")
+        + (f"; of another shape: {_shortened(misshapen)}" if misshapen else "")
+        + f". The file holds {len(arrays)} layers: {_shortened(list(arrays))}"
+    )
+
+
+def _shortened(names: list[str]) -> str:
+    shown = 3
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
+
+
+def _counted_name(layer: "keras.Layer") -> str:
+    """What Keras counts on when a layer is given no name: `conv2d` for Conv2D."""
+    words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", type(layer).__name__)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
+
+
+def with_canonical_names(layers: "dict[str, keras.Layer]") -> "dict[str, keras.Layer]":
+    """The same layers, those that Keras named by counting counted from nought.
+
+    Keras counts on through a whole process, so that such names depend on what was built before.
+    """
+    return _count_anew(layers, set(map(_counted_name, layers.values())))
+
+
+def _count_anew(by_name: dict[str, Any], counted: set[str]) -> dict[str, Any]:
+    numbers = defaultdict(list)
+    for name in by_name:
+        stem, _, number = name.rpartition("_")
+        if name in counted:
+            numbers[name].append((0, name))
+        elif stem in counted and number.isdecimal():
+            numbers[stem].append((int(number), name))
+    new_names = {
+        name: f"{stem}_{rank}" if rank else stem
+        for stem, found in numbers.items()
+        for rank, (_, name) in enumerate(sorted(found))
+    }
+    return {new_names.get(name, name): value for name, value in by_name.items()}
+
+
+def _arrays_by_layer(file: "h5py.File") -> "Iterator[tuple[str, list[h5py.Dataset]]]":
+    root = _member(file, "model_weights") if "model_weights" in file else file
+    if "layer_names" in root.attrs or "layer_names0" in root.attrs:
+        yield from _legacy_arrays(root)
+    else:
+        yield from _arrays_of_group(root)
+
+
+def _legacy_arrays(root: "h5py.Group") -> "Iterator[tuple[str, list[h5py.Dataset]]]":
+    for group_name in _text_attribute(root, "layer_names"):
+        group = _member(root, group_name)
+        by_layer = defaultdict(list)
+        for path in _text_attribute(group, "weight_names"):
+            parts = path.split("/")
+            # In a nested model's group each weight's path names its own layer; elsewhere it can
+            # be the layer's name, or that with a number behind it.
+            is_nested = group_name in parts[:-2] and parts[-2] != group_name
+            array = group
+            for part in parts:
+                array = _member(array, part)
+            by_layer[parts[-2] if is_nested else group_name].append(array)
+        yield from by_layer.items()
+
+
+def _text_attribute(group: "h5py.Group", name: str) -> list[str]:
+    """A list of names; one too long for HDF5's header is kept in parts `name0`, `name1`, ..."""
+    if name in group.attrs:
+        parts = [group.attrs[name]]
+    else:
+        parts = []
+        while f"{name}{len(parts)}" in group.attrs:
+            parts.append(group.attrs[f"{name}{len(parts)}"])
+    return [
+        text.decode() if isinstance(text, bytes) else str(text) for part in parts for text in part
+    ]
+
+
+def _arrays_of_group(group: "h5py.Group") -> "Iterator[tuple[str, list[h5py.Dataset]]]":
+    for name in group:
+        member = _member(group, name)
+        if name == "vars":
+            layer_name = member.attrs.get("name", group.name.rpartition("/")[2])
+            if arrays := [_member(member, key) for key in sorted(member, key=int)]:
+                yield str(layer_name), arrays
+        elif hasattr(member, "keys"):
+            yield from _arrays_of_group(member)
+
+
+def _member(group: "h5py.Group", name: str) -> Any:
+    """A member that the file itself holds: HDF5 can point to other files of this machine."""
+    import h5py
+
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise WeightsError(f"{group.file.filename}: {group.name}/{name} is not held by the file")
+    member = group[name]
+    if isinstance(member, h5py.Dataset) and (member.external or member.is_virtual):
+        raise WeightsError(f"{group.file.filename}: {member.name} points to another file")
+    return member
+
+
+# Keras's own format --------------------------------------------------------------------------
+
+
+def load_keras_model(path: Path) -> "keras.Model":
+    """Load a `.keras` model that holds nothing but Keras's own layers.
+
+    Raises:
+        WeightsError: The file is damaged, or holds a Lambda layer, a custom object or anything
+            else that could run code.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            config = json.loads(archive.read("config.json"))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"{path} is not a whole .keras file: {error}") from error
+    if refused := sorted(set(_refused_objects(config))):
+        raise WeightsError(
+            f"A .keras file must hold Keras's own layers only: Lambda layers and custom objects "
+            f"could run code. Received: {path} with {', '.join(refused)}"
+        )
+    keras = import_keras()
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # Keras raises what its layers raise
+        raise WeightsError(f"{path} cannot be loaded: {error}") from error
+    if not isinstance(model, keras.Model) or len(model.inputs) != 1:
+        raise WeightsError(f"{path} must hold a model with one input, the pixels")
+    return model
+
+
+def _refused_objects(config: Any) -> Iterator[str]:
+    """Names of classes in a model's configuration that are not trusted."""
+    if isinstance(config, dict):
+        if "class_name" in config:
+            name, module = str(config["class_name"]), str(config.get("module") or "builtins")
+            registered = str(config.get("registered_name") or "")
+            is_trusted = module.split(".")[0] in _TRUSTED_MODULES
+            if not is_trusted or name in _CLASSES_WITH_CODE or ">" in registered:
+                yield registered or name
+        config = config.values()
+    if isinstance(config, Iterable) and not isinstance(config, str):
+        for value in config:
+            yield from _refused_objects(value)
+
+
+# Keras itself --------------------------------------------------------------------------------
+
+
+def import_keras() -> Any:
+    """Import Keras on TensorFlow, without TensorFlow's chatter on standard error."""
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _import_lock, _silent_standard_error():
+        import keras
+
+    return keras
+
+
+_import_lock = threading.Lock()
+
+
+@contextmanager
+def _silent_standard_error() -> Iterator[None]:
+    """Discard what native code writes to standard error: the log level does not stop all of it."""
+    if "tensorflow" in sys.modules:
+        yield
+        return
+    kept = os.dup(2)
+    discard = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(discard, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(discard)
