@@ -1,6 +1,7 @@
 """The command line: parse, call, exit code."""
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -23,6 +24,7 @@ from embedder import verify as verify_job
 from embedder.errors import EmbedderError
 from embedder.extract import DEFAULT_SHARD_SIZE, Progress, RunOptions, run_extraction
 from embedder.networks import BACKBONES
+from embedder.recipe import Recipe
 from embedder.store import Store
 from embedder.summary import Summary
 
@@ -85,11 +87,18 @@ def extract(
     source: _Source,
     store: _StorePath,
     backbone: Annotated[
-        str, typer.Option(help="See `embedder backbones`.")
-    ] = backbone_table.DEFAULT_BACKBONE,
+        list[str] | None,
+        typer.Option(
+            help=f"See `embedder backbones`; {backbone_table.DEFAULT_BACKBONE} if absent. "
+            f"Several make a store each, STORE/BACKBONE, and read every image once."
+        ),
+    ] = None,
     weights: Annotated[
-        str | None,
-        typer.Option(help="imagenet, a .weights.h5, .h5 or .keras file, or random[:SEED]."),
+        list[str] | None,
+        typer.Option(
+            help="imagenet, a .weights.h5, .h5 or .keras file, or random[:SEED]; "
+            "one for each --backbone, in their order."
+        ),
     ] = None,
     layer: Annotated[
         list[str] | None,
@@ -137,8 +146,9 @@ def extract(
 ) -> None:
     """Embed the images of SOURCE into STORE; what is there already is not done again."""
     with _exit_status(quiet):
-        recipe = backbone_table.make_recipe(
-            backbone,
+        recipes = _make_recipes(
+            store,
+            backbone or [backbone_table.DEFAULT_BACKBONE],
             weights,
             layers=tuple(layer) if layer else None,
             pooling=pooling,
@@ -162,9 +172,9 @@ def extract(
             prune=prune,
         )
         with _progress(quiet) as on_progress:
-            summary = run_extraction(source, store, recipe, options, on_progress, _started())
+            summaries = run_extraction(source, recipes, options, on_progress, _started())
         if not quiet:
-            _print_summary(summary)
+            _print_summaries(summaries)
 
 
 @app.command()
@@ -294,8 +304,10 @@ def demo(
         _out.print(f"$ embedder extract {shlex.quote(str(source))} {shlex.quote(store)}\n")
         recipe = backbone_table.make_recipe()
         with _progress(quiet=False) as on_progress:
-            summary = run_extraction(source, store, recipe, RunOptions(), on_progress, _started())
-        _print_summary(summary)
+            summaries = run_extraction(
+                source, {store: recipe}, RunOptions(), on_progress, _started()
+            )
+        _print_summaries(summaries)
         _out.print("\nA linear probe on these features (5-fold cross-validation):\n")
         metrics = demo_job.linear_probe(Store(store))
         _print_facts({name: _interval(metric) for name, metric in metrics.items()})
@@ -307,6 +319,30 @@ def main() -> None:
 
 
 # Parsing ------------------------------------------------------------------------------------
+
+
+def _make_recipes(
+    store: str, backbones: list[str], weights: list[str] | None, **options: Any
+) -> dict[str, Recipe]:
+    """A recipe for each backbone, by the folder of its store."""
+    if weights and len(weights) not in (1, len(backbones)):
+        raise typer.BadParameter(
+            f"must be given once, or once for each --backbone. Received: {len(weights)} for "
+            f"{len(backbones)}",
+            param_hint="--weights",
+        )
+    sources: list[str | None] = [*weights] if weights else [None]
+    sources = sources * len(backbones) if len(sources) == 1 else sources
+    recipes = [
+        backbone_table.make_recipe(name, source, **options)
+        for name, source in zip(backbones, sources, strict=True)
+    ]
+    if len(recipes) == 1:
+        return {store: recipes[0]}
+    by_store = {os.path.join(store, recipe.backbone): recipe for recipe in recipes}
+    if len(by_store) < len(recipes):
+        raise typer.BadParameter("must name different networks", param_hint="--backbone")
+    return by_store
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | None:
@@ -414,6 +450,13 @@ class _LinePrinter:
                 f"{progress.num_done:,} of {progress.num_images:,}, {speed:,.0f} images/s, "
                 f"{left:,.0f} s left, {progress.num_failures:,} failed"
             )
+
+
+def _print_summaries(summaries: list[Summary]) -> None:
+    for number, summary in enumerate(summaries):
+        if number:
+            _out.print()
+        _print_summary(summary)
 
 
 def _print_summary(summary: Summary) -> None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -120,84 +121,88 @@ def extract(source: str | os.PathLike[str], store: str | os.PathLike[str], **opt
         known = ", ".join(sorted({*run_names, *Recipe.model_fields}))
         raise RecipeError(f"Unknown option: {', '.join(sorted(unknown))}. There are: {known}")
     recipe = make_recipe(options.pop("backbone", DEFAULT_BACKBONE), **options)
-    run_extraction(source, store, recipe, RunOptions(**run_options))
+    run_extraction(source, {os.fspath(store): recipe}, RunOptions(**run_options))
     return Store(store)
 
 
 def run_extraction(
     source: str | os.PathLike[str],
-    store_path: str | os.PathLike[str],
-    recipe: Recipe,
+    recipes: dict[str, Recipe],
     options: RunOptions,
     on_progress: Callable[[Progress], None] | None = None,
     started: float | None = None,
-) -> Summary:
+) -> list[Summary]:
     """Do one run of the job, keep its record in the store, and tell what became of it.
 
     Args:
         source: As in `extract`.
-        store_path: Folder of the store.
-        recipe: What to compute.
+        recipes: What to compute, by folder of the store. With several, an image that more than
+            one of them lacks is read and decoded once for all those that want the same pixels.
         options: How.
         on_progress: Called often, from several threads, with the same object.
         started: When the command began, in seconds since the epoch; now, if None.
+
+    Returns:
+        A summary for each store.
 
     Raises:
         EmbedderError: As in `extract`. A run that was not finished leaves its record too.
     """
     watch = _Watch(on_progress or (lambda _: None))
     if options.scheduler is None:  # workers elsewhere have other devices, and check them there
-        engines.check_precision(recipe.precision, options.engine)
+        for recipe in recipes.values():
+            engines.check_precision(recipe.precision, options.engine)
     watch.enter("listing images")
     with ExitStack() as stack:
-        # Before the store is made: a scheduler that does not answer must leave nothing behind.
+        # Before a store is made: a scheduler that does not answer must leave nothing behind.
         pool = (
             stack.enter_context(cluster.connect(options.scheduler, 0))
             if options.scheduler
             else None
         )
         listing = list_images(source)
-        _check_columns(listing.refs, recipe)
         watch.enter("preparing the network")
-        engines.prepare(recipe, options.engine)
-        store = Store.open_or_create(store_path, recipe, engines.versions())
-        summary = Summary.begin(source, store, options, listing, started or time.time())
+        for recipe in recipes.values():
+            _check_columns(listing.refs, recipe)
+            engines.prepare(recipe, options.engine)
+        began = started or time.time()
+        targets = []
+        for path, recipe in recipes.items():
+            store = Store.open_or_create(path, recipe, engines.versions())
+            summary = Summary.begin(source, store, options, listing, began)
+            targets.append(_Target(store, summary))
         try:
             watch.enter("comparing with the store")
-            summary.num_dropped += drop_repeated(store)
-            plan = make_plan(
-                listing.refs, store, limit=options.limit, retry_failed=options.retry_failed
-            )
-            summary.num_done, summary.num_deleted = plan.num_done, plan.num_deleted
-            if options.prune:
-                summary.num_dropped += _prune(store, plan)
-            if plan.missing.num_rows or plan.stale.num_rows:
+            for target in targets:
+                target.compare(listing.refs, options)
+            if any(target.has_work for target in targets):
                 if pool is None:
                     pool = stack.enter_context(cluster.connect(None, options.num_workers))
-                num_images = plan.missing.num_rows + plan.stale.num_rows
-                path = str(store.path.absolute())
-                job = Job(recipe, path, options.engine, options.batch_size, num_images)
-                changed = _refresh(pool, job, plan, summary, watch)
-                store.drop(plan.stale_failures, FAILURES)
-                todo = pa.concat_tables([plan.missing, changed]).sort_by("image_id")
-                _embed(pool, job, todo, options, plan.num_failed, summary, watch)
-            summary.num_dropped += drop_repeated(store)
-            remove_abandoned(store.path)  # of an earlier run, whose workers died meanwhile
-            summary.status = "done"
+                for target in targets:
+                    target.refresh(pool, watch)
+                _embed(pool, targets, options, watch)
+            for target in targets:
+                target.tidy()
         except StoreError as error:
-            summary.status = str(error)
+            _set_status(targets, str(error))
             raise Unfinished(
                 f"{error}. What is written is kept; run the same command again"
             ) from error
         except KeyboardInterrupt:
-            summary.status = "interrupted"
+            _set_status(targets, "interrupted")
             raise
         except Exception as error:
-            summary.status = str(error)
+            _set_status(targets, str(error))
             raise
         finally:
-            summary.finish(store)
-    return summary
+            for target in targets:
+                target.summary.finish(target.store)
+    return [target.summary for target in targets]
+
+
+def _set_status(targets: "list[_Target]", status: str) -> None:
+    for target in targets:
+        target.summary.status = status
 
 
 def _check_columns(refs: pa.Table, recipe: Recipe) -> None:
@@ -226,10 +231,57 @@ class _Watch:
         self._on_progress(self.progress)
 
 
-def _prune(store: Store, plan: Plan) -> int:
-    store.drop(plan.deleted)
-    store.drop(plan.deleted_failures, FAILURES)
-    return plan.num_deleted
+class _Target:
+    """One store of a run: what it lacks, and what becomes of it."""
+
+    def __init__(self, store: Store, summary: Summary) -> None:
+        self.store, self.summary = store, summary
+        self._plan: Plan
+        self.job: Job
+        self.todo: pa.Table
+
+    def compare(self, refs: pa.Table, options: RunOptions) -> None:
+        """Plan what to do, and drop what the plan and the options say is to go."""
+        self.summary.num_dropped += drop_repeated(self.store)
+        plan = self._plan = make_plan(
+            refs, self.store, limit=options.limit, retry_failed=options.retry_failed
+        )
+        self.summary.num_done, self.summary.num_deleted = plan.num_done, plan.num_deleted
+        if options.prune:
+            self.store.drop(plan.deleted)
+            self.store.drop(plan.deleted_failures, FAILURES)
+            self.summary.num_dropped += plan.num_deleted
+        num_images = plan.missing.num_rows + plan.stale.num_rows
+        path = str(self.store.path.absolute())
+        self.job = Job(self.store.recipe, path, options.engine, options.batch_size, num_images)
+
+    @property
+    def has_work(self) -> bool:
+        return self.job.num_images > 0
+
+    def refresh(self, pool: Pool, watch: _Watch) -> None:
+        """Update rows whose content is the same; drop the others, which are to be embedded."""
+        plan = self._plan
+        changed = _refresh(pool, self.job, plan, self.summary, watch)
+        self.store.drop(plan.stale_failures, FAILURES)
+        self.todo = pa.concat_tables([plan.missing, changed]).sort_by("image_id")
+
+    def add(self, receipt: Receipt, max_failures: float) -> None:
+        """Count one shard.
+
+        Raises:
+            Unfinished: Too many images failed.
+        """
+        self.summary.add(receipt)
+        num_failed = self._plan.num_failed + self.summary.num_failures
+        if num_failed > max_failures * self.summary.num_inputs:
+            raise Unfinished(_too_many_failures(num_failed, max_failures, self.summary))
+
+    def tidy(self) -> None:
+        """Leave the store as if one run had made it."""
+        self.summary.num_dropped += drop_repeated(self.store)
+        remove_abandoned(self.store.path)  # of an earlier run, whose workers died meanwhile
+        self.summary.status = "done"
 
 
 def _refresh(pool: Pool, job: Job, plan: Plan, summary: Summary, watch: _Watch) -> pa.Table:
@@ -252,24 +304,38 @@ def _refresh(pool: Pool, job: Job, plan: Plan, summary: Summary, watch: _Watch) 
     return changed.drop_columns(["shard", "same_file"])
 
 
-def _embed(
-    pool: Pool,
-    job: Job,
-    todo: pa.Table,
-    options: RunOptions,
-    num_failed_before: int,
-    summary: Summary,
-    watch: _Watch,
-) -> None:
-    watch.enter("embedding", todo.num_rows)
-    summary.num_workers = pool.num_workers
-    shards = ((job, refs) for refs in _shards(todo, options.shard_size))
-    with closing(pool.run(_extract_shard, shards, watch.add)) as receipts:
-        for receipt in receipts:
-            summary.add(receipt)
-            num_failed = num_failed_before + summary.num_failures
-            if num_failed > options.max_failures * summary.num_inputs:
-                raise Unfinished(_too_many_failures(num_failed, options, summary))
+def _embed(pool: Pool, targets: list[_Target], options: RunOptions, watch: _Watch) -> None:
+    by_store = {target.job.store: target for target in targets}
+    work = list(_shared_work(targets))
+    watch.enter("embedding", sum(refs.num_rows for _, refs in work))
+    for target in targets:
+        target.summary.num_workers = pool.num_workers
+    shards = ((jobs, refs) for jobs, todo in work for refs in _shards(todo, options.shard_size))
+    with closing(pool.run(_extract_shard, shards, watch.add)) as results:
+        for receipts in results:
+            for store, receipt in receipts.items():
+                by_store[store].add(receipt, options.max_failures)
+
+
+def _shared_work(targets: list[_Target]) -> Iterator[tuple[list[Job], pa.Table]]:
+    """What is to be embedded: refs, and the jobs of all stores that lack them."""
+    same_pixels: dict[Any, list[_Target]] = {}
+    for target in targets:
+        same_pixels.setdefault(target.job.recipe.pixels, []).append(target)
+    for group in same_pixels.values():
+        todo = group[0].todo
+        for target in group[1:]:
+            is_new = pc.invert(pc.is_in(target.todo["image_id"], todo["image_id"]))
+            todo = pa.concat_tables([todo, target.todo.filter(is_new)])
+        if todo.num_rows == 0:
+            continue
+        todo = todo.sort_by("image_id")
+        lacks = np.array(
+            [pc.is_in(todo["image_id"], target.todo["image_id"]).to_numpy() for target in group]
+        )
+        for which in np.unique(lacks, axis=1).T:
+            jobs = [target.job for target, wanted in zip(group, which, strict=True) if wanted]
+            yield jobs, todo.filter(pa.array((lacks == which[:, None]).all(axis=0)))
 
 
 def _shards(todo: pa.Table, shard_size: int) -> Iterator[pa.Table]:
@@ -277,14 +343,14 @@ def _shards(todo: pa.Table, shard_size: int) -> Iterator[pa.Table]:
         yield todo.slice(start, shard_size).combine_chunks()
 
 
-def _too_many_failures(num_failed: int, options: RunOptions, summary: Summary) -> str:
+def _too_many_failures(num_failed: int, max_failures: float, summary: Summary) -> str:
     reasons: Counter[str] = Counter()
     for (stage, error), count in summary.failures.items():
         reasons[f"{stage}: {error}"] += count
     most = "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(3))
     return (
         f"{num_failed:,} of {summary.num_inputs:,} images failed; `--max-failures` allows a share "
-        f"of {options.max_failures}. Most often: {most}. What is done is kept: see "
+        f"of {max_failures}. Most often: {most}. What is done is kept: see "
         f"`embedder inspect {summary.store}`, and run again with a larger share to go on"
     )
 
@@ -292,9 +358,10 @@ def _too_many_failures(num_failed: int, options: RunOptions, summary: Summary) -
 # What runs on the workers. -----------------------------------------------------------------
 
 
-def _extract_shard(task: Task, job: Job, refs: pa.Table) -> Receipt:
-    toolbox = toolbox_of(job, task.num_threads())
-    return extract_shard(job, toolbox, refs, task.report, task.is_stopped)
+def _extract_shard(task: Task, jobs: list[Job], refs: pa.Table) -> dict[str, Receipt]:
+    toolboxes = [toolbox_of(job, task.num_threads()) for job in jobs]
+    receipts = extract_shard(jobs, toolboxes, refs, task.report, task.is_stopped)
+    return dict(zip((job.store for job in jobs), receipts, strict=True))
 
 
 def _refresh_shard(task: Task, job: Job, name: str, refs: pa.Table) -> list[str]:

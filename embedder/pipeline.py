@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -233,50 +233,52 @@ def _load_image(path: bytes, recipe: Recipe) -> _Image:
 
 
 def extract_shard(
-    job: Job,
-    toolbox: Toolbox,
+    jobs: Sequence[Job],
+    toolboxes: Sequence[Toolbox],
     refs: pa.Table,
     report: Callable[[int, int], None],
     is_stopped: Callable[[], bool],
-) -> Receipt:
-    """Embed the images of one shard and write it.
+) -> list[Receipt]:
+    """Embed the images of one shard and write it: to one store, or with each network to its own.
 
     Args:
-        job: What the shards of this run have in common.
-        toolbox: This process's engine and threads.
+        jobs: What the shards of this run have in common, for each store. Their recipes differ in
+            the network alone: every image is read and decoded once, for all of them.
+        toolboxes: This process's engine and threads for each job; the first one's threads decode.
         refs: Refs of the shard's images.
         report: Called now and then with the number of images done and of failures among them,
             since the last call.
         is_stopped: Asked before each image; once true, the shard is given up.
 
+    Returns:
+        A receipt for each job.
+
     Raises:
         Stopped: `is_stopped` said so.
         StoreError: The shard could not be written.
     """
-    store = Store(job.store)
-    receipt = Receipt(shard_name(job.recipe, refs["image_id"].to_pylist()))
-    receipt.engine = f"{toolbox.engine.name} on {toolbox.engine.device}"
-    receipt.num_threads, receipt.num_parallel = toolbox.num_threads, toolbox.engine.num_parallel
-    shard = _ShardInWork(job.recipe, toolbox, receipt, refs.num_rows)
+    stores = [Store(job.store) for job in jobs]
+    shards = [
+        _ShardInWork(job.recipe, toolbox, refs)
+        for job, toolbox in zip(jobs, toolboxes, strict=True)
+    ]
+    loading = _Loading()
     reporter = _Reporter(report)
     try:
-        for position, image in enumerate(_load_images(refs, job.recipe, toolbox, receipt)):
+        for position, image in enumerate(_load_images(refs, jobs[0].recipe, toolboxes[0], loading)):
             if is_stopped():
-                raise Stopped(f"stopped while shard {receipt.shard} was in work")
-            shard.add(position, image)
-            reporter.tell(position + 1, len(shard.failures))
-        shard.finish()
+                raise Stopped(f"stopped while shard {shards[0].receipt.shard} was in work")
+            for shard in shards:
+                shard.add(position, image)
+            reporter.tell(position + 1, len(shards[0].failures))
+        for shard in shards:
+            shard.finish()
     finally:
-        shard.give_back()
-    receipt.batch_size = toolbox.engine.batch_size
-    begin = time.perf_counter()
-    rows, failures = shard.rows_table(refs), shard.failures_table(refs)
-    receipt.num_bytes = store.write_shard(rows, failures, receipt.shard)
-    receipt.seconds["write"] += time.perf_counter() - begin
-    receipt.num_rows, receipt.ended = rows.num_rows, time.time()
-    receipt.failures = Counter((failure.stage, failure.error) for *_, failure in shard.failures)
-    reporter.tell(refs.num_rows, failures.num_rows, at_once=True)
-    return receipt
+        for shard in shards:
+            shard.give_back()
+    receipts = [shard.write(store, loading) for shard, store in zip(shards, stores, strict=True)]
+    reporter.tell(refs.num_rows, receipts[0].failures.total(), at_once=True)
+    return receipts
 
 
 class _Reporter:
@@ -294,35 +296,48 @@ class _Reporter:
             self._told, self._time = (num_done, num_failures), now
 
 
+@dataclass
+class _Loading:
+    """What reading and decoding a shard took; the fields are those of `Receipt`."""
+
+    started: float = 0.0
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_cpu_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    num_ready: int = 0
+    num_bytes_read: int = 0
+
+
 def _load_images(
-    refs: pa.Table, recipe: Recipe, toolbox: Toolbox, receipt: Receipt
+    refs: pa.Table, recipe: Recipe, toolbox: Toolbox, loading: _Loading
 ) -> Iterator[_Image]:
     """Images in the refs' order, read and decoded by the toolbox's threads ahead of need."""
     lookahead = max(_MIN_LOOKAHEAD, 4 * toolbox.engine.batch_size)
     ahead: deque[Future[_Image]] = deque()
     try:
         with toolbox.feeding:
-            receipt.started = time.time()
+            loading.started = time.time()
             for path in refs["path"]:
                 ahead.append(toolbox.decoders.submit(_load_image, path.as_py(), recipe))
                 if len(ahead) == lookahead:
-                    yield _take(ahead.popleft(), receipt)
+                    yield _take(ahead.popleft(), loading)
         while ahead:
-            yield _take(ahead.popleft(), receipt)
+            yield _take(ahead.popleft(), loading)
     finally:
         for future in ahead:
             future.cancel()
 
 
-def _take(future: Future[_Image], receipt: Receipt) -> _Image:
-    receipt.num_ready += future.done()
+def _take(future: Future[_Image], loading: _Loading) -> _Image:
+    loading.num_ready += future.done()
     begin = time.perf_counter()
     image = future.result()
-    receipt.waits["decode"] += time.perf_counter() - begin
-    receipt.seconds["read"] += image.read_seconds
-    receipt.seconds["decode"] += image.decode_seconds
-    receipt.decode_cpu_seconds += image.decode_cpu_seconds
-    receipt.num_bytes_read += image.num_bytes or 0
+    loading.wait_seconds += time.perf_counter() - begin
+    loading.read_seconds += image.read_seconds
+    loading.decode_seconds += image.decode_seconds
+    loading.decode_cpu_seconds += image.decode_cpu_seconds
+    loading.num_bytes_read += image.num_bytes or 0
     return image
 
 
@@ -344,11 +359,11 @@ class _ShardInWork:
     depends on the order in which batches come back.
     """
 
-    def __init__(self, recipe: Recipe, toolbox: Toolbox, receipt: Receipt, num_refs: int) -> None:
-        self.num_refs = num_refs
+    def __init__(self, recipe: Recipe, toolbox: Toolbox, refs: pa.Table) -> None:
+        self.refs = refs
         self.recipe = recipe
         self.toolbox = toolbox
-        self.receipt = receipt
+        self.receipt = Receipt(shard_name(recipe, refs["image_id"].to_pylist()))
         self.failures: list[tuple[_Row, _Failure]] = []
         self._rows: list[_Row] = []
         # By column, one array for the shard, made when the first batch tells `dim`: a list of
@@ -391,7 +406,8 @@ class _ShardInWork:
         for column, vectors in embedded.vectors.items():
             is_finite &= np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
             if column not in self._vectors:
-                self._vectors[column] = np.empty((self.num_refs, *vectors.shape[1:]), vectors.dtype)
+                shape = self.refs.num_rows, *vectors.shape[1:]
+                self._vectors[column] = np.empty(shape, vectors.dtype)
             self._vectors[column][positions] = vectors
         for row, good in zip(embedded.rows, is_finite, strict=True):
             if good:
@@ -418,13 +434,33 @@ class _ShardInWork:
         for future in self._in_flight:
             future.exception()  # its buffer is back
 
-    def rows_table(self, refs: pa.Table) -> pa.Table:
+    def write(self, store: Store, loading: _Loading) -> Receipt:
+        """Write the shard, and tell what became of it."""
+        receipt, engine = self.receipt, self.toolbox.engine
+        receipt.engine, receipt.batch_size = f"{engine.name} on {engine.device}", engine.batch_size
+        receipt.num_threads, receipt.num_parallel = self.toolbox.num_threads, engine.num_parallel
+        receipt.started, receipt.num_ready = loading.started, loading.num_ready
+        receipt.seconds["read"] = loading.read_seconds
+        receipt.seconds["decode"] = loading.decode_seconds
+        receipt.decode_cpu_seconds = loading.decode_cpu_seconds
+        receipt.waits["decode"] = loading.wait_seconds
+        receipt.num_bytes_read = loading.num_bytes_read
+        begin = time.perf_counter()
+        rows = self._rows_table()
+        receipt.num_bytes = store.write_shard(rows, self._failures_table(), receipt.shard)
+        receipt.seconds["write"] = time.perf_counter() - begin
+        receipt.num_rows, receipt.ended = rows.num_rows, time.time()
+        receipt.failures = Counter((failure.stage, failure.error) for _, failure in self.failures)
+        return receipt
+
+    def _rows_table(self) -> pa.Table:
         """The shard's rows, in the refs' order."""
+        refs = self.refs
         if not self._rows:
             return pa.table({})
         rows = sorted(self._rows)  # by position
         positions = [row.position for row in rows]
-        is_whole = len(positions) == self.num_refs
+        is_whole = len(positions) == self.refs.num_rows
         vectors = {
             column: vector_array(array if is_whole else array[positions])
             for column, array in self._vectors.items()
@@ -446,8 +482,9 @@ class _ShardInWork:
         types = {column: array.type for column, array in vectors.items()}
         return pa.table(columns, schema=row_schema(self.recipe, types, fields))
 
-    def failures_table(self, refs: pa.Table) -> pa.Table:
+    def _failures_table(self) -> pa.Table:
         """The shard's failures, in the refs' order."""
+        refs = self.refs
         rows = [row for row, _ in self.failures]
         mine = refs.take(pa.array([row.position for row in rows], pa.int64()))
         sizes = pc.coalesce(pa.array([row.num_bytes for row in rows], pa.int64()), mine["bytes"])

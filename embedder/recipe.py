@@ -93,6 +93,11 @@ class Recipe(BaseModel):
         return self.layers if len(self.layers) > 1 else (EMBEDDING,)
 
     @property
+    def pixels(self) -> tuple[Any, ...]:
+        """What decides the pixels that the network sees: equal for recipes that can share them."""
+        return self.image_size, self.crop, self.crop_fraction, self.interpolation, self.decode
+
+    @property
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the sha256 of the recipe's canonical JSON."""
         values = self.model_dump(mode="json")

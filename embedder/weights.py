@@ -334,15 +334,16 @@ def _legacy_arrays(root: "h5py.Group") -> "Iterator[tuple[str, list[h5py.Dataset
         group = _member(root, group_name)
         by_layer = defaultdict(list)
         for path in _text_attribute(group, "weight_names"):
-            parts = path.split("/")
-            # In a nested model's group each weight's path names its own layer; elsewhere it can
-            # be the layer's name, or that with a number behind it.
-            is_nested = group_name in parts[:-2] and parts[-2] != group_name
             array = group
-            for part in parts:
+            for part in path.split("/"):
                 array = _member(array, part)
-            by_layer[parts[-2] if is_nested else group_name].append(array)
-        yield from by_layer.items()
+            by_layer[path.rpartition("/")[0].rpartition("/")[2]].append(array)
+        # A model within the model has one group for all its layers; the one layer of any other
+        # group can be called otherwise there, such as with a number behind its name.
+        if len(by_layer) == 1:
+            yield group_name, next(iter(by_layer.values()))
+        else:
+            yield from by_layer.items()
 
 
 def _text_attribute(group: "h5py.Group", name: str) -> list[str]:

@@ -28,7 +28,7 @@ def run(
     toolbox = Toolbox(recipe, engine or MeanColour(), num_threads=3)
     job = Job(recipe, str(store), "mean-colour", None)
     refs = list_images(folder).refs
-    receipt = extract_shard(job, toolbox, refs, lambda *_: None, lambda: False)
+    (receipt,) = extract_shard([job], [toolbox], refs, lambda *_: None, lambda: False)
     return opened, receipt
 
 
@@ -165,8 +165,8 @@ def test_a_stopped_shard_writes_nothing(
     answers = iter([False] * 5)
     with pytest.raises(Stopped):
         extract_shard(
-            job,
-            Toolbox(mean_colour_recipe, MeanColour(), 2),
+            [job],
+            [Toolbox(mean_colour_recipe, MeanColour(), 2)],
             list_images(archive).refs,
             lambda *_: None,
             lambda: next(answers, True),
@@ -192,8 +192,8 @@ def test_progress_adds_up(archive: Path, tmp_path: Path, mean_colour_recipe: Rec
     job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
     refs = list_images(archive).refs
     extract_shard(
-        job,
-        Toolbox(mean_colour_recipe, MeanColour(), 2),
+        [job],
+        [Toolbox(mean_colour_recipe, MeanColour(), 2)],
         refs,
         lambda *n: told.append(n),
         lambda: False,
@@ -219,7 +219,11 @@ def test_a_vanished_store_is_told(
     refs = pa.table({"image_id": ["a"], "path": [b"a"]})
     with pytest.raises(StoreError, match="not a feature store"):
         extract_shard(
-            job, Toolbox(mean_colour_recipe, MeanColour(), 1), refs, lambda *_: None, lambda: False
+            [job],
+            [Toolbox(mean_colour_recipe, MeanColour(), 1)],
+            refs,
+            lambda *_: None,
+            lambda: False,
         )
 
 
@@ -277,9 +281,9 @@ def test_a_shard_that_is_given_up_returns_its_buffers(
     for num_images in range(12):  # more often than there are buffers
         answers = iter([False] * num_images)
         with pytest.raises(Stopped):
-            extract_shard(job, toolbox, refs, lambda *_: None, lambda a=answers: next(a, True))
+            extract_shard([job], [toolbox], refs, lambda *_: None, lambda a=answers: next(a, True))
     assert toolbox.buffers.qsize() == num_buffers
-    extract_shard(job, toolbox, refs, lambda *_: None, lambda: False)
+    extract_shard([job], [toolbox], refs, lambda *_: None, lambda: False)
     assert len(store) == 20
     assert toolbox.buffers.qsize() == num_buffers
 
@@ -304,7 +308,8 @@ def test_the_next_shard_is_fed_while_the_last_one_drains(
     job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
 
     def one(part: pa.Table) -> Receipt:
-        return extract_shard(job, toolbox, part, lambda *_: None, lambda: False)
+        (receipt,) = extract_shard([job], [toolbox], part, lambda *_: None, lambda: False)
+        return receipt
 
     with ThreadPoolExecutor(2) as threads:
         receipts = list(threads.map(one, [refs.slice(0, 17), refs.slice(17)]))

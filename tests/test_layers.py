@@ -1,0 +1,96 @@
+"""Any layer, several in one pass, and what becomes of a feature map."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedder import extract
+from embedder.errors import RecipeError
+from embedder.verify import verify
+
+SMALL: dict[str, Any] = {"backbone": "mobilenet", "weights": "random", "image_size": (64, 96)}
+
+
+def test_several_layers_are_columns_of_one_pass(archive: Path, tmp_path: Path) -> None:
+    layers = ("conv_pw_6_relu", "conv_pw_13_relu")
+    store = extract(archive, tmp_path / "two", layers=layers, **SMALL)
+    assert store.table().column_names[-2:] == list(layers)
+    assert [store.vectors(layer).shape for layer in layers] == [(20, 512), (20, 1024)]
+    for layer in layers:
+        alone = extract(archive, tmp_path / layer, layers=(layer,), **SMALL)
+        assert alone.table().column_names[-1] == "embedding"
+        np.testing.assert_allclose(store.vectors(layer), alone.vectors(), atol=1e-5)
+    whole = extract(archive, tmp_path / "whole", **SMALL)
+    np.testing.assert_allclose(store.vectors(layers[1]), whole.vectors(), atol=1e-5)
+    with pytest.raises(RecipeError, match=r"features: conv_pw_6_relu, conv_pw_13_relu. Received"):
+        store.vectors()
+    assert all(check.passed for check in verify(store, str(archive), audit=4))
+
+
+def test_rows_of_several_layers_are_kept_when_a_date_changes(archive: Path, tmp_path: Path) -> None:
+    options = SMALL | {"layers": ("conv_pw_6_relu", "conv_pw_13_relu")}
+    before = extract(archive, tmp_path / "s", **options).table()
+    os.utime(archive / "cats" / "000.png", (1, 1))
+    after = extract(archive, tmp_path / "s", **options).table()
+    assert after.drop_columns(["modified"]).equals(before.drop_columns(["modified"]))
+    assert after.schema.equals(before.schema)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "shape"), [("flatten", (20, 2 * 3 * 1024)), ("none", (20, 2, 3, 1024))]
+)
+def test_a_feature_map_is_stored_whole(
+    archive: Path, tmp_path: Path, pooling: str, shape: tuple[int, ...]
+) -> None:
+    store = extract(archive, tmp_path / "maps", pooling=pooling, **SMALL)
+    maps = store.vectors()
+    assert maps.shape == shape
+    average = extract(archive, tmp_path / "average", **SMALL).vectors()
+    largest = extract(archive, tmp_path / "max", pooling="max", **SMALL).vectors()
+    power = extract(archive, tmp_path / "gem", pooling="gem", **SMALL).vectors()
+    positions = maps.reshape(20, 6, 1024).astype(np.float64)
+    np.testing.assert_allclose(average, positions.mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(largest, positions.max(axis=1), atol=1e-5)
+    cubes = np.maximum(positions, 1e-6) ** 3
+    np.testing.assert_allclose(power, np.cbrt(cubes.mean(axis=1)), atol=1e-4)
+    assert all(check.passed for check in verify(store, audit=2))
+
+
+def test_an_unmapped_tensor_is_read_as_such_by_arrow(archive: Path, tmp_path: Path) -> None:
+    store = extract(
+        *(archive, tmp_path / "maps"),
+        **SMALL,
+        pooling="none",
+        store_dtype="float16",
+    )
+    field = pq.read_schema(store.shards()[0]).field("embedding")
+    assert field.type == pa.fixed_shape_tensor(pa.float16(), (2, 3, 1024))
+    assert not field.nullable
+
+
+def test_a_layer_that_is_not_there_is_refused_with_those_near_it(
+    archive: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=r"such as .*conv_pw_13_relu.*Received: conv_pw_31_relu"):
+        extract(
+            *(archive, tmp_path / "out"),
+            **SMALL,
+            layers=("conv_pw_31_relu",),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifests_column_must_not_be_called_like_a_layer(archive: Path, tmp_path: Path) -> None:
+    (archive / "list.csv").write_text("path,conv_pw_6_relu\ncats/000.png,1\n")
+    with pytest.raises(RecipeError, match=r"other names than the layers. Received: conv_pw_6_relu"):
+        extract(
+            *(archive / "list.csv", tmp_path / "out"),
+            **SMALL,
+            layers=("conv_pw_6_relu", "conv_pw_13_relu"),
+        )
+    assert not (tmp_path / "out").exists()

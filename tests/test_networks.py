@@ -1,0 +1,140 @@
+"""Every network of the table: built, exported, on both engines, with its own pixels.
+
+A part of the networks, another each day, is tested by default; `-m slow` tests the others.
+"""
+
+import datetime
+import warnings
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras.src.legacy.saving import legacy_h5_format
+from keras.src.utils import file_utils
+
+from embedder import backbones
+from embedder.backbones import find_backbone, load_network, make_recipe
+from embedder.conformance import check_features, check_input_stage
+from embedder.errors import RecipeError
+from embedder.networks import BACKBONES
+from embedder.weights import PublishedWeights, leaf_layers
+
+_TODAY = datetime.date.today().toordinal()
+SOME = [
+    pytest.param(name, marks=() if number % 15 == _TODAY % 15 else pytest.mark.slow)
+    for number, name in enumerate(BACKBONES)
+]
+# Height and width differ, so that swapped axes show; 75 is the most that a network asks for.
+SIZE = (80, 112)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of exported models for one test: those of the whole table would be gigabytes."""
+    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def save_legacy(network: keras.Model, file: Path) -> None:
+    """Save weights as the published files are: HDF5 by layer name, of before Keras 3."""
+    with h5py.File(file, "w") as handle, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy, within Keras
+        legacy_h5_format.save_weights_to_hdf5_group(handle, network)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_network_is_as_the_table_says_and_gets_its_own_pixels(
+    name: str, fresh_cache: Path
+) -> None:
+    row = BACKBONES[name]
+    recipe = make_recipe(name, "random", image_size=SIZE)
+    network = load_network(recipe)
+    assert network.count_params() == row.num_parameters
+    assert network.output_shape[-1] == row.dim
+    checks = [check_input_stage(recipe), *check_features(recipe)]
+    assert [check for check in checks if not check.passed] == []
+    assert len(checks) == 6
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_published_weights_are_loaded_as_keras_loads_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = BACKBONES[name]
+    if not isinstance(row.weights, PublishedWeights):
+        pytest.skip("these weights are not Keras's: test_backbones.py has their test")
+    published = load_network(make_recipe(name, "random:1", image_size=SIZE))
+    for layer in leaf_layers(published):
+        if "efficientnet-b" in name and isinstance(layer, keras.layers.Normalization):
+            # The published files hold the standard deviation in place of the variance.
+            mean, stddev = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+            layer.set_weights([mean, stddev, np.int32(0)])
+    file = tmp_path / row.weights.file
+    save_legacy(published, file)
+    asked_for: list[tuple[str, str, str | None]] = []
+
+    def get_file(fname: str, origin: str, **options: Any) -> str:
+        asked_for.append((fname, origin, options.get("file_hash")))
+        return str(file)
+
+    monkeypatch.setattr(file_utils, "get_file", get_file)
+    constructor = row.make.args[0]  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the size is not 224
+        theirs = getattr(keras.applications, constructor)(
+            include_top=False, input_shape=(*SIZE, 3), weights="imagenet"
+        )
+    assert asked_for == [(row.weights.file, row.weights.url, row.weights.digest or None)]
+    ours = row.make(SIZE)
+    row.load(ours, file)
+    pixels = np.random.default_rng(0).uniform(0, 255, (1, *SIZE, 3)).astype(np.float32)
+    inputs = row.preprocess(pixels)
+    expected = theirs.predict(inputs, verbose=0)
+    received = ours.predict(inputs, verbose=0)
+    np.testing.assert_allclose(received, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_wrong_preprocessing_fails(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> None:
+    """What the checks above are for: other pixels in the graph than the network's own."""
+    row = BACKBONES["resnet50"]
+    recipe = make_recipe("resnet50", "random", image_size=SIZE)
+    own = row.preprocess
+
+    def without_the_order_of_channels(pixels: Any) -> Any:
+        return own(pixels if isinstance(pixels, np.ndarray) else pixels[..., ::-1])
+
+    changed = type(row)(**{**vars(row), "preprocess": without_the_order_of_channels})
+    monkeypatch.setitem(BACKBONES, "resnet50", changed)
+    assert not check_input_stage(recipe).passed
+    failed = [check.name for check in check_features(recipe) if not check.passed]
+    assert failed == ["openvino: as plain Keras", "tensorflow: as plain Keras"]
+
+
+@pytest.mark.parametrize("spelling", ["mobilenet-v2", "MobileNetV2", "mobilenet_v2"])
+def test_a_name_is_found_as_keras_spells_it(spelling: str) -> None:
+    assert find_backbone(spelling)[0] == "mobilenet-v2"
+
+
+def test_a_network_that_needs_more_pixels_says_so() -> None:
+    with pytest.raises(RecipeError, match=r"inception-v3 must be at least 75x75.*\(64, 96\)"):
+        make_recipe("inception-v3", "random", image_size=(64, 96))
+
+
+def test_random_weights_are_the_same_for_a_seed_and_warn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recipes = [make_recipe("mobilenet", f"random:{s}", image_size=SIZE) for s in (1, 1, 2)]
+    assert "mobilenet has random weights: its vectors are for tests only" in caplog.text
+    assert recipes[0].fingerprint == recipes[1].fingerprint != recipes[2].fingerprint
+    first, again, other = (load_network(recipe).get_weights() for recipe in recipes)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_names_that_keras_counts_do_not_depend_on_the_process() -> None:
+    first, again = (list(backbones.layer_shapes("mobilenet-v3-small")) for _ in range(2))
+    assert first == again
+    assert "activation_17" in first
