@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedder import hub
 from embedder import weights as weights_files
 from embedder.errors import RecipeError, WeightsError
 from embedder.networks import BACKBONES, Backbone
@@ -27,7 +28,8 @@ def make_recipe(
     """Make a recipe, with the backbone's own size, crop, interpolation and weights as defaults.
 
     Args:
-        backbone: Name of a row of `BACKBONES`; capitals, `-` and `_` make no difference.
+        backbone: Name of a row of `BACKBONES`; capitals, `-` and `_` make no difference. Or
+            `hub:PRESET`, an image network of KerasHub with weights of its own.
         weights: `imagenet` (the published ones), a `.weights.h5`, `.h5` or `.keras` file, or
             `random` or `random:SEED`. A `.keras` file brings a network of its own, whose pixels
             are preprocessed as the backbone's.
@@ -37,26 +39,20 @@ def make_recipe(
         RecipeError: The backbone is unknown or an option makes no sense.
         WeightsError: The weights are not at hand, or their file is not the published one.
     """
-    name, row = find_backbone(backbone)
     given = {name: value for name, value in options.items() if value is not None}
     if unknown := given.keys() - Recipe.model_fields.keys():
         raise RecipeError(
             f"A recipe has no option {', '.join(sorted(unknown))}. "
             f"It has: {', '.join(Recipe.model_fields)}"
         )
+    name, row, digest, source = _find(backbone, weights or IMAGENET)
+    crop = given.get("crop", row.crop)
     defaults = {
         "image_size": row.image_size,
-        "crop_fraction": row.crop_fraction if given.get("crop", "center") == "center" else 1.0,
+        "crop": crop,
+        "crop_fraction": row.crop_fraction if crop == "center" else 1.0,
         "interpolation": row.interpolation,
     }
-    source = weights or IMAGENET
-    if (seed := seed_of(source)) is not None:
-        source = digest = f"{weights_files.RANDOM}:{seed}"
-        logger.warning("%s has random weights: its vectors are for tests only", name)
-    else:
-        path = weights_file(name, source)
-        source = source if source == IMAGENET else str(path)
-        digest = digest_of(path)
     values = defaults | given | {"backbone": name, "weights": digest, "weights_source": source}
     recipe = Recipe(**values)
     if min(recipe.image_size) < row.min_side:
@@ -72,15 +68,66 @@ def make_recipe(
     return recipe
 
 
+def _find(backbone: str, source: str) -> tuple[str, Backbone, str, str]:
+    """A network's name and row, what a recipe says of its weights, and where they are."""
+    if backbone.startswith(hub.PREFIX):
+        if source != IMAGENET:
+            raise RecipeError(f"A preset brings its own weights. Received: weights={source}")
+        preset = backbone.removeprefix(hub.PREFIX)
+        _, row = find_backbone(backbone)
+        digest = hub.open_preset(preset).sha256
+        if Path(preset).is_dir():  # where it is makes no other recipe
+            path = Path(preset).resolve()
+            return f"{hub.PREFIX}{path.name}", row, digest, str(path)
+        return backbone, row, digest, preset
+    name, row = find_backbone(backbone)
+    if (seed := seed_of(source)) is not None:
+        source = digest = f"{weights_files.RANDOM}:{seed}"
+        logger.warning("%s has random weights: its vectors are for tests only", name)
+        return name, row, digest, source
+    path = weights_file(name, source)
+    return name, row, digest_of(path), source if source == IMAGENET else str(path)
+
+
+def row_of(recipe: Recipe) -> Backbone:
+    """The network of a recipe, as a row of the table."""
+    if recipe.backbone.startswith(hub.PREFIX):
+        return _hub_row(recipe.weights_source)
+    return find_backbone(recipe.backbone)[1]
+
+
+def _hub_row(preset: str) -> Backbone:
+    opened = hub.open_preset(preset)  # in float32: for the facts alone
+    return Backbone(
+        make=lambda _: _preset_network(preset),
+        preprocess=opened.preprocess,
+        load=lambda *_: None,
+        dim=int(opened.network.output_shape[-1]),
+        image_size=opened.image_size,
+        crop_fraction=1.0,
+        crop=opened.crop,
+        interpolation=opened.interpolation,
+        num_parameters=opened.network.count_params(),
+        licence="see the preset",
+        weights=None,
+    )
+
+
+def _preset_network(preset: str) -> "keras.Model":
+    return hub.open_preset(preset, import_keras().config.dtype_policy().name).network
+
+
 def find_backbone(name: str) -> tuple[str, Backbone]:
     """Find a network by name; capitals, `-` and `_` make no difference.
 
     Returns:
-        Its name in `BACKBONES`, and its row.
+        Its name in `BACKBONES`, and its row; for `hub:PRESET`, a row made from the preset.
 
     Raises:
         RecipeError: There is none of this name.
     """
+    if name.startswith(hub.PREFIX):
+        return name, _hub_row(name.removeprefix(hub.PREFIX))
     wanted = _plain(name)
     for known, row in BACKBONES.items():
         if _plain(known) == wanted:
@@ -107,7 +154,7 @@ def weights_file(backbone: str, source: str = IMAGENET) -> Path:
         WeightsError: It is not at hand, or its hash is not the published one.
     """
     _, row = find_backbone(backbone)
-    if source == IMAGENET:
+    if source == IMAGENET and row.weights:
         try:
             return row.weights.find()
         except WeightsError as error:
@@ -138,7 +185,7 @@ def build(recipe: Recipe) -> "keras.Model":
         WeightsError: The weights at hand are not those of the recipe, or do not fit.
     """
     keras = import_keras()
-    _, row = find_backbone(recipe.backbone)
+    row = row_of(recipe)
     pixels = keras.Input((*recipe.image_size, 3), dtype="uint8", name="pixels")
     with _dtype_policy(recipe.precision):
         network = load_network(recipe)
@@ -156,28 +203,41 @@ def load_network(recipe: Recipe) -> "keras.Model":
     Raises:
         WeightsError: The weights at hand are not those of the recipe, or do not fit.
     """
-    _, row = find_backbone(recipe.backbone)
+    row = row_of(recipe)
+    if recipe.backbone.startswith(hub.PREFIX):
+        _check_digest(recipe, hub.open_preset(recipe.weights_source).sha256, recipe.weights_source)
+        network = row.make(recipe.image_size)
+        _check_size(recipe, network, recipe.weights_source)
+        return network
     if (seed := seed_of(recipe.weights)) is not None:
         network = row.make(recipe.image_size)
         weights_files.randomise(network, seed)
         return network
     path = weights_file(recipe.backbone, recipe.weights_source)
-    if (digest := digest_of(path)) != recipe.weights:
-        raise WeightsError(
-            f"The recipe was made with weights {recipe.weights} of {recipe.backbone}. "
-            f"Those at hand, {path}, are {digest}"
-        )
+    _check_digest(recipe, digest_of(path), str(path))
     if path.suffix == ".keras":
         network = weights_files.load_keras_model(path)
-        if network.input_shape[1:] not in [(*recipe.image_size, 3), (None, None, 3)]:
-            raise RecipeError(
-                f"`image_size` must be what {path} takes, {network.input_shape[1:]} as (height, "
-                f"width, channels). Received: image_size={recipe.image_size}"
-            )
+        _check_size(recipe, network, str(path))
         return network
     network = row.make(recipe.image_size)
     row.load(network, path)
     return network
+
+
+def _check_digest(recipe: Recipe, digest: str, source: str) -> None:
+    if digest != recipe.weights:
+        raise WeightsError(
+            f"The recipe was made with weights {recipe.weights} of {recipe.backbone}. "
+            f"Those at hand, {source}, are {digest}"
+        )
+
+
+def _check_size(recipe: Recipe, network: "keras.Model", source: str) -> None:
+    if network.input_shape[1:] not in [(*recipe.image_size, 3), (None, None, 3)]:
+        raise RecipeError(
+            f"`image_size` must be what {source} takes, {network.input_shape[1:]} as (height, "
+            f"width, channels). Received: image_size={recipe.image_size}"
+        )
 
 
 def layer_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
@@ -218,7 +278,8 @@ def _layer_outputs(network: "keras.Model") -> "Iterator[tuple[str, keras.KerasTe
 def _tapped(network: "keras.Model", recipe: Recipe) -> "dict[str, keras.KerasTensor]":
     """The tensors that become the recipe's columns."""
     if not recipe.layers:
-        return {EMBEDDING: _last_feature_map(network)}
+        is_own = recipe.weights_source.endswith(".keras")
+        return {EMBEDDING: _before_the_classifier(network) if is_own else network.outputs[0]}
     outputs = dict(_layer_outputs(network))
     for layer in recipe.layers:
         if layer not in outputs:
@@ -233,10 +294,10 @@ def _tapped(network: "keras.Model", recipe: Recipe) -> "dict[str, keras.KerasTen
     }
 
 
-def _last_feature_map(network: "keras.Model") -> "keras.KerasTensor":
-    """The network's output or, where a classifier follows, what its pooling takes."""
+def _before_the_classifier(network: "keras.Model") -> "keras.KerasTensor":
+    """The output of a user's own network or, where it is a classifier, what its pooling takes."""
     output = network.outputs[0]
-    if len(output.shape) == 4:
+    if len(output.shape) > 2:
         return output
     for layer in reversed(network.layers):
         tensor = getattr(layer, "input", None)

@@ -23,7 +23,7 @@ from embedder import doctor as doctor_job
 from embedder import verify as verify_job
 from embedder.errors import EmbedderError
 from embedder.extract import DEFAULT_SHARD_SIZE, Progress, RunOptions, run_extraction
-from embedder.networks import BACKBONES
+from embedder.networks import BACKBONES, Backbone
 from embedder.recipe import Recipe
 from embedder.store import Store
 from embedder.summary import Summary
@@ -259,9 +259,21 @@ def backbones(
                 "crop": f"{row.crop_fraction:.3f} of the largest square, {row.interpolation}",
                 "parameters": f"{row.num_parameters:,}",
                 "licence": row.licence,
-                "weights": str(row.weights.path or f"not on this machine. {row.weights.advice}"),
+                "weights": _where_weights_are(row),
             }
         )
+
+
+def _weights_at_hand(row: Backbone) -> str:
+    if row.weights is None or row.weights.path:
+        return "yes"
+    return row.weights.how_to_get
+
+
+def _where_weights_are(row: Backbone) -> str:
+    if row.weights is None:
+        return "the preset's own"
+    return str(row.weights.path or f"not on this machine. {row.weights.advice}")
 
 
 def _print_backbones() -> None:
@@ -273,7 +285,7 @@ def _print_backbones() -> None:
             "x".join(map(str, row.image_size)),
             f"{row.num_parameters / 1e6:.1f} M",
             row.licence,
-            "yes" if row.weights.path else row.weights.how_to_get,
+            _weights_at_hand(row),
         )
     _out.print(table)
 
@@ -339,7 +351,7 @@ def _make_recipes(
     ]
     if len(recipes) == 1:
         return {store: recipes[0]}
-    by_store = {os.path.join(store, recipe.backbone): recipe for recipe in recipes}
+    by_store = {os.path.join(store, recipe.label): recipe for recipe in recipes}
     if len(by_store) < len(recipes):
         raise typer.BadParameter("must name different networks", param_hint="--backbone")
     return by_store

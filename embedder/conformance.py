@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder import engines
-from embedder.backbones import find_backbone, load_network
+from embedder.backbones import load_network, row_of
 from embedder.cluster import NUM_CORES
 from embedder.decode import decode_rgb
 from embedder.recipe import EMBEDDING, Recipe
@@ -43,7 +43,7 @@ def check_input_stage(recipe: Recipe) -> Check:
     must then still be 0 to 255, or it would be scaled twice.
     """
     keras = import_keras()
-    _, row = find_backbone(recipe.backbone)
+    row = row_of(recipe)
     card = test_card(recipe.image_size)[None]
     expected = np.asarray(row.preprocess(card.astype(np.float32)))
     pixels = keras.Input((*recipe.image_size, 3), dtype="uint8")
@@ -75,12 +75,12 @@ def check_features(recipe: Recipe) -> list[Check]:
 
     Plain Keras is the network's own `preprocess_input`, `predict`, and the mean over positions.
     """
-    _, row = find_backbone(recipe.backbone)
+    row = row_of(recipe)
     card = test_card(recipe.image_size)
     batch = np.stack([card[:, ::-1], card, 255 - card])
     network = load_network(recipe)
     maps = network.predict(np.asarray(row.preprocess(card[None].astype(np.float32))), verbose=0)
-    expected = maps[0].mean(axis=(0, 1))
+    expected = maps[0].reshape(-1, maps.shape[-1]).mean(axis=0)
     checks, alone = [], {}
     for name in engines.ENGINES:
         alone[name] = embed(recipe, name, card[None])[0]

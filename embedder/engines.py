@@ -353,7 +353,7 @@ def _batch_size_file(recipe: Recipe, name: str, num_threads: int) -> Path:
     versions_of = _installed((name,))
     parts = [recipe.fingerprint, name, *versions_of, device, platform.node(), num_threads]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    return cache_folder() / "batch-sizes" / f"{recipe.backbone}-{key}.json"
+    return cache_folder() / "batch-sizes" / f"{recipe.label}-{key}.json"
 
 
 # The model's form for OpenVINO ---------------------------------------------------------------
@@ -368,7 +368,7 @@ def exported_model(recipe: Recipe) -> Path:
     keras_version = importlib.metadata.version("keras")
     parts = [recipe.backbone, recipe.weights, recipe.layers, recipe.pooling, recipe.image_size]
     key = hashlib.sha256(json.dumps([recipe.version, *parts, keras_version]).encode())
-    folder = cache_folder() / f"{recipe.backbone}-{key.hexdigest()[:16]}"
+    folder = cache_folder() / f"{recipe.label}-{key.hexdigest()[:16]}"
     if not _is_intact(folder):
         with _lock:
             if not _is_intact(folder):

@@ -23,6 +23,7 @@ from embedder.refresh import refresh_shard
 from embedder.sources import list_images
 from embedder.store import FAILURES, Store, remove_abandoned
 from embedder.summary import Summary
+from embedder.weights import logger
 
 # At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few
 # enough files for a million images.
@@ -322,6 +323,12 @@ def _shared_work(targets: list[_Target]) -> Iterator[tuple[list[Job], pa.Table]]
     same_pixels: dict[Any, list[_Target]] = {}
     for target in targets:
         same_pixels.setdefault(target.job.recipe.pixels, []).append(target)
+    if len(same_pixels) > 1:
+        first, other = (group[0].store.recipe for group in list(same_pixels.values())[:2])
+        logger.info(
+            "%s and %s do not see the same pixels, so images are decoded for each: %s",
+            *(first.backbone, other.backbone, "; ".join(first.differences_in_pixels(other))),
+        )
     for group in same_pixels.values():
         todo = group[0].todo
         for target in group[1:]:

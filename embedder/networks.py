@@ -31,8 +31,9 @@ class Backbone:
         interpolation: Filter of the resize.
         num_parameters: Without the classifier.
         licence: Of the published weights, as an SPDX identifier.
-        weights: Where the published weights come from.
+        weights: Where the published weights come from; None where they come with the network.
         min_side: Smallest height and width that the network takes, in pixels.
+        crop: As in `Recipe`.
     """
 
     make: "Callable[[tuple[int, int]], keras.Model]"
@@ -44,8 +45,9 @@ class Backbone:
     interpolation: str
     num_parameters: int
     licence: str
-    weights: PackagedWeights | PublishedWeights
+    weights: PackagedWeights | PublishedWeights | None
     min_side: int = 32
+    crop: str = "center"
 
 
 def _lite(number: int, side: int, num_parameters: int, digest: str) -> Backbone:

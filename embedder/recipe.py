@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -11,6 +12,7 @@ from embedder.errors import RecipeError
 EMBEDDING = "embedding"  # column of the vectors, where there is one feature
 MIN_SIDE = 32  # pixels: below it the last feature map of a stride-32 network is empty
 MAX_SIDE = 4096  # pixels: a batch of 32 at this side is 1.6 GB of uint8
+_OF_PIXELS = ("image_size", "crop", "crop_fraction", "interpolation", "decode")
 
 
 class Recipe(BaseModel):
@@ -20,7 +22,7 @@ class Recipe(BaseModel):
     argument of the run. Use `backbones.make_recipe` to fill in a backbone's own defaults.
 
     Attributes:
-        backbone: Name of a row of `networks.BACKBONES`.
+        backbone: Name of a row of `networks.BACKBONES`, or `hub:PRESET`.
         weights: sha256 of the weights file, 64 hexadecimal digits; or `random:SEED`.
         layers: Names of the layers whose output is taken; none for the last feature map.
         pooling: How a feature map (height, width, channels) becomes one vector: the mean or the
@@ -93,9 +95,14 @@ class Recipe(BaseModel):
         return self.layers if len(self.layers) > 1 else (EMBEDDING,)
 
     @property
+    def label(self) -> str:
+        """The backbone's name as part of a file name."""
+        return re.sub(r"[^\w.-]+", "-", self.backbone)
+
+    @property
     def pixels(self) -> tuple[Any, ...]:
         """What decides the pixels that the network sees: equal for recipes that can share them."""
-        return self.image_size, self.crop, self.crop_fraction, self.interpolation, self.decode
+        return tuple(getattr(self, name) for name in _OF_PIXELS)
 
     @property
     def fingerprint(self) -> str:
@@ -105,6 +112,10 @@ class Recipe(BaseModel):
             del values["layers"]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def differences_in_pixels(self, other: "Recipe") -> list[str]:
+        """As `differences`, of what decides the pixels."""
+        return [line for line in self.differences(other) if line.split(":")[0] in _OF_PIXELS]
 
     def differences(self, other: "Recipe") -> list[str]:
         """One line for each attribute in which `other` differs: `name: mine, not theirs`."""

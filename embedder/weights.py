@@ -397,11 +397,7 @@ def load_keras_model(path: Path) -> "keras.Model":
             config = json.loads(archive.read("config.json"))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path} is not a whole .keras file: {error}") from error
-    if refused := sorted(set(_refused_objects(config))):
-        raise WeightsError(
-            f"A .keras file must hold Keras's own layers only: Lambda layers and custom objects "
-            f"could run code. Received: {path} with {', '.join(refused)}"
-        )
+    check_configuration(config, path)
     keras = import_keras()
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
@@ -412,15 +408,29 @@ def load_keras_model(path: Path) -> "keras.Model":
     return model
 
 
+def check_configuration(config: Any, path: Path) -> None:
+    """Check that a model's configuration names nothing that could run code of its own.
+
+    Raises:
+        WeightsError: It does.
+    """
+    if refused := sorted(set(_refused_objects(config))):
+        raise WeightsError(
+            f"A model's file must hold Keras's own layers only: Lambda layers and custom objects "
+            f"could run code. Received: {path} with {', '.join(refused)}"
+        )
+
+
 def _refused_objects(config: Any) -> Iterator[str]:
     """Names of classes in a model's configuration that are not trusted."""
     if isinstance(config, dict):
         if "class_name" in config:
             name, module = str(config["class_name"]), str(config.get("module") or "builtins")
             registered = str(config.get("registered_name") or "")
-            is_trusted = module.split(".")[0] in _TRUSTED_MODULES
-            if not is_trusted or name in _CLASSES_WITH_CODE or ">" in registered:
-                yield registered or name
+            package = registered.partition(">")[0] if ">" in registered else "keras"
+            are_trusted = {module.split(".")[0], package} <= set(_TRUSTED_MODULES)
+            if not are_trusted or name in _CLASSES_WITH_CODE:
+                yield name
         config = config.values()
     if isinstance(config, Iterable) and not isinstance(config, str):
         for value in config:

@@ -12,7 +12,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "embedder"
 
 # Each module imports only from its left.
 ORDER = (
-    *("errors", "recipe", "torch_pickle", "sources", "decode", "weights", "lite", "networks"),
+    *(
+        "errors",
+        "recipe",
+        "torch_pickle",
+        "sources",
+        "decode",
+        "weights",
+        "lite",
+        "networks",
+        "hub",
+    ),
     *("backbones", "engines", "store"),
     *("plan", "pipeline", "refresh", "cluster", "summary", "extract", "verify", "heads"),
     *("demo", "conformance", "doctor", "cli", "__main__"),
@@ -24,7 +34,8 @@ DOORS = {
     "distributed": {"cluster"},
     "fsspec": {"sources"},
     "h5py": {"weights"},
-    "keras": {"backbones", "lite", "networks", "weights"},
+    "keras_hub": {"hub"},
+    "keras": {"backbones", "hub", "lite", "networks", "weights"},
     "openvino": {"engines"},
     "psutil": {"cli"},
     "pydantic": {"recipe"},

@@ -163,9 +163,9 @@ def elsewhere(path: Path) -> None:
         (truncated, "cut.keras", "is not a whole .keras file"),
         (not_weights, "text.h5", "is not a whole HDF5 file of weights"),
         (not_weights, "text.keras", "is not a whole .keras file"),
-        (lambda_model, "lambda.keras", r"Keras's own layers only.*with Lambda"),
-        (hidden_lambda, "hidden.keras", r"Keras's own layers only.*with Lambda"),
-        (custom_model, "custom.keras", r"Keras's own layers only.*with Doubling"),
+        (lambda_model, "lambda.keras", r"must hold Keras's own layers only.*with Lambda"),
+        (hidden_lambda, "hidden.keras", r"must hold Keras's own layers only.*with Lambda"),
+        (custom_model, "custom.keras", r"must hold Keras's own layers only.*with Doubling"),
         (elsewhere, "link.h5", "is not held by the file"),
     ],
 )

@@ -1,0 +1,131 @@
+"""Image networks of KerasHub, by the name of their preset: an optional extra."""
+
+import functools
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder.errors import RecipeError, WeightsError
+from embedder.weights import check_configuration, import_keras
+
+if TYPE_CHECKING:
+    import keras
+
+PREFIX = "hub:"
+
+
+@dataclass(frozen=True, eq=False)
+class Preset:
+    """An image network of KerasHub with its weights, and how it wants its pixels.
+
+    Attributes:
+        network: Input: float32 (batch, height, width, 3), preprocessed. Output: a feature map,
+            tokens (batch, tokens, channels), or for CLIP and SigLIP the image's embedding
+            (batch, channels).
+        converter: KerasHub's own preprocessing: gives size, crop, filter, scale and offset.
+        sha256: Of all arrays, in the network's order.
+    """
+
+    network: "keras.Model"
+    converter: Any
+    sha256: str
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width), in pixels."""
+        height, width = self.converter.image_size
+        return int(height), int(width)
+
+    @property
+    def crop(self) -> str:
+        """As in `Recipe`."""
+        if self.converter.pad_to_aspect_ratio:
+            return "pad"
+        return "center" if self.converter.crop_to_aspect_ratio else "squash"
+
+    @property
+    def interpolation(self) -> str:
+        """As in `Recipe`."""
+        return str(self.converter.interpolation).replace("lanczos3", "lanczos")
+
+    def preprocess(self, pixels: Any) -> Any:
+        """RGB in [0, 255] as the network wants it; the converter itself, for a NumPy array."""
+        if isinstance(pixels, np.ndarray):
+            return np.asarray(self.converter(pixels))
+        scale, offset = self.converter.scale, self.converter.offset
+        if scale is not None:
+            pixels = pixels * np.asarray(scale, np.float32)
+        if offset is not None:
+            pixels = pixels + np.asarray(offset, np.float32)
+        return pixels
+
+
+@functools.lru_cache(maxsize=2)
+def open_preset(name: str, dtype_policy: str = "float32") -> Preset:
+    """Load a preset: downloaded, or from a folder.
+
+    Args:
+        name: As KerasHub's `from_preset` takes it: a name, a `kaggle://` or `hf://` handle, or a
+            folder.
+        dtype_policy: Keras's name of what the network computes in.
+
+    Raises:
+        RecipeError: KerasHub is not installed, or the preset is not of an image network.
+        WeightsError: The preset cannot be had, is damaged, or could run code.
+    """
+    if importlib.util.find_spec("keras_hub") is None:
+        raise RecipeError(
+            f"`backbone` {PREFIX}{name} needs KerasHub. Install it with: "
+            f"pip install 'embedder[hub]'"
+        )
+    if Path(name).is_dir():
+        _check_folder(Path(name))
+    import_keras()
+    import keras_hub
+
+    try:
+        backbone = keras_hub.models.Backbone.from_preset(name, dtype=dtype_policy)
+        converter = keras_hub.layers.ImageConverter.from_preset(name)
+    except Exception as error:  # KerasHub raises what its many parts raise
+        raise WeightsError(
+            f"The preset {name} cannot be loaded: {error}. Where there is no network, give a "
+            f"folder that `save_to_preset` wrote: {PREFIX}FOLDER"
+        ) from error
+    network = _image_network(backbone, name)
+    if converter.image_size is None:
+        converter.image_size = network.input_shape[1:3]
+    digest = hashlib.sha256()
+    for variable in network.weights:
+        array: NDArray[Any] = np.ascontiguousarray(variable.numpy())
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return Preset(network, converter, digest.hexdigest())
+
+
+def _check_folder(folder: Path) -> None:
+    for file in sorted(folder.glob("*.json")):
+        try:
+            config = json.loads(file.read_bytes())
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{file} cannot be read: {error}") from error
+        check_configuration(config, file)
+
+
+def _image_network(backbone: Any, name: str) -> "keras.Model":
+    """The part from images to features; towers for text are left out."""
+    keras = import_keras()
+    inputs = backbone.input
+    images = inputs.get("images") if isinstance(inputs, dict) else inputs
+    if not isinstance(images, keras.KerasTensor) or len(images.shape) != 4:
+        raise RecipeError(f"`backbone` must be a network of images. Received: {PREFIX}{name}")
+    if hasattr(backbone, "get_vision_embeddings"):  # CLIP, SigLIP
+        return keras.Model(images, backbone.get_vision_embeddings(images), name=backbone.name)
+    output = backbone.output
+    if isinstance(output, dict):
+        output = output.get("sequence_output", next(iter(output.values())))
+    return keras.Model(images, output, name=backbone.name)
