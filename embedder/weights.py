@@ -15,7 +15,7 @@ import threading
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,9 +152,10 @@ class PublishedWeights:
         keras = import_keras()
         logger.info("downloading %s", self.url)
         try:
-            found = keras.utils.get_file(
-                self.file, self.url, cache_subdir="models", file_hash=self.digest or None
-            )
+            with redirect_stdout(sys.stderr):  # Keras prints how far it is
+                found = keras.utils.get_file(
+                    self.file, self.url, cache_subdir="models", file_hash=self.digest or None
+                )
         # Keras raises `Exception` itself where the server does not answer.
         except Exception as error:
             raise WeightsError(

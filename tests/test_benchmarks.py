@@ -57,6 +57,19 @@ def test_engines() -> None:
     assert "mobilenet-v2        tensorflow float32" in output
 
 
+def test_several(photos: Path) -> None:
+    output = run("several.py", photos, "--images", 14, "--rounds", 1, "--image-size", 64)
+    assert "resnet50, both layers at once: ratio " in output
+    assert "mobilenet and mobilenet-v2 at once: ratio " in output
+
+
+def test_backbones() -> None:
+    output = run(
+        *("backbones.py", "--networks", "mobilenet-v3-small", "--image-size", 64), "--rounds", 1
+    )
+    assert "| mobilenet-v3-small | 576 | 224 | 0.9 M | " in output
+
+
 def test_store() -> None:
     output = run("store.py", "--rows", 2000, "--dim", 16, "--rounds", 1)
     assert {"store", "nullable", "dictionary", "npy"} <= set(output.split())
