@@ -193,6 +193,7 @@ def inspect(store: _StorePath) -> None:
             "failures": f"{failures.num_rows:,}",
             "size": f"{_size(num_bytes)} in {len(files):,} files",
             "fingerprint": opened.recipe.fingerprint,
+            "weights source": opened.recipe.weights_source,
         }
         _print_facts(facts | {name: str(v) for name, v in opened.recipe.model_dump().items()})
         if reasons:

@@ -145,8 +145,19 @@ class Store:
             StoreError: The folder holds something else, or cannot be written.
         """
         folder = Path(path)
-        if (folder / RECIPE_FILE).exists():
+        file = folder / RECIPE_FILE
+        content = {
+            "recipe": recipe.model_dump(mode="json"),
+            "fingerprint": recipe.fingerprint,
+            "weights_sha256": recipe.weights,
+            "weights_source": recipe.weights_source,
+            "versions": versions,
+        }
+        is_known = file.exists()
+        if is_known:
             store = cls(folder)
+            is_known = store.recipe.weights_source == recipe.weights_source
+            content = json.loads(file.read_bytes()) | {"weights_source": recipe.weights_source}
             if differences := store.recipe.differences(recipe):
                 raise RecipeMismatch(
                     f"The store {folder} was made with another recipe. It has "
@@ -160,15 +171,8 @@ class Store:
         try:
             for name in (EMBEDDINGS, FAILURES, RUNS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            content = {
-                "recipe": recipe.model_dump(mode="json"),
-                "fingerprint": recipe.fingerprint,
-                "weights_sha256": recipe.weights,
-                "weights_source": recipe.weights_source,
-                "versions": versions,
-            }
-            if not (folder / RECIPE_FILE).exists():
-                _replace(folder / RECIPE_FILE, json.dumps(content, indent=2).encode())
+            if not is_known:
+                _replace(file, json.dumps(content, indent=2).encode())
             remove_abandoned(folder)
         except OSError as error:
             raise StoreError(f"The store {folder} cannot be written: {error}") from error

@@ -5,6 +5,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,13 @@ def picture(seed: int, height: int = 90, width: int = 120) -> NDArray[np.uint8]:
     """A picture of smooth random colours: uint8 (height, width, 3)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def assert_same_vectors(received: NDArray[Any], expected: NDArray[Any]) -> None:
+    """Equal but for rounding: to 1e-5 of the largest value, whatever the values' size."""
+    largest = np.abs(expected).max()
+    assert largest > 0
+    np.testing.assert_allclose(received, expected, atol=1e-5 * largest)
 
 
 class MeanColour:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import assert_same_vectors
 
 from embedder import extract
 from embedder.errors import RecipeError
@@ -24,9 +25,9 @@ def test_several_layers_are_columns_of_one_pass(archive: Path, tmp_path: Path) -
     for layer in layers:
         alone = extract(archive, tmp_path / layer, layers=(layer,), **SMALL)
         assert alone.table().column_names[-1] == "embedding"
-        np.testing.assert_allclose(store.vectors(layer), alone.vectors(), atol=1e-5)
+        assert_same_vectors(store.vectors(layer), alone.vectors())
     whole = extract(archive, tmp_path / "whole", **SMALL)
-    np.testing.assert_allclose(store.vectors(layers[1]), whole.vectors(), atol=1e-5)
+    assert_same_vectors(store.vectors(layers[1]), whole.vectors())
     with pytest.raises(RecipeError, match=r"features: conv_pw_6_relu, conv_pw_13_relu. Received"):
         store.vectors()
     assert all(check.passed for check in verify(store, str(archive), audit=4))
@@ -54,10 +55,10 @@ def test_a_feature_map_is_stored_whole(
     largest = extract(archive, tmp_path / "max", pooling="max", **SMALL).vectors()
     power = extract(archive, tmp_path / "gem", pooling="gem", **SMALL).vectors()
     positions = maps.reshape(20, 6, 1024).astype(np.float64)
-    np.testing.assert_allclose(average, positions.mean(axis=1), atol=1e-5)
-    np.testing.assert_allclose(largest, positions.max(axis=1), atol=1e-5)
+    assert_same_vectors(average, positions.mean(axis=1))
+    assert_same_vectors(largest, positions.max(axis=1))
     cubes = np.maximum(positions, 1e-6) ** 3
-    np.testing.assert_allclose(power, np.cbrt(cubes.mean(axis=1)), atol=1e-4)
+    assert_same_vectors(power, np.cbrt(cubes.mean(axis=1)))
     assert all(check.passed for check in verify(store, audit=2))
 
 

@@ -4,7 +4,10 @@ A part of the networks, another each day, is tested by default; `-m slow` tests 
 """
 
 import datetime
+import gc
+import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,14 @@ SOME = [
 SIZE = (80, 112)
 
 
-@pytest.fixture
-def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of exported models for one test: those of the whole table would be gigabytes."""
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The networks and exported models of the whole table would be tens of gigabytes."""
     monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "cache"))
-    return tmp_path
+    yield
+    shutil.rmtree(tmp_path)
+    keras.backend.clear_session()
+    gc.collect()
 
 
 def save_legacy(network: keras.Model, file: Path) -> None:
@@ -46,9 +52,7 @@ def save_legacy(network: keras.Model, file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_a_network_is_as_the_table_says_and_gets_its_own_pixels(
-    name: str, fresh_cache: Path
-) -> None:
+def test_a_network_is_as_the_table_says_and_gets_its_own_pixels(name: str) -> None:
     row = BACKBONES[name]
     recipe = make_recipe(name, "random", image_size=SIZE)
     network = load_network(recipe)
@@ -97,7 +101,7 @@ def test_published_weights_are_loaded_as_keras_loads_them(
     np.testing.assert_allclose(received, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_a_wrong_preprocessing_fails(monkeypatch: pytest.MonkeyPatch, fresh_cache: Path) -> None:
+def test_a_wrong_preprocessing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the checks above are for: other pixels in the graph than the network's own."""
     row = BACKBONES["resnet50"]
     recipe = make_recipe("resnet50", "random", image_size=SIZE)

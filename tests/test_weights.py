@@ -1,6 +1,7 @@
 """Weights from files: matched by layer name, or refused, and no code of a file is run."""
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -11,11 +12,14 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from conftest import assert_same_vectors
 from test_networks import save_legacy
 
+from embedder import engines
 from embedder.backbones import build, load_network, make_recipe
 from embedder.errors import RecipeError, WeightsError
 from embedder.extract import extract
+from embedder.verify import verify
 from embedder.weights import PublishedWeights
 
 SIZE = (64, 96)
@@ -57,7 +61,7 @@ def test_weights_of_a_network_with_another_head_are_loaded(
     recipe = make_recipe("mobilenet", str(tmp_path / name), image_size=SIZE)
     with caplog.at_level("INFO", "embedder"):
         features = np.asarray(build(recipe)(pixels())["embedding"])
-    np.testing.assert_allclose(features, expected_features(network), rtol=1e-4, atol=1e-5)
+    assert_same_vectors(features, expected_features(network))
     if not name.endswith(".keras"):
         assert "54 of 54 layers of mobilenet_1.00" in caplog.text
         assert "matched by name; not used: my_classes" in caplog.text
@@ -74,16 +78,31 @@ def test_a_network_within_another_is_found_by_its_layers(tmp_path: Path) -> None
             np.testing.assert_array_equal(mine, theirs)
 
 
-def test_names_that_keras_counts_are_matched_by_their_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["published.h5", "mine.weights.h5"])
+def test_names_that_keras_counts_are_matched_by_their_order(tmp_path: Path, name: str) -> None:
     """Inception's layers have no names of their own: `conv2d_7` depends on what came before."""
     network = load_network(make_recipe("inception-v3", "random:7", image_size=(75, 80)))
-    save_legacy(network, tmp_path / "published.h5")
-    loaded = load_network(
-        make_recipe("inception-v3", str(tmp_path / "published.h5"), image_size=(75, 80))
-    )
+    if name == "published.h5":
+        save_legacy(network, tmp_path / name)
+    else:
+        save(network, tmp_path / name)
+    loaded = load_network(make_recipe("inception-v3", str(tmp_path / name), image_size=(75, 80)))
     assert [layer.name for layer in loaded.layers] != [layer.name for layer in network.layers]
     for mine, theirs in zip(loaded.get_weights(), network.get_weights(), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_store_goes_on_where_its_weights_are_now(tmp_path: Path, archive: Path) -> None:
+    old, new = tmp_path / "old.weights.h5", tmp_path / "new.weights.h5"
+    save(load_network(make_recipe("mobilenet", "random:1", image_size=SIZE)), old)
+    options = {"backbone": "mobilenet", "image_size": SIZE, "layers": ("conv_pw_1_relu",)}
+    extract(archive, tmp_path / "store", weights=str(old), limit=5, **options)
+    old.rename(new)
+    shutil.rmtree(engines.cache_folder())  # so that the file is needed
+    store = extract(archive, tmp_path / "store", weights=str(new), **options)
+    assert len(store) == 20
+    assert store.recipe.weights_source == str(new)
+    assert [check for check in verify(store, audit=2) if not check.passed] == []
 
 
 def lambda_model(path: Path) -> None:
