@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedder import hub
-from embedder import weights as weights_files
 from embedder.errors import RecipeError, WeightsError
+from embedder.model_files import load_keras_model, with_canonical_names
 from embedder.networks import BACKBONES, Backbone
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources import RESERVED_COLUMNS
-from embedder.weights import IMAGENET, digest_of, import_keras, logger, seed_of
+from embedder.weights import IMAGENET, RANDOM, digest_of, import_keras, logger, randomise, seed_of
 
 if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not need it
     import keras
@@ -82,7 +82,7 @@ def _find(backbone: str, source: str) -> tuple[str, Backbone, str, str]:
         return backbone, row, digest, preset
     name, row = find_backbone(backbone)
     if (seed := seed_of(source)) is not None:
-        source = digest = f"{weights_files.RANDOM}:{seed}"
+        source = digest = f"{RANDOM}:{seed}"
         logger.warning("%s has random weights: its vectors are for tests only", name)
         return name, row, digest, source
     path = weights_file(name, source)
@@ -211,12 +211,12 @@ def load_network(recipe: Recipe) -> "keras.Model":
         return network
     if (seed := seed_of(recipe.weights)) is not None:
         network = row.make(recipe.image_size)
-        weights_files.randomise(network, seed)
+        randomise(network, seed)
         return network
     path = weights_file(recipe.backbone, recipe.weights_source)
     _check_digest(recipe, digest_of(path), str(path))
     if path.suffix == ".keras":
-        network = weights_files.load_keras_model(path)
+        network = load_keras_model(path)
         _check_size(recipe, network, str(path))
         return network
     network = row.make(recipe.image_size)
@@ -266,7 +266,7 @@ def _layer_outputs(network: "keras.Model") -> "Iterator[tuple[str, keras.KerasTe
         # The output of a model within the model is a tensor of its own graph.
         if not isinstance(layer, keras.layers.InputLayer) and not hasattr(layer, "layers")
     }
-    for name, layer in weights_files.with_canonical_names(layers).items():
+    for name, layer in with_canonical_names(layers).items():
         try:
             output = layer.output
         except AttributeError:  # the layer is used more than once

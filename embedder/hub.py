@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import RecipeError, WeightsError
-from embedder.weights import check_configuration, import_keras
+from embedder.model_files import check_configuration
+from embedder.weights import import_keras
 
 if TYPE_CHECKING:
     import keras

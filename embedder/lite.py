@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedder.errors import WeightsError
+from embedder.model_files import load_hdf5
 from embedder.torch_pickle import read_state_dict
-from embedder.weights import import_keras, load_hdf5
+from embedder.weights import import_keras
 
 if TYPE_CHECKING:
     import keras

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedder import lite
-from embedder.weights import PackagedWeights, PublishedWeights, import_keras, load_hdf5
+from embedder.model_files import load_hdf5
+from embedder.weights import PackagedWeights, PublishedWeights, import_keras
 
 if TYPE_CHECKING:
     import keras

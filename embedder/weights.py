@@ -1,20 +1,12 @@
-"""Weights: where they come from, whether they are the right ones, and how they get into a network.
-
-Only arrays are taken from files: HDF5 is read by name and shape, and a `.keras` file may hold
-nothing but Keras's own layers. No code of a file is ever run.
-"""
+"""Weights: where they come from, and whether they are the right ones."""
 
 import hashlib
 import importlib.util
-import json
 import logging
 import os
-import re
 import sys
 import threading
-import zipfile
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +17,6 @@ import numpy as np
 from embedder.errors import RecipeError, WeightsError
 
 if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not need it
-    import h5py
     import keras
 
 logger = logging.getLogger("embedder")
@@ -33,12 +24,6 @@ logger = logging.getLogger("embedder")
 # Names by which `weights` says where to look; anything else is a file.
 IMAGENET = "imagenet"
 RANDOM = "random"
-
-# A `.keras` file may name classes of these modules only, and none that runs code of its own.
-_TRUSTED_MODULES = ("keras", "keras_hub", "builtins")
-_CLASSES_WITH_CODE = {
-    *("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "__lambda__"),
-}
 
 
 @dataclass(frozen=True)
@@ -220,223 +205,6 @@ def leaf_layers(network: "keras.Model") -> "Iterator[keras.Layer]":
             yield from leaf_layers(layer)
         else:
             yield layer
-
-
-# HDF5 ----------------------------------------------------------------------------------------
-
-
-def load_hdf5(network: "keras.Model", path: Path) -> None:
-    """Load `.weights.h5`, or a legacy `.h5` of weights or of a whole model, by layer name.
-
-    Every layer of the network that has weights must find a layer of its name and shapes in the
-    file; the file may hold more, such as a classifier. Names that Keras gives by counting, such as
-    `conv2d_7`, are compared by their order. What matched is logged.
-
-    Args:
-        network: Built; its weights are replaced.
-        path: The file.
-
-    Raises:
-        WeightsError: The file cannot be read or is of another network.
-    """
-    import h5py
-
-    layers = {layer.name: layer for layer in leaf_layers(network) if layer.weights}
-    counted = set(map(_counted_name, layers.values()))
-    try:
-        with h5py.File(path, "r") as file:
-            arrays = _count_anew(dict(_arrays_by_layer(file)), counted)
-            wanted = with_canonical_names(layers)
-            _check_match(network, path, wanted, arrays)
-            for name, layer in wanted.items():
-                layer.set_weights([array[()] for array in arrays[name]])
-                if hasattr(layer, "finalize_state"):  # Normalization keeps values made from them
-                    layer.finalize_state()
-    except (OSError, KeyError, RuntimeError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{path} is not a whole HDF5 file of weights: {error}") from error
-    unused = sorted(arrays.keys() - wanted.keys())
-    rest = f"; not used: {_shortened(unused)}" if unused else ""
-    logger.info(
-        "%s: %d of %d layers of %s matched by name%s",
-        *(path, len(wanted), len(wanted), network.name, rest),
-    )
-
-
-def _check_match(
-    network: "keras.Model",
-    path: Path,
-    wanted: "dict[str, keras.Layer]",
-    arrays: "dict[str, list[h5py.Dataset]]",
-) -> None:
-    missing, misshapen = [], []
-    for name, layer in wanted.items():
-        shapes = [tuple(variable.shape) for variable in layer.weights]
-        if name not in arrays:
-            missing.append(name)
-        elif (found := [array.shape for array in arrays[name]]) != shapes:
-            misshapen.append(f"{name} has {found}, expected {shapes}")
-    if not missing and not misshapen:
-        return
-    num_matched = len(wanted) - len(missing) - len(misshapen)
-    raise WeightsError(
-        f"{path} does not fit {network.name}: every one of its {len(wanted)} layers must find its "
-        f"weights by name. Received: {num_matched} that match"
-        + (f"; not in the file: {_shortened(missing)}" if missing else "")
-        + (f"; of another shape: {_shortened(misshapen)}" if misshapen else "")
-        + f". The file holds {len(arrays)} layers: {_shortened(list(arrays))}"
-    )
-
-
-def _shortened(names: list[str]) -> str:
-    shown = 3
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest
-
-
-def _counted_name(layer: "keras.Layer") -> str:
-    """What Keras counts on when a layer is given no name: `conv2d` for Conv2D."""
-    words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", type(layer).__name__)
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
-
-
-def with_canonical_names(layers: "dict[str, keras.Layer]") -> "dict[str, keras.Layer]":
-    """The same layers, those that Keras named by counting counted from nought.
-
-    Keras counts on through a whole process, so that such names depend on what was built before.
-    """
-    return _count_anew(layers, set(map(_counted_name, layers.values())))
-
-
-def _count_anew(by_name: dict[str, Any], counted: set[str]) -> dict[str, Any]:
-    numbers = defaultdict(list)
-    for name in by_name:
-        stem, _, number = name.rpartition("_")
-        if name in counted:
-            numbers[name].append((0, name))
-        elif stem in counted and number.isdecimal():
-            numbers[stem].append((int(number), name))
-    new_names = {
-        name: f"{stem}_{rank}" if rank else stem
-        for stem, found in numbers.items()
-        for rank, (_, name) in enumerate(sorted(found))
-    }
-    return {new_names.get(name, name): value for name, value in by_name.items()}
-
-
-def _arrays_by_layer(file: "h5py.File") -> "Iterator[tuple[str, list[h5py.Dataset]]]":
-    root = _member(file, "model_weights") if "model_weights" in file else file
-    if "layer_names" in root.attrs or "layer_names0" in root.attrs:
-        yield from _legacy_arrays(root)
-    else:
-        yield from _arrays_of_group(root)
-
-
-def _legacy_arrays(root: "h5py.Group") -> "Iterator[tuple[str, list[h5py.Dataset]]]":
-    for group_name in _text_attribute(root, "layer_names"):
-        group = _member(root, group_name)
-        by_layer = defaultdict(list)
-        for path in _text_attribute(group, "weight_names"):
-            array = group
-            for part in path.split("/"):
-                array = _member(array, part)
-            by_layer[path.rpartition("/")[0].rpartition("/")[2]].append(array)
-        # A model within the model has one group for all its layers; the one layer of any other
-        # group can be called otherwise there, such as with a number behind its name.
-        if len(by_layer) == 1:
-            yield group_name, next(iter(by_layer.values()))
-        else:
-            yield from by_layer.items()
-
-
-def _text_attribute(group: "h5py.Group", name: str) -> list[str]:
-    """A list of names; one too long for HDF5's header is kept in parts `name0`, `name1`, ..."""
-    if name in group.attrs:
-        parts = [group.attrs[name]]
-    else:
-        parts = []
-        while f"{name}{len(parts)}" in group.attrs:
-            parts.append(group.attrs[f"{name}{len(parts)}"])
-    return [
-        text.decode() if isinstance(text, bytes) else str(text) for part in parts for text in part
-    ]
-
-
-def _arrays_of_group(group: "h5py.Group") -> "Iterator[tuple[str, list[h5py.Dataset]]]":
-    for name in group:
-        member = _member(group, name)
-        if name == "vars":
-            layer_name = member.attrs.get("name", group.name.rpartition("/")[2])
-            if arrays := [_member(member, key) for key in sorted(member, key=int)]:
-                yield str(layer_name), arrays
-        elif hasattr(member, "keys"):
-            yield from _arrays_of_group(member)
-
-
-def _member(group: "h5py.Group", name: str) -> Any:
-    """A member that the file itself holds: HDF5 can point to other files of this machine."""
-    import h5py
-
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise WeightsError(f"{group.file.filename}: {group.name}/{name} is not held by the file")
-    member = group[name]
-    if isinstance(member, h5py.Dataset) and (member.external or member.is_virtual):
-        raise WeightsError(f"{group.file.filename}: {member.name} points to another file")
-    return member
-
-
-# Keras's own format --------------------------------------------------------------------------
-
-
-def load_keras_model(path: Path) -> "keras.Model":
-    """Load a `.keras` model that holds nothing but Keras's own layers.
-
-    Raises:
-        WeightsError: The file is damaged, or holds a Lambda layer, a custom object or anything
-            else that could run code.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            config = json.loads(archive.read("config.json"))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path} is not a whole .keras file: {error}") from error
-    check_configuration(config, path)
-    keras = import_keras()
-    try:
-        model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # Keras raises what its layers raise
-        raise WeightsError(f"{path} cannot be loaded: {error}") from error
-    if not isinstance(model, keras.Model) or len(model.inputs) != 1:
-        raise WeightsError(f"{path} must hold a model with one input, the pixels")
-    return model
-
-
-def check_configuration(config: Any, path: Path) -> None:
-    """Check that a model's configuration names nothing that could run code of its own.
-
-    Raises:
-        WeightsError: It does.
-    """
-    if refused := sorted(set(_refused_objects(config))):
-        raise WeightsError(
-            f"A model's file must hold Keras's own layers only: Lambda layers and custom objects "
-            f"could run code. Received: {path} with {', '.join(refused)}"
-        )
-
-
-def _refused_objects(config: Any) -> Iterator[str]:
-    """Names of classes in a model's configuration that are not trusted."""
-    if isinstance(config, dict):
-        if "class_name" in config:
-            name, module = str(config["class_name"]), str(config.get("module") or "builtins")
-            registered = str(config.get("registered_name") or "")
-            package = registered.partition(">")[0] if ">" in registered else "keras"
-            are_trusted = {module.split(".")[0], package} <= set(_TRUSTED_MODULES)
-            if not are_trusted or name in _CLASSES_WITH_CODE:
-                yield name
-        config = config.values()
-    if isinstance(config, Iterable) and not isinstance(config, str):
-        for value in config:
-            yield from _refused_objects(value)
 
 
 # Keras itself --------------------------------------------------------------------------------

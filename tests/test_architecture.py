@@ -12,18 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "embedder"
 
 # Each module imports only from its left.
 ORDER = (
-    *(
-        "errors",
-        "recipe",
-        "torch_pickle",
-        "sources",
-        "decode",
-        "weights",
-        "lite",
-        "networks",
-        "hub",
-    ),
-    *("backbones", "engines", "store"),
+    *("errors", "recipe", "torch_pickle", "sources", "decode", "weights", "model_files", "lite"),
+    *("networks", "hub", "backbones", "engines", "store"),
     *("plan", "pipeline", "refresh", "cluster", "summary", "extract", "verify", "heads"),
     *("demo", "conformance", "doctor", "cli", "__main__"),
 )
@@ -33,9 +23,9 @@ DOORS = {
     "dask": {"cluster"},
     "distributed": {"cluster"},
     "fsspec": {"sources"},
-    "h5py": {"weights"},
+    "h5py": {"model_files"},
     "keras_hub": {"hub"},
-    "keras": {"backbones", "hub", "lite", "networks", "weights"},
+    "keras": {"backbones", "hub", "lite", "model_files", "networks", "weights"},
     "openvino": {"engines"},
     "psutil": {"cli"},
     "pydantic": {"recipe"},

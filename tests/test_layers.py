@@ -37,7 +37,9 @@ def test_rows_of_several_layers_are_kept_when_a_date_changes(archive: Path, tmp_
     options = SMALL | {"layers": ("conv_pw_6_relu", "conv_pw_13_relu")}
     before = extract(archive, tmp_path / "s", **options).table()
     os.utime(archive / "cats" / "000.png", (1, 1))
-    after = extract(archive, tmp_path / "s", **options).table()
+    store = extract(archive, tmp_path / "s", **options)
+    assert store.runs()[-1]["counts"]["updated"] == 1
+    after = store.table()
     assert after.drop_columns(["modified"]).equals(before.drop_columns(["modified"]))
     assert after.schema.equals(before.schema)
 

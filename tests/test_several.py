@@ -68,7 +68,8 @@ def test_several_networks_read_an_image_once_where_they_see_the_same_pixels(
         assert CountingServer.fetched.total() == 5
         (tmp_path / "urls.txt").write_text("\n".join(urls))
         CountingServer.fetched.clear()
-        run_extraction(tmp_path / "urls.txt", dict([ahead, behind]), RunOptions())
+        summaries = run_extraction(tmp_path / "urls.txt", dict([ahead, behind]), RunOptions())
+        assert [summary.num_embedded for summary in summaries] == [15, 20]
         # Those that the first store had already are read for the second alone.
         assert set(CountingServer.fetched.values()) == {1}, CountingServer.fetched
         assert CountingServer.fetched.total() == 20
