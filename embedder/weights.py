@@ -180,7 +180,7 @@ def seed_of(weights: str) -> int | None:
 
 
 def randomise(network: "keras.Model", seed: int) -> None:
-    """Draw every kernel anew, from a normal distribution of variance 1.4 / fan-in.
+    """Draw every kernel anew, from a normal distribution of variance 1 / fan-in.
 
     Biases and normalisations stay as they are built. The same seed gives the same values with any
     version of Keras. With the usual 2 (arXiv 1502.01852), and no normalisation to hold them, values
@@ -193,7 +193,7 @@ def randomise(network: "keras.Model", seed: int) -> None:
             if len(variable.shape) > 1 and "kernel" in variable.name:
                 is_depthwise = "Depthwise" in type(layer).__name__ or "depthwise" in variable.name
                 fan_in = np.prod(variable.shape[: -2 if is_depthwise else -1])
-                scale = np.sqrt(1.4 / fan_in)
+                scale = np.sqrt(1.0 / fan_in)
                 values[number] = random.normal(0.0, scale, variable.shape).astype(np.float32)
         layer.set_weights(values)
 
