@@ -1,5 +1,6 @@
 """Each benchmark runs, at a size that says nothing about speed, and prints what it promises."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,11 @@ def run(script: str, *arguments: object) -> str:
     return done.stdout
 
 
+def figures(pattern: str, output: str) -> list[list[float]]:
+    """The numbers that a pattern finds, of each place where it does."""
+    return [list(map(float, found.groups())) for found in re.finditer(pattern, output)]
+
+
 def test_every_benchmark_is_run_here() -> None:
     text = Path(__file__).read_text()
     scripts = {path.name for path in FOLDER.glob("*.py")} - {"grocery_probe.py"}  # needs Grocery
@@ -40,15 +46,20 @@ def test_throughput(photos: Path, tmp_path: Path) -> None:
     )
     keras, ours = (line for line in output.splitlines() if "median" in line)
     assert "ratio 1.00" in keras
-    assert "efficiency" in ours
+    (speed,), (decoding,), (inference,), (efficiency,) = (
+        figures(rf"{name} +([\d.e+]+)", ours)[0]
+        for name in ("median", "decode alone", "inference alone", "efficiency")
+    )
+    assert efficiency == pytest.approx(speed * (1 / decoding + 1 / inference), rel=0.02)
     assert "<svg" in chart.read_text()
 
 
 def test_decode(photos: Path) -> None:
-    output = run("decode.py", photos, "--images", 12, "--rounds", 1)
+    output = run("decode.py", photos, "--images", 10, "--rounds", 1)  # no whole number of batches
+    assert re.search(r"scaled +pixels differ from exact by .* 0 are identical", output)
     assert "cosine of scaled to exact embeddings" in output
-    assert "scaled       pixels differ" in output
-    assert "12 are identical" not in output
+    ((lowest,),) = figures(r"minimum (\d\.\d+)", output)
+    assert 0.99 < lowest < 1
 
 
 def test_engines() -> None:
@@ -71,18 +82,26 @@ def test_backbones() -> None:
 
 
 def test_store() -> None:
-    output = run("store.py", "--rows", 2000, "--dim", 16, "--rounds", 1)
-    assert {"store", "nullable", "dictionary", "npy"} <= set(output.split())
+    output = run("store.py", "--rows", 20_000, "--dim", 256, "--rounds", 1)
+    rows = re.findall(r"^(\w[\w ]*?) +write .* (\d+) MB$", output, re.MULTILINE)
+    sizes = {name: int(size) for name, size in rows}
+    assert list(sizes) == ["store", "nullable lists", "dictionary", "npy"]
+    assert sizes["store"] < sizes["dictionary"] < sizes["npy"] == 20
 
 
 def test_planning() -> None:
-    output = run("planning.py", "--refs", 2000, 4000)
+    output = run("planning.py", "--refs", 2000, 40_000)
     assert "2,000 refs" in output
-    assert "4,000 refs" in output
+    assert "40,000 refs" in output
+    for total, *parts in figures(r"refs: +(\S+) s .*: (\S+), (\S+), (\S+)\)", output):
+        assert total == pytest.approx(sum(parts), abs=0.021)  # of figures rounded to 0.01
 
 
 def test_memory(photos: Path) -> None:
-    assert "ratio 1.000" in run("memory.py", photos, "--images", 12)
+    output = run("memory.py", photos, "--images", 4, 12)
+    first, second = figures(r"peak +(\S+) MiB, ratio (\S+)", output)
+    assert first[1] == 1
+    assert second[1] == pytest.approx(second[0] / first[0], abs=0.001)
 
 
 def test_workers(photos: Path) -> None:

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +14,8 @@ from conftest import picture
 from numpy.typing import NDArray
 
 from embedder import backbones, cluster, engines
-from embedder.engines import exported_model, load
-from embedder.errors import EngineError, OutOfMemory
+from embedder.engines import Features, exported_model, load
+from embedder.errors import EngineError, OutOfMemory, WeightsError
 from embedder.extract import RunOptions, extract
 from embedder.recipe import Recipe
 from embedder.weights import leaf_layers
@@ -79,17 +78,17 @@ print([name for name in ("tensorflow", "keras", "openvino_telemetry") if sys.mod
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
+@pytest.mark.parametrize("damage", ["change", "remove"])
 def test_a_damaged_cache_is_mended(lite0: Recipe, pixels: NDArray[np.uint8], damage: str) -> None:
     before = embed_all(lite0, "openvino", 3, pixels)
     file = exported_model(lite0).with_suffix(".bin")
-    if damage == "truncate":
-        content = file.read_bytes()
-        file.unlink()  # engines of other tests have it mapped into memory
-        file.write_bytes(content[:1000])
-    else:
-        file.unlink()
+    content = file.read_bytes()
+    file.unlink()  # and not written in place: engines of other tests have it mapped into memory
+    if damage == "change":
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
     np.testing.assert_array_equal(embed_all(lite0, "openvino", 3, pixels), before)
+    assert file.read_bytes() == content
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_set(
@@ -104,7 +103,20 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(
 def test_recipes_that_share_a_graph_share_its_export(lite0: Recipe) -> None:
     squashed = lite0.model_copy(update={"crop": "squash", "l2_normalise": True})
     assert exported_model(squashed) == exported_model(lite0)
-    assert exported_model(lite0.model_copy(update={"pooling": "max"})) != exported_model(lite0)
+    for other in ({"pooling": "max"}, {"image_size": (64, 64)}):
+        assert exported_model(lite0.model_copy(update=other)) != exported_model(lite0)
+    with pytest.raises(WeightsError):
+        exported_model(lite0.model_copy(update={"weights": "0" * 64}))
+
+
+def test_one_export_serves_all_precisions(
+    lite0: Recipe, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usual = embed_all(lite0, "openvino", 3, pixels)
+    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path))
+    first = exported_model(lite0.model_copy(update={"precision": "bfloat16"}))
+    assert exported_model(lite0) == first
+    np.testing.assert_array_equal(embed_all(lite0, "openvino", 3, pixels), usual)
 
 
 def test_many_threads_may_embed_first(lite0: Recipe) -> None:
@@ -190,24 +202,73 @@ def test_float16_on_a_cpu_is_refused(lite0: Recipe) -> None:
         load(recipe, "auto", None, 2)
 
 
+@pytest.mark.parametrize(
+    "words", ["Failed to allocate memory", "std::bad_alloc", "OOM when allocating tensor"]
+)
+def test_running_out_of_memory_is_told_from_other_errors(words: str) -> None:
+    with pytest.raises(OutOfMemory, match=words), engines._out_of_memory(RuntimeError):
+        raise RuntimeError(f"CPU: {words}")
+    with pytest.raises(OutOfMemory), engines._out_of_memory(RuntimeError, MemoryError):
+        raise MemoryError
+    with (
+        pytest.raises(RuntimeError, match="^shapes differ$"),
+        engines._out_of_memory(RuntimeError, MemoryError),
+    ):
+        raise RuntimeError("shapes differ")
+
+
 class Paced:
-    """An engine whose call takes as long for 8 images as for one, and that holds no more."""
+    """An engine of so many images per second at each batch size, by a clock of its own."""
 
     name = "openvino"
     device = "CPU"
-    num_parallel = 2
+    num_parallel = 1
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, batch_size: int, speeds: dict[int, float], clock: list[float]) -> None:
+        self.batch_size, self._speeds, self._clock = batch_size, speeds, clock
 
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        if len(pixels) > 8:
-            raise OutOfMemory("no more than 8 images fit")
-        time.sleep(0.01)
-        return np.zeros((len(pixels), 1), np.float32)
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        if len(pixels) not in self._speeds:
+            raise OutOfMemory(f"{len(pixels)} images do not fit")
+        self._clock[0] += len(pixels) / self._speeds[len(pixels)]
+        return {"embedding": np.zeros((len(pixels), 1), np.float32)}
 
     def resized(self, batch_size: int) -> "Paced":
-        return Paced(batch_size)
+        return Paced(batch_size, self._speeds, self._clock)
+
+
+def find_paced_batch_size(
+    recipe: Recipe, speeds: list[float], monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """What is found where batches of 2, 4, 8 ... are so fast, and larger ones do not fit."""
+    clock = [0.0]
+    monkeypatch.setattr(engines, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    engine = Paced(1, dict(zip((2, 4, 8, 16, 32), speeds, strict=False)), clock)
+    return engines.find_batch_size(engine, recipe, 2).batch_size
+
+
+@pytest.mark.parametrize(
+    ("speeds", "found"),
+    [
+        ([100, 200, 300, 400, 500], 32),
+        ([100, 200, 300], 8),  # 16 do not fit
+        ([100, 102, 110, 112, 113], 8),  # 3 % more than the best is needed
+        ([100, 101, 102, 200, 200], 2),  # two in a row end the search
+        ([100, 90, 110, 90, 120], 32),  # one does not, and the count begins again
+    ],
+)
+def test_the_smallest_batch_that_is_as_fast_as_any_is_found(
+    lite0: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    speeds: list[float],
+    found: int,
+) -> None:
+    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path))
+    assert find_paced_batch_size(lite0, speeds, monkeypatch) == found
+    (file,) = (tmp_path / "batch-sizes").iterdir()
+    measured = json.loads(file.read_text())["images_per_second"]
+    assert measured["2"] == pytest.approx(100)
 
 
 def test_the_batch_size_that_was_found_is_used_from_then_on(
@@ -217,16 +278,19 @@ def test_the_batch_size_that_was_found_is_used_from_then_on(
     shutil.copytree(model_cache, tmp_path / "cache")
     monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "cache"))
     assert not engines.is_batch_size_known(lite0, "openvino", 2)
-    assert engines.find_batch_size(Paced(1), lite0, 2).batch_size == 8
+    assert find_paced_batch_size(lite0, [100, 200, 300], monkeypatch) == 8
     assert engines.is_batch_size_known(lite0, "openvino", 2)
     assert not engines.is_batch_size_known(lite0, "openvino", 1)
     assert not engines.is_batch_size_known(lite0, "tensorflow", 2)
+    bfloat16 = lite0.model_copy(update={"precision": "bfloat16"})
+    assert not engines.is_batch_size_known(bfloat16, "openvino", 2)
     (file,) = (tmp_path / "cache" / "batch-sizes").iterdir()
     file.write_text(json.dumps({"batch_size": 3}))  # so that it is told from the default
     assert load(lite0, "openvino", None, 2).batch_size == 3
     assert load(lite0, "openvino", 5, 2).batch_size == 5
-    file.write_text("damaged")
-    assert not engines.is_batch_size_known(lite0, "openvino", 2)
+    for damaged in ("damaged", '{"batch_size": 0}'):
+        file.write_text(damaged)
+        assert not engines.is_batch_size_known(lite0, "openvino", 2)
     assert load(lite0, "openvino", None, 2).batch_size == 4
 
 
@@ -236,7 +300,7 @@ def test_a_resized_engine_gives_the_same_vectors(
 ) -> None:
     whole = load(lite0, engine, 6, 2)
     half = whole.resized(3)
-    assert half.batch_size == 3
+    assert (half.batch_size, half.num_parallel) == (3, whole.num_parallel)
     vectors = np.concatenate(
         [half.embed(pixels[:3])["embedding"], half.embed(pixels[3:])["embedding"]]
     )
@@ -268,6 +332,9 @@ def test_each_worker_process_gets_a_gpu_of_its_own(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert engines.gpus() == []
     assert engines.choose("auto") == "openvino"
+    monkeypatch.setattr(engines, "_GPU_FOLDER", tmp_path / "none")  # of a machine without
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert engines.gpus() == []
 
 
 @pytest.mark.gpu

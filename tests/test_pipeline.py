@@ -1,6 +1,10 @@
 """One shard: every image a row or a failure, every vector with its own row."""
 
+import hashlib
+import shutil
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,24 +15,39 @@ from conftest import MeanColour, make_archive, picture
 from numpy.typing import NDArray
 from PIL import Image
 
+from embedder import engines, pipeline
 from embedder.decode import decode_rgb
-from embedder.engines import Features
+from embedder.engines import Features, exported_model
 from embedder.errors import EngineError, OutOfMemory, StoreError
-from embedder.pipeline import Job, Receipt, Stopped, Toolbox, extract_shard, finished_vectors
+from embedder.pipeline import (
+    Job,
+    Receipt,
+    Stopped,
+    Toolbox,
+    extract_shard,
+    finished_vectors,
+    toolbox_of,
+)
 from embedder.recipe import Recipe
 from embedder.sources import list_images
 from embedder.store import Store
 
 
 def run(
-    recipe: Recipe, folder: Path, store: Path, engine: MeanColour | None = None
+    recipe: Recipe,
+    source: Path | pa.Table,
+    store: Path,
+    tools: MeanColour | Toolbox | None = None,
+    report: Callable[[int, int], None] = lambda *_: None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Store, Receipt]:
-    """Extract a folder as one shard."""
+    """Extract a folder, or refs, as one shard: with an engine, or with a toolbox."""
     opened = Store.open_or_create(store, recipe, {})
-    toolbox = Toolbox(recipe, engine or MeanColour(), num_threads=3)
+    if not isinstance(tools, Toolbox):
+        tools = Toolbox(recipe, tools or MeanColour(), num_threads=3)
     job = Job(recipe, str(store), "mean-colour", None)
-    refs = list_images(folder).refs
-    (receipt,) = extract_shard([job], [toolbox], refs, lambda *_: None, lambda: False)
+    refs = list_images(source).refs if isinstance(source, Path) else source
+    (receipt,) = extract_shard([job], [tools], refs, report, is_stopped)
     return opened, receipt
 
 
@@ -57,13 +76,13 @@ def test_features_do_not_depend_on_batch_size(
 def test_bad_files_among_good_ones_shift_nothing(
     tmp_path: Path, mean_colour_recipe: Recipe
 ) -> None:
-    folder = make_archive(tmp_path / "photos", 30)
+    folder = make_archive(tmp_path / "photos", 80)  # more than are read ahead
     expected = expected_colours(mean_colour_recipe, folder)
-    bad = [f"cats/{number:03d}x.jpg" for number in range(0, 30, 4)] + ["aaa.png", "zzz.png"]
+    bad = [f"cats/{number:03d}x.jpg" for number in range(0, 80, 4)] + ["aaa.png", "zzz.png"]
     for name in bad:
         (folder / name).write_bytes(b"no image")
     store, receipt = run(mean_colour_recipe, folder, tmp_path / "out")
-    assert receipt.num_rows == 30
+    assert receipt.num_rows == 80
     assert receipt.failures.total() == len(bad)
     for image_id, vector in zip(store.ids(), store.vectors(), strict=True):
         np.testing.assert_allclose(vector, expected[image_id], atol=1e-4)
@@ -107,9 +126,7 @@ def test_rows_say_what_the_file_was(tmp_path: Path, mean_colour_recipe: Recipe) 
     assert int(row["modified"].timestamp() * 1e6) == pytest.approx(
         status.st_mtime_ns // 1000, abs=1
     )
-    assert (
-        row["sha256"] == __import__("hashlib").sha256((folder / "a.jpg").read_bytes()).hexdigest()
-    )
+    assert row["sha256"] == hashlib.sha256((folder / "a.jpg").read_bytes()).hexdigest()
 
 
 def test_a_missing_file_is_a_failure_to_read(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
@@ -119,6 +136,19 @@ def test_a_missing_file_is_a_failure_to_read(tmp_path: Path, mean_colour_recipe:
     (failure,) = store.failures().to_pylist()
     assert (failure["image_id"], failure["stage"], failure["sha256"]) == ("gone.jpg", "read", None)
     assert failure["error"] == "FileNotFoundError: No such file or directory"
+
+
+def test_failures_say_how_large_the_file_was(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
+    folder = make_archive(tmp_path / "photos", 3)
+    (folder / "bad.jpg").write_bytes(b"no image")
+    refs = list_images(folder).refs
+    gone = folder / "cats" / "002.jpg"
+    size_as_listed = gone.stat().st_size
+    gone.unlink()
+    (folder / "bad.jpg").write_bytes(b"longer by now, and still no image")
+    store, _ = run(mean_colour_recipe, refs, tmp_path / "out")
+    sizes = {row["image_id"]: row["bytes"] for row in store.failures().to_pylist()}
+    assert sizes == {"bad.jpg": 33, "cats/002.jpg": size_as_listed}
 
 
 def test_a_vector_that_is_not_finite_is_a_failure_to_embed(
@@ -131,9 +161,12 @@ def test_a_vector_that_is_not_finite_is_a_failure_to_embed(
             return features
 
     recipe = mean_colour_recipe.model_copy(update={"store_dtype": "float16"})
+    (archive / "zzz.png").write_bytes(b"no image")  # known before the last batch is back
     store, receipt = run(recipe, archive, tmp_path / "out", Overflowing(batch_size=4))
-    assert (receipt.num_rows, receipt.failures.total()) == (15, 5)
-    assert set(store.failures()["stage"].to_pylist()) == {"embed"}
+    assert (receipt.num_rows, receipt.failures.total()) == (15, 6)
+    failures = store.failures()
+    assert failures["stage"].to_pylist() == ["embed"] * 5 + ["decode"]
+    assert failures["image_id"].to_pylist() == sorted(failures["image_id"].to_pylist())
     assert np.isfinite(store.vectors()).all()
 
 
@@ -160,18 +193,10 @@ def test_manifest_columns_travel_with_their_rows(
 def test_a_stopped_shard_writes_nothing(
     archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
 ) -> None:
-    store = Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
-    job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
     answers = iter([False] * 5)
     with pytest.raises(Stopped):
-        extract_shard(
-            [job],
-            [Toolbox(mean_colour_recipe, MeanColour(), 2)],
-            list_images(archive).refs,
-            lambda *_: None,
-            lambda: next(answers, True),
-        )
-    assert store.shards() == []
+        run(mean_colour_recipe, archive, tmp_path / "out", is_stopped=lambda: next(answers, True))
+    assert Store(tmp_path / "out").shards() == []
 
 
 def test_an_engine_that_breaks_is_not_taken_for_bad_images(
@@ -180,25 +205,45 @@ def test_an_engine_that_breaks_is_not_taken_for_bad_images(
     def break_down(_: NDArray[np.uint8]) -> None:
         raise MemoryError("no memory for the batch")
 
+    toolbox = Toolbox(mean_colour_recipe, MeanColour(before=break_down), 2)
+    num_buffers = toolbox.buffers.qsize()
     with pytest.raises(MemoryError, match="no memory for the batch"):
-        run(mean_colour_recipe, archive, tmp_path / "out", MeanColour(before=break_down))
+        run(mean_colour_recipe, archive, tmp_path / "out", toolbox)
     assert Store(tmp_path / "out").failures().num_rows == 0
+    assert toolbox.buffers.qsize() == num_buffers
 
 
-def test_progress_adds_up(archive: Path, tmp_path: Path, mean_colour_recipe: Recipe) -> None:
+@pytest.mark.parametrize("often", [True, False])
+def test_progress_is_told_as_it_goes_and_adds_up(
+    archive: Path,
+    tmp_path: Path,
+    mean_colour_recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    often: bool,
+) -> None:
+    monkeypatch.setattr(pipeline, "_REPORT_SECONDS", -1.0 if often else 1000.0)
     (archive / "bad.jpg").touch()
     told: list[tuple[int, int]] = []
-    store = Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
-    job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
-    refs = list_images(archive).refs
-    extract_shard(
-        [job],
-        [Toolbox(mean_colour_recipe, MeanColour(), 2)],
-        refs,
-        lambda *n: told.append(n),
-        lambda: False,
-    )
-    assert np.sum(told, axis=0).tolist() == [21, 1]
+    run(mean_colour_recipe, archive, tmp_path / "out", report=lambda *n: told.append(n))
+    each_image = [(1, 1)] + [(1, 0)] * 20  # `bad.jpg` is the first
+    assert told == ([*each_image, (0, 0)] if often else [(21, 1)])
+
+
+def test_a_receipt_tells_what_the_shard_took(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    before = time.time()
+    engine = MeanColour(before=lambda _: time.sleep(0.02))  # in each of five batches
+    _, receipt = run(mean_colour_recipe, archive, tmp_path / "out", engine)
+    (shard,) = (tmp_path / "out" / "embeddings").iterdir()
+    assert receipt.shard == shard.name
+    assert receipt.num_bytes == shard.stat().st_size
+    assert receipt.num_bytes_read == sum(p.stat().st_size for p in archive.rglob("*.*"))
+    assert before <= receipt.started <= receipt.ended <= time.time()
+    assert receipt.seconds["embed"] >= 5 * 0.02
+    assert receipt.decode_cpu_seconds > 0
+    assert (receipt.engine, receipt.batch_size) == ("mean-colour on CPU", 4)
+    assert (receipt.num_threads, receipt.num_parallel) == (3, 2)
 
 
 def test_lengths_are_one_when_asked(mean_colour_recipe: Recipe) -> None:
@@ -212,19 +257,12 @@ def test_lengths_are_one_when_asked(mean_colour_recipe: Recipe) -> None:
     np.testing.assert_allclose(vectors["map"], [[[0.6, 0], [0, 0.8]]], rtol=1e-6)
 
 
-def test_a_vanished_store_is_told(
-    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
-) -> None:
+def test_a_vanished_store_is_told(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
     job = Job(mean_colour_recipe, str(tmp_path / "nowhere"), "mean-colour", None)
+    toolbox = Toolbox(mean_colour_recipe, MeanColour(), 1)
     refs = pa.table({"image_id": ["a"], "path": [b"a"]})
     with pytest.raises(StoreError, match="not a feature store"):
-        extract_shard(
-            [job],
-            [Toolbox(mean_colour_recipe, MeanColour(), 1)],
-            refs,
-            lambda *_: None,
-            lambda: False,
-        )
+        extract_shard([job], [toolbox], refs, lambda *_: None, lambda: False)
 
 
 class SmallMemory(MeanColour):
@@ -244,19 +282,22 @@ class SmallMemory(MeanColour):
         return SmallMemory(batch_size, self._num_images, self._asked)
 
 
-@pytest.mark.parametrize(("batch_size", "fits"), [(16, 4), (11, 2), (8, 1)])
+@pytest.mark.parametrize(
+    ("sizes", "fits"), [([16, 8, 4], 4), ([11, 5, 2], 2), ([7, 3], 3), ([8, 4, 2, 1], 1)]
+)
 def test_out_of_memory_halves_the_batch_and_loses_no_row(
-    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe, batch_size: int, fits: int
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe, sizes: list[int], fits: int
 ) -> None:
     asked: list[int] = []
-    engine = SmallMemory(batch_size, fits, asked)
+    engine = SmallMemory(sizes[0], fits, asked)
     store, receipt = run(mean_colour_recipe, archive, tmp_path / "out", engine)
     expected = expected_colours(mean_colour_recipe, archive)
     assert sorted(store.ids()) == sorted(expected)
     for image_id, vector in zip(store.ids(), store.vectors(), strict=True):
         np.testing.assert_allclose(vector, expected[image_id], atol=1e-4)
     assert receipt.failures.total() == 0
-    assert receipt.batch_size <= fits
+    assert sorted(set(asked), reverse=True) == sizes
+    assert receipt.batch_size == sizes[-1]
     # Once small enough it stays so; only a batch that was in work already may come late.
     first_that_fits = next(i for i, size in enumerate(asked) if size <= fits)
     assert sum(size > fits for size in asked[first_that_fits:]) <= engine.num_parallel
@@ -273,19 +314,41 @@ def test_an_image_that_does_not_fit_alone_ends_the_run(
 def test_a_shard_that_is_given_up_returns_its_buffers(
     archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
 ) -> None:
-    store = Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
-    job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
-    toolbox = Toolbox(mean_colour_recipe, MeanColour(), 2)
+    out = tmp_path / "out"
+    slow = MeanColour(before=lambda _: time.sleep(0.05))  # has batches in work when given up
+    toolbox = Toolbox(mean_colour_recipe, slow, 2)
     num_buffers = toolbox.buffers.qsize()
-    refs = list_images(archive).refs
-    for num_images in range(12):  # more often than there are buffers
+    for num_images in range(12):
         answers = iter([False] * num_images)
         with pytest.raises(Stopped):
-            extract_shard([job], [toolbox], refs, lambda *_: None, lambda a=answers: next(a, True))
-    assert toolbox.buffers.qsize() == num_buffers
-    extract_shard([job], [toolbox], refs, lambda *_: None, lambda: False)
+            run(
+                mean_colour_recipe,
+                archive,
+                out,
+                toolbox,
+                is_stopped=lambda a=answers: next(a, True),
+            )
+        assert toolbox.buffers.qsize() == num_buffers
+    store, _ = run(mean_colour_recipe, archive, out, toolbox)
     assert len(store) == 20
     assert toolbox.buffers.qsize() == num_buffers
+
+
+def test_a_shard_hands_images_to_the_decoders_no_further_ahead_than_it_must(
+    tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    """And lets the next shard do so from its last image on, not only when it has taken all."""
+    folder = make_archive(tmp_path / "photos", 80)
+    toolbox = Toolbox(mean_colour_recipe, MeanColour(), 2)
+    is_feeding = []
+
+    def note() -> bool:
+        is_feeding.append(toolbox.feeding.locked())
+        return False
+
+    run(mean_colour_recipe, folder, tmp_path / "out", toolbox, is_stopped=note)
+    ahead = pipeline._MIN_LOOKAHEAD - 1  # beside the one that is taken
+    assert is_feeding == [True] * (80 - ahead) + [False] * ahead
 
 
 def test_the_next_shard_is_fed_while_the_last_one_drains(
@@ -304,13 +367,41 @@ def test_the_next_shard_is_fed_while_the_last_one_drains(
             second_began.set()
 
     toolbox = Toolbox(mean_colour_recipe, MeanColour(before=hold_the_last_batch), 2)
-    store = Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
-    job = Job(mean_colour_recipe, str(store.path), "mean-colour", None)
+    Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
 
-    def one(part: pa.Table) -> Receipt:
-        (receipt,) = extract_shard([job], [toolbox], part, lambda *_: None, lambda: False)
-        return receipt
+    def num_rows(part: pa.Table) -> int:
+        return run(mean_colour_recipe, part, tmp_path / "out", toolbox)[1].num_rows
 
     with ThreadPoolExecutor(2) as threads:
-        receipts = list(threads.map(one, [refs.slice(0, 17), refs.slice(17)]))
-    assert [receipt.num_rows for receipt in receipts] == [17, 3]
+        assert list(threads.map(num_rows, [refs.slice(0, 17), refs.slice(17)])) == [17, 3]
+
+
+def test_a_toolbox_is_made_once_and_measures_batch_sizes_for_long_runs(
+    lite0: Recipe, model_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported_model(lite0)
+    keep = shutil.ignore_patterns("batch-sizes")
+    shutil.copytree(model_cache, tmp_path / "cache", ignore=keep)
+    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(engines, "_KNEE_SECONDS", 0.01)
+    monkeypatch.setattr(pipeline, "_toolboxes", {})
+
+    def job(num_images: int, batch_size: int | None = None, recipe: Recipe = lite0) -> Job:
+        return Job(recipe, "store", "openvino", batch_size, num_images)
+
+    def is_measured() -> bool:
+        return engines.is_batch_size_known(lite0, "openvino", 2)
+
+    short = toolbox_of(job(1999), 2)
+    assert toolbox_of(job(1999), 2) is short
+    assert toolbox_of(job(1999, recipe=lite0.model_copy(update={"crop": "pad"})), 2) is not short
+    assert toolbox_of(job(2000, 3), 2).engine.batch_size == 3
+    assert not is_measured()
+    pipeline._toolboxes.clear()
+    found = toolbox_of(job(2000), 2).engine.batch_size
+    assert is_measured()
+    (file,) = (tmp_path / "cache" / "batch-sizes").iterdir()
+    measured = file.read_bytes()
+    pipeline._toolboxes.clear()
+    assert toolbox_of(job(2000), 2).engine.batch_size == found
+    assert file.read_bytes() == measured  # and not measured again
