@@ -21,6 +21,7 @@ from embedder.extract import RunOptions, run_extraction
 from embedder.recipe import Recipe
 from embedder.sources import list_images
 
+PARTS = ["layers", "networks"]
 SHALLOW, DEEP = "conv4_block6_out", "conv5_block3_out"
 
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("archive", type=Path)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--image-size", type=int, help="in place of the networks' own")
     options = parser.parse_args()
     logging.getLogger("embedder").setLevel(logging.ERROR)  # random weights are meant
@@ -56,16 +58,20 @@ def main() -> None:
     def recipe(name: str, *layers: str) -> Recipe:
         return make_recipe(name, "random", layers=layers, image_size=size, interpolation="bicubic")
 
-    ways = {
+    layers = {
         "resnet50": [recipe("resnet50")],
         "vgg16": [recipe("vgg16")],
         f"resnet50 {SHALLOW}": [recipe("resnet50", SHALLOW)],
         f"resnet50 {DEEP}": [recipe("resnet50", DEEP)],
         "resnet50, both layers at once": [recipe("resnet50", SHALLOW, DEEP)],
+    }
+    networks = {
         "mobilenet": [recipe("mobilenet")],
         "mobilenet-v2": [recipe("mobilenet-v2")],
         "mobilenet and mobilenet-v2 at once": [recipe("mobilenet"), recipe("mobilenet-v2")],
     }
+    parts = {"layers": layers, "networks": networks}
+    ways = {name: recipes for part in options.parts for name, recipes in parts[part].items()}
     print(f"{platform.machine()}, {NUM_CORES} cores, {engines.versions()}")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,8 +85,8 @@ def main() -> None:
     for name, median in medians.items():
         spread = f"{min(seconds[name]):.1f} to {max(seconds[name]):.1f}"
         print(f"{name:40} {median:6.1f} s ({spread}), {options.images / median:6.1f} images/s")
-    names = list(ways)
-    for at_once, one, other in (names[4], *names[2:4]), (names[7], *names[5:7]):
+    for part in options.parts:
+        one, other, at_once = list(parts[part])[-3:]
         ratio = medians[at_once] / (medians[one] + medians[other])
         print(f"{at_once}: ratio {ratio:.2f} of one after the other")
 

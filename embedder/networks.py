@@ -524,7 +524,7 @@ BACKBONES: dict[str, Backbone] = {
         "nasnet",
         4032,
         331,
-        84_887_922,
+        84_916_818,
         "Apache-2.0",
         f"{_KERAS}/nasnet/NASNet-large-no-top.h5",
         "d81d89dc07e6e56530c4e77faddd61b5",

@@ -1,6 +1,7 @@
 """Every network of the table: built, exported, on both engines, with its own pixels.
 
-A part of the networks, another each day, is tested by default; `-m slow` tests the others.
+A part of the networks, another each day, is tested by default; `-m slow` tests the others, and
+those that take minutes.
 """
 
 import datetime
@@ -26,9 +27,15 @@ from embedder.networks import BACKBONES
 from embedder.weights import PublishedWeights, leaf_layers
 
 _TODAY = datetime.date.today().toordinal()
+_MAX_PARAMETERS = 60e6  # of a network that is tested by default
 SOME = [
-    pytest.param(name, marks=() if number % 15 == _TODAY % 15 else pytest.mark.slow)
-    for number, name in enumerate(BACKBONES)
+    pytest.param(
+        name,
+        marks=()
+        if number % 15 == _TODAY % 15 and row.num_parameters < _MAX_PARAMETERS
+        else pytest.mark.slow,
+    )
+    for number, (name, row) in enumerate(BACKBONES.items())
 ]
 # Height and width differ, so that swapped axes show; 75 is the most that a network asks for.
 SIZE = (80, 112)

@@ -60,23 +60,3 @@ def test_the_make_targets_exist() -> None:
     assert shutil.which("make")
     for target in targets:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["throughput.py", "{archive}", "--images", "12", "--rounds", "1"],
-        ["memory.py", "{archive}", "--images", "4", "8"],
-    ],
-    ids=str,
-)
-def test_benchmarks_run_at_small_sizes(archive: Path, command: list[str]) -> None:
-    script, *arguments = (part.format(archive=archive) for part in command)
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / script, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ratio" in done.stdout
