@@ -6,13 +6,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from embedder import hub
 from embedder.errors import RecipeError, WeightsError
 from embedder.model_files import load_keras_model, with_canonical_names
 from embedder.networks import BACKBONES, Backbone
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources import RESERVED_COLUMNS
-from embedder.weights import IMAGENET, RANDOM, digest_of, import_keras, logger, randomise, seed_of
+from embedder.weights import (
+    IMAGENET,
+    RANDOM,
+    digest_of,
+    import_keras,
+    leaf_layers,
+    logger,
+    randomise,
+    seed_of,
+)
 
 if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not need it
     import keras
@@ -20,6 +31,7 @@ if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not nee
 DEFAULT_BACKBONE = "efficientnet-lite0"
 _GEM_POWER = 3.0  # arXiv 1711.02512
 _GEM_MIN = 1e-6
+_PREPROCESSING_LAYERS = ("Rescaling", "Normalization")
 
 
 def make_recipe(
@@ -218,6 +230,7 @@ def load_network(recipe: Recipe) -> "keras.Model":
     if path.suffix == ".keras":
         network = load_keras_model(path)
         _check_size(recipe, network, str(path))
+        _warn_of_double_preprocessing(recipe, network, row)
         return network
     network = row.make(recipe.image_size)
     row.load(network, path)
@@ -237,6 +250,17 @@ def _check_size(recipe: Recipe, network: "keras.Model", source: str) -> None:
         raise RecipeError(
             f"`image_size` must be what {source} takes, {network.input_shape[1:]} as (height, "
             f"width, channels). Received: image_size={recipe.image_size}"
+        )
+
+
+def _warn_of_double_preprocessing(recipe: Recipe, network: "keras.Model", row: Backbone) -> None:
+    own = [x.name for x in leaf_layers(network) if type(x).__name__ in _PREPROCESSING_LAYERS]
+    raw = np.array([[[[0.0, 128.0, 255.0]]]], np.float32)
+    if own and not np.array_equal(row.preprocess(raw.copy()), raw):
+        logger.warning(
+            "%s seems to preprocess its pixels itself (%s), and %s preprocesses them before: name "
+            "a backbone that takes pixels as they are, such as efficientnet-b0",
+            *(recipe.weights_source, ", ".join(own), recipe.backbone),
         )
 
 

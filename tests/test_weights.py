@@ -67,6 +67,17 @@ def test_weights_of_a_network_with_another_head_are_loaded(
         assert "matched by name; not used: my_classes" in caplog.text
 
 
+@pytest.mark.parametrize(("backbone", "warns"), [("mobilenet", True), ("efficientnet-b0", False)])
+def test_a_model_that_preprocesses_itself_is_not_preprocessed_twice_unseen(
+    backbone: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = keras.Input((*SIZE, 3))
+    scaled = keras.layers.Rescaling(1 / 255)(inputs)
+    save(keras.Model(inputs, keras.layers.Conv2D(2, 3)(scaled)), tmp_path / "mine.keras")
+    build(make_recipe(backbone, str(tmp_path / "mine.keras"), image_size=SIZE))
+    assert ("seems to preprocess its pixels itself (rescaling" in caplog.text) == warns
+
+
 def test_a_network_within_another_is_found_by_its_layers(tmp_path: Path) -> None:
     network = load_network(make_recipe("mobilenet", "random:7", image_size=SIZE))
     inputs = keras.Input((*SIZE, 3))
