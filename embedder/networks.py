@@ -87,10 +87,10 @@ def _application(
     """A row for `keras.applications.CONSTRUCTOR`.
 
     Keras does not say how pictures were cropped and resized; `crop_fraction` and the filter are
-    those of the same networks in timm and, for the oldest, in torchvision. `path` and `digest`
+    those of the same networks in timm 1.0.31, where it has them. `path` and `digest`
     are where Keras downloads the weights from and what it checks them by.
     """
-    is_old = module in ("vgg16", "vgg19", "resnet", "resnet_v2")
+    is_bilinear = module in ("vgg16", "vgg19", "resnet", "resnet_v2", "mobilenet_v3")
     return Backbone(
         make=partial(_make_application, constructor),
         preprocess=partial(_preprocess_application, module),
@@ -98,7 +98,7 @@ def _application(
         dim=dim,
         image_size=(side, side),
         crop_fraction=crop_fraction,
-        interpolation="bilinear" if is_old else "bicubic",
+        interpolation="bilinear" if is_bilinear else "bicubic",
         num_parameters=num_parameters,
         licence=licence,
         weights=PublishedWeights(
