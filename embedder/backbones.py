@@ -1,6 +1,7 @@
 """From a recipe to one Keras model, from pixels to vectors."""
 
 import difflib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from embedder.sources import RESERVED_COLUMNS
 from embedder.weights import (
     IMAGENET,
     RANDOM,
+    PackagedWeights,
     digest_of,
     import_keras,
     leaf_layers,
@@ -98,7 +100,11 @@ def _find(backbone: str, source: str) -> tuple[str, Backbone, str, str]:
         logger.warning("%s has random weights: its vectors are for tests only", name)
         return name, row, digest, source
     path = weights_file(name, source)
-    return name, row, digest_of(path), source if source == IMAGENET else str(path)
+    if source != IMAGENET:
+        return name, row, digest_of(path), str(path)
+    if isinstance(row.weights, PackagedWeights):  # finding it has compared its hash
+        return name, row, row.weights.sha256, source
+    return name, row, digest_of(path), source
 
 
 def row_of(recipe: Recipe) -> Backbone:
@@ -337,7 +343,7 @@ def _pool(features: "keras.KerasTensor", pooling: str, name: str) -> "keras.Kera
     features = ops.cast(features, "float32")
     positions = tuple(range(1, len(features.shape) - 1))
     if pooling == "flatten":
-        features = ops.reshape(features, (-1, _product(features.shape[1:])))
+        features = ops.reshape(features, (-1, math.prod(features.shape[1:])))
     elif positions and pooling == "avg":
         features = ops.mean(features, positions)
     elif positions and pooling == "max":
@@ -346,13 +352,6 @@ def _pool(features: "keras.KerasTensor", pooling: str, name: str) -> "keras.Kera
         powers = ops.power(ops.maximum(features, _GEM_MIN), _GEM_POWER)
         features = ops.power(ops.mean(powers, positions), 1 / _GEM_POWER)
     return keras.layers.Identity(name=name, dtype="float32")(features)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 @contextmanager

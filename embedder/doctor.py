@@ -45,21 +45,18 @@ def machine() -> dict[str, str]:
     } | engines.versions()
 
 
-def self_test(
-    backbone: str, weights: str | None = None, image_size: tuple[int, int] | None = None
-) -> list[Check]:
+def self_test(backbone: str, weights: str | None = None) -> list[Check]:
     """Test a network's way from bytes to vectors against plain references, on generated pictures.
 
     Args:
         backbone: Name of a row of `BACKBONES`.
         weights: As in `make_recipe`; `random` where the network's own are not at hand.
-        image_size: (height, width), in pixels; the network's own if None.
 
     Raises:
         RecipeError: The backbone is unknown.
         WeightsError: The weights are missing or corrupt.
     """
-    recipe = make_recipe(backbone, weights, image_size=image_size)
+    recipe = make_recipe(backbone, weights)
     card = test_card(_CARD_SIZE)
     upright, on_its_side = _encode(card, 1), _encode(card, 6)
     return [

@@ -153,10 +153,11 @@ class Store:
             "weights_source": recipe.weights_source,
             "versions": versions,
         }
-        is_known = file.exists()
-        if is_known:
+        is_written = file.exists()
+        if is_written:
             store = cls(folder)
-            is_known = store.recipe.weights_source == recipe.weights_source
+            # The same weights can be somewhere else now.
+            is_written = store.recipe.weights_source == recipe.weights_source
             content = json.loads(file.read_bytes()) | {"weights_source": recipe.weights_source}
             if differences := store.recipe.differences(recipe):
                 raise RecipeMismatch(
@@ -171,7 +172,7 @@ class Store:
         try:
             for name in (EMBEDDINGS, FAILURES, RUNS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
-            if not is_known:
+            if not is_written:
                 _replace(file, json.dumps(content, indent=2).encode())
             remove_abandoned(folder)
         except OSError as error:
