@@ -1,34 +1,25 @@
 """The command line: parse, call, exit code."""
 
-import logging
 import os
 import shlex
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
-from rich.text import Text
 
 from embedder import backbones as backbone_table
+from embedder import cli_heads, console
 from embedder import demo as demo_job
 from embedder import doctor as doctor_job
 from embedder import verify as verify_job
-from embedder.errors import EmbedderError
-from embedder.extract import DEFAULT_SHARD_SIZE, Progress, RunOptions, run_extraction
+from embedder.errors import JobError
+from embedder.extract import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
+from embedder.job_file import read_job
 from embedder.networks import BACKBONES, Backbone
 from embedder.recipe import Recipe
 from embedder.store import Store
-from embedder.summary import Summary
-
-_PLAIN_LINE_SECONDS = 5.0
 
 app = typer.Typer(
     help="Images in, a feature store out: embed large image archives with frozen backbones.",
@@ -36,50 +27,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_PLAIN_WIDTH = 160  # characters, where the output is not a terminal
-# File names hold anything: they must never be read as markup.
-_out = Console(
-    markup=False,
-    highlight=False,
-    soft_wrap=True,
-    width=None if sys.stdout.isatty() else _PLAIN_WIDTH,
-)
-_err = Console(markup=False, highlight=False, soft_wrap=True, stderr=True)
-
+_UsageError: Any = typer.BadParameter.__base__  # Typer gives it no name of its own
 _Source = Annotated[str, typer.Argument(help="Folder, glob, manifest (.txt .csv .parquet) or URL.")]
 _StorePath = Annotated[str, typer.Argument(help="Folder of the feature store.")]
-
-
-@contextmanager
-def _exit_status(quiet: bool = False) -> Iterator[None]:
-    """Turn a user's mistake into a message and an exit status; show what the package tells."""
-    logger = logging.getLogger("embedder")
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    logger.addHandler(handler := _Messages())
-    try:
-        yield
-    except EmbedderError as error:
-        _err.print(f"Error: {error}")
-        raise typer.Exit(error.exit_status) from None
-    except KeyboardInterrupt:
-        _err.print("\nInterrupted. Finished shards are kept: the same command continues from here.")
-        raise typer.Exit(1) from None
-    finally:
-        logger.removeHandler(handler)
-
-
-class _Messages(logging.Handler):
-    """Shows what the package logs, such as which weights were loaded, once, on standard error."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._shown: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = ("Warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
-        if message not in self._shown:
-            self._shown.add(message)
-            _err.print(message)
 
 
 @app.command()
@@ -123,6 +73,10 @@ def extract(
     l2_normalise: Annotated[
         bool, typer.Option("--l2-normalise", help="Store vectors of length 1.")
     ] = False,
+    views: Annotated[
+        int | None,
+        typer.Option(help="Vectors of each image: the plain one (default), and augmented ones."),
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino or tensorflow.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="auto, or images in a batch.")] = "auto",
     shard_size: Annotated[int, typer.Option(help="Images in a shard.")] = DEFAULT_SHARD_SIZE,
@@ -145,7 +99,7 @@ def extract(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Embed the images of SOURCE into STORE; what is there already is not done again."""
-    with _exit_status(quiet):
+    with console.exit_status(quiet):
         recipes = _make_recipes(
             store,
             backbone or [backbone_table.DEFAULT_BACKBONE],
@@ -159,6 +113,7 @@ def extract(
             precision=precision,
             store_dtype=store_dtype,
             l2_normalise=l2_normalise or None,
+            views=views,
         )
         options = RunOptions(
             engine=engine,
@@ -171,16 +126,16 @@ def extract(
             retry_failed=retry_failed,
             prune=prune,
         )
-        with _progress(quiet) as on_progress:
-            summaries = run_extraction(source, recipes, options, on_progress, _started())
+        with console.progress(quiet) as on_progress:
+            summaries = run_extraction(source, recipes, options, on_progress, console.started())
         if not quiet:
-            _print_summaries(summaries)
+            console.print_summaries(summaries)
 
 
 @app.command()
 def inspect(store: _StorePath) -> None:
     """Show what is in STORE: recipe, rows, failures by reason, size, runs."""
-    with _exit_status():
+    with console.exit_status():
         opened = Store(store)
         failures = opened.failures()
         reasons = Counter(
@@ -191,13 +146,15 @@ def inspect(store: _StorePath) -> None:
         facts = {
             "rows": f"{len(opened):,}",
             "failures": f"{failures.num_rows:,}",
-            "size": f"{_size(num_bytes)} in {len(files):,} files",
+            "size": f"{console.size(num_bytes)} in {len(files):,} files",
             "fingerprint": opened.recipe.fingerprint,
             "weights source": opened.recipe.weights_source,
         }
-        _print_facts(facts | {name: str(v) for name, v in opened.recipe.model_dump().items()})
+        console.print_facts(
+            facts | {name: str(v) for name, v in opened.recipe.model_dump().items()}
+        )
         if reasons:
-            _print_reasons(reasons)
+            console.print_reasons(reasons)
         table = Table(
             "run", "status", "embedded", "failed", "images/s", "seconds", "bottleneck", box=None
         )
@@ -212,11 +169,11 @@ def inspect(store: _StorePath) -> None:
                 f"{run['seconds_total']:,.1f}",
                 run["bottleneck"].split(":")[0],
             )
-        _out.print()
-        _out.print(table)
+        console.out.print()
+        console.out.print(table)
         if last := next((run for run in reversed(opened.runs()) if run["images_per_second"]), None):
-            _out.print()
-            _print_facts({"bottleneck": last["bottleneck"]})
+            console.out.print()
+            console.print_facts({"bottleneck": last["bottleneck"]})
 
 
 @app.command()
@@ -227,8 +184,8 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
 ) -> None:
     """Check that every row of STORE is whole and unique, and that vectors are their images'."""
-    with _exit_status():
-        _print_checks(verify_job.verify(Store(store), source, audit, seed))
+    with console.exit_status():
+        console.print_checks(verify_job.verify(Store(store), source, audit, seed))
 
 
 @app.command()
@@ -239,7 +196,7 @@ def backbones(
     ] = False,
 ) -> None:
     """List the networks: name, dim, input size, parameters, licence, weights at hand or not."""
-    with _exit_status():
+    with console.exit_status():
         if name is None and layers:
             raise typer.BadParameter("wants the name of a network", param_hint="--layers")
         if name is None:
@@ -250,9 +207,9 @@ def backbones(
             table = Table("layer", "output", box=None)
             for layer, shape in backbone_table.layer_shapes(name).items():
                 table.add_row(layer, "x".join(map(str, shape)))
-            _out.print(table)
+            console.out.print(table)
             return
-        _print_facts(
+        console.print_facts(
             {
                 "backbone": name,
                 "dim": f"{row.dim:,}",
@@ -288,7 +245,7 @@ def _print_backbones() -> None:
             row.licence,
             _weights_at_hand(row),
         )
-    _out.print(table)
+    console.out.print(table)
 
 
 @app.command()
@@ -301,10 +258,10 @@ def doctor(
     ] = None,
 ) -> None:
     """Show this machine and its engines, and test BACKBONE's pixels and vectors."""
-    with _exit_status():
-        _print_facts(doctor_job.machine())
-        _out.print()
-        _print_checks(doctor_job.self_test(backbone, weights))
+    with console.exit_status():
+        console.print_facts(doctor_job.machine())
+        console.out.print()
+        console.print_checks(doctor_job.self_test(backbone, weights))
 
 
 @app.command()
@@ -312,18 +269,67 @@ def demo(
     store: Annotated[str, typer.Argument(help="Folder of the feature store.")] = "demo-features",
 ) -> None:
     """Run the main job on 2,000 real images, offline, and show what the features are good for."""
-    with _exit_status():
+    with console.exit_status():
         source = demo_job.images_folder()
-        _out.print(f"$ embedder extract {shlex.quote(str(source))} {shlex.quote(store)}\n")
+        console.out.print(f"$ embedder extract {shlex.quote(str(source))} {shlex.quote(store)}\n")
         recipe = backbone_table.make_recipe()
-        with _progress(quiet=False) as on_progress:
+        with console.progress(quiet=False) as on_progress:
             summaries = run_extraction(
-                source, {store: recipe}, RunOptions(), on_progress, _started()
+                source, {store: recipe}, RunOptions(), on_progress, console.started()
             )
-        _print_summaries(summaries)
-        _out.print("\nA linear probe on these features (5-fold cross-validation):\n")
+        console.print_summaries(summaries)
+        console.out.print("\nA linear probe on these features (5-fold cross-validation):\n")
         metrics = demo_job.linear_probe(Store(store))
-        _print_facts({name: _interval(metric) for name, metric in metrics.items()})
+        console.print_facts({name: console.interval(metric) for name, metric in metrics.items()})
+
+
+app.command()(cli_heads.train)
+app.command()(cli_heads.evaluate)
+app.command()(cli_heads.predict)
+
+
+@app.command()
+def run(
+    job: Annotated[str, typer.Argument(help="Job file, in TOML; see jobs/.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, in place of the job's own; repeatable."),
+    ] = None,
+) -> None:
+    """Run the commands of a job file, one after the other; what is done is not done again."""
+    with console.exit_status():
+        overrides = {}
+        for text in set_ or []:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise typer.BadParameter(
+                    f"must be NAME=VALUE. Received: {text}", param_hint="--set"
+                )
+            overrides[name] = value
+        steps = read_job(Path(job), overrides)
+        _check_steps(steps)
+        for words in steps:
+            console.out.print(f"$ embedder {shlex.join(words)}\n")
+            if status := app(words, standalone_mode=False):
+                raise typer.Exit(status)
+            console.out.print()
+
+
+def _check_steps(steps: list[list[str]]) -> None:
+    """Refuse a job before anything is started, where a step is no command or has bad options."""
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for words in steps:
+        if words[0] not in commands or words[0] == "run":
+            raise JobError(
+                f"A step's command must be one of embedder's, but run. Received: {words[0]}"
+            )
+        try:
+            commands[words[0]].make_context(words[0], words[1:])
+        except (_UsageError, typer.Exit) as error:  # Exit is --help
+            reason = error.format_message() if isinstance(error, _UsageError) else "it runs nothing"
+            raise JobError(
+                f"A step must be what could be typed. Received: {shlex.join(words)}: {reason}"
+            ) from error
 
 
 def main() -> None:
@@ -378,167 +384,6 @@ def _parse_batch_size(text: str) -> int | None:
             f"must be auto or a number of images. Received: {text}", param_hint="--batch-size"
         )
     return int(text)
-
-
-def _started() -> float:
-    """When this process began, so that a run's total holds the imports too."""
-    import psutil
-
-    return float(psutil.Process().create_time())
-
-
-# Showing ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    """What to call with a run's `Progress`: a bar on a terminal, plain lines elsewhere."""
-    if quiet:
-        yield lambda _: None
-    elif _err.is_terminal:
-        bar = ProgressBar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[failures]}"),
-            console=_err,
-            transient=True,
-        )
-        with bar:
-            yield _BarPainter(bar)
-    else:
-        yield _LinePrinter()
-
-
-class _Speed:
-    """Images per second since a phase began."""
-
-    def __init__(self) -> None:
-        self.phase, self.began = "", time.monotonic()
-
-    def entered(self, progress: Progress) -> bool:
-        is_new = progress.phase != self.phase
-        if is_new:
-            self.phase, self.began = progress.phase, time.monotonic()
-        return is_new
-
-    def of(self, progress: Progress) -> float:
-        return progress.num_done / max(time.monotonic() - self.began, 1e-9)
-
-
-class _BarPainter:
-    def __init__(self, bar: ProgressBar) -> None:
-        self._bar, self._speed = bar, _Speed()
-        self._task = bar.add_task("starting", total=None, speed="", failures="")
-
-    def __call__(self, progress: Progress) -> None:
-        if self._speed.entered(progress):
-            self._bar.reset(self._task, total=progress.num_images or None)
-        failures = f"{progress.num_failures:,} failed" if progress.num_failures else ""
-        self._bar.update(
-            self._task,
-            description=progress.phase,
-            completed=progress.num_done,
-            speed=f"{self._speed.of(progress):,.0f} images/s" if progress.num_done else "",
-            failures=failures,
-        )
-
-
-class _LinePrinter:
-    def __init__(self) -> None:
-        self._speed, self._last = _Speed(), 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        if self._speed.entered(progress):
-            self._last = time.monotonic()
-            count = f" {progress.num_images:,} images" if progress.num_images else ""
-            _err.print(f"{progress.phase}{count}")
-        elif time.monotonic() - self._last > _PLAIN_LINE_SECONDS:
-            self._last = time.monotonic()
-            speed = self._speed.of(progress)
-            left = (progress.num_images - progress.num_done) / max(speed, 1e-9)
-            _err.print(
-                f"{progress.num_done:,} of {progress.num_images:,}, {speed:,.0f} images/s, "
-                f"{left:,.0f} s left, {progress.num_failures:,} failed"
-            )
-
-
-def _print_summaries(summaries: list[Summary]) -> None:
-    for number, summary in enumerate(summaries):
-        if number:
-            _out.print()
-        _print_summary(summary)
-
-
-def _print_summary(summary: Summary) -> None:
-    new = f"{summary.num_embedded:,} new" if summary.num_embedded else "nothing new"
-    facts = {"rows": f"{summary.total_rows:,} in the store, {new}"}
-    for name, count in {
-        "changed": summary.num_changed,
-        "same content": summary.num_updated,
-        "dropped": summary.num_dropped,
-        "repeated lines": summary.num_repeated,
-    }.items():
-        if count:
-            facts[name] = f"{count:,}"
-    facts["failures"] = f"{summary.total_failures:,} in the store, {summary.num_failures:,} new"
-    if summary.skipped:
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.skipped.most_common(5))
-        facts["other files"] = f"{summary.skipped.total():,} left out: {kinds}"
-    if summary.num_deleted and not summary.options["prune"]:
-        facts["deleted"] = (
-            f"{summary.num_deleted:,} that the source no longer has; `--prune` drops them"
-        )
-    if summary.num_embedded:
-        stages = ", ".join(
-            f"{stage} {s:,.1f} s" for stage, s in summary.record()["seconds"].items()
-        )
-        facts["speed"] = (
-            f"{summary.images_per_second:,.1f} images/s, {summary.seconds_total:,.1f} s in all"
-        )
-        facts["stages"] = f"{stages} (summed over threads)"
-        facts["bottleneck"] = summary.bottleneck
-    facts["store"] = summary.store
-    facts["next"] = f"embedder inspect {shlex.quote(summary.store)}"
-    _print_facts(facts)
-    if summary.failures:
-        _print_reasons(summary.failures)
-
-
-def _print_facts(facts: dict[str, str]) -> None:
-    # Not a table: it would break paths and commands over lines, and they are to be copied.
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        _out.print(Text(f"{name:<{width}}", style="bold"), value, sep="  ")
-
-
-def _print_reasons(reasons: Counter[tuple[str, str]]) -> None:
-    table = Table("failures", "stage", "reason", box=None, pad_edge=False)
-    for (stage, error), count in reasons.most_common(10):
-        table.add_row(f"{count:,}", stage, error)
-    _out.print()
-    _out.print(table)
-    if len(reasons) > 10:
-        _out.print(f"and {len(reasons) - 10:,} more reasons, in failures/*.parquet")
-
-
-def _print_checks(checks: list[verify_job.Check]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for check in checks:
-        table.add_row("pass" if check.passed else "FAIL", check.name, check.detail)
-    _out.print(table)
-    if not all(check.passed for check in checks):
-        raise typer.Exit(1)
-
-
-def _interval(metric: dict[str, float]) -> str:
-    return f"{metric['value']:.3f}  (95 % interval {metric['low']:.3f} to {metric['high']:.3f})"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """Encoded bytes to uint8 RGB at the recipe's size, or a `DecodeError`."""
 
 import ctypes
+import hashlib
 import io
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError, _imaging
 from PIL.JpegImagePlugin import JpegImageFile
 
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
+from embedder.views import Augmentation, Box, draw_augmentation, part_of
 
 try:
     import cykooz_resizer as simd
@@ -50,8 +53,6 @@ _DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 # Of 1 MiB each. Without them each picture's memory is new to the process, and costs page faults.
 _MAX_KEPT_BLOCKS = 64
 
-_Box = tuple[float, float, float, float]  # left, top, right, bottom
-
 
 class DecodedImage(NamedTuple):
     """One image, ready for the network.
@@ -62,12 +63,14 @@ class DecodedImage(NamedTuple):
         width: Of the original, in pixels, after EXIF rotation.
         height: Of the original, in pixels, after EXIF rotation.
         format: Pillow's name of the file format, such as `JPEG`.
+        augmented: The recipe's other views of the image, each as `pixels`.
     """
 
     pixels: NDArray[np.uint8]
     width: int
     height: int
     format: str
+    augmented: tuple[NDArray[np.uint8], ...] = ()
 
 
 def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
@@ -78,7 +81,7 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
             page is used; EXIF rotation is applied; transparency is blended on white; samples of
             more than eight bits are stretched from the picture's own range to 0..255. Colour
             profiles are not applied.
-        recipe: Gives `image_size`, `crop`, `crop_fraction`, `interpolation` and `decode`.
+        recipe: Gives `image_size`, `crop`, `crop_fraction`, `interpolation`, `decode` and `views`.
 
     Raises:
         DecodeError: The bytes are truncated, not an image, or declare more than `MAX_PIXELS`
@@ -97,8 +100,10 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
             upright = image if image.im.size == image.size else image.copy()  # IPTC's loader
             _check_size(upright)
             size, box = draft or (upright.size, (0, 0, *upright.size))
-            pixels = np.asarray(_fit(_to_rgb(upright), box, recipe))
-            return DecodedImage(pixels, *size, image_format)
+            rgb = _to_rgb(upright)
+            pixels = np.asarray(_fit(rgb, box, recipe))
+            augmented = tuple(_augmented(rgb, box, encoded, recipe)) if recipe.views > 1 else ()
+            return DecodedImage(pixels, *size, image_format, augmented)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
@@ -136,7 +141,7 @@ def _check_size(image: Image.Image) -> None:
         )
 
 
-def _draft(image: Image.Image, recipe: Recipe) -> tuple[tuple[int, int], _Box] | None:
+def _draft(image: Image.Image, recipe: Recipe) -> tuple[tuple[int, int], Box] | None:
     """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, yet twice the recipe's or more.
 
     Returns:
@@ -186,22 +191,46 @@ def _stretch(image: Image.Image) -> Image.Image:
     return Image.fromarray(stretched.round().astype(np.uint8))
 
 
-def _fit(image: Image.Image, box: _Box, recipe: Recipe) -> Image.Image:
+def _fit(image: Image.Image, box: Box, recipe: Recipe) -> Image.Image:
     """Bring the part of an image in `box` to the recipe's size."""
+    if recipe.crop == "center":
+        box = _center(box, recipe)
+    return _pad(_resize(image, _size_within(box, recipe), box, recipe), recipe)
+
+
+def _augmented(
+    image: Image.Image, box: Box, encoded: bytes, recipe: Recipe
+) -> Iterator[NDArray[np.uint8]]:
+    """All views but the first, of the part of an image in `box`; `encoded` decides them."""
+    sha256 = hashlib.sha256(encoded).hexdigest()
+    for view in range(1, recipe.views):
+        augmentation = draw_augmentation(sha256, view)
+        yield np.asarray(_augment(image, box, augmentation, recipe))
+
+
+def _augment(
+    image: Image.Image, box: Box, augmentation: Augmentation, recipe: Recipe
+) -> Image.Image:
+    """One view, at the recipe's size, of the part of an image in `box`."""
+    if recipe.crop == "center":
+        proportions = recipe.image_size[1] / recipe.image_size[0]
+    else:  # the plain view is of the whole picture, whose own proportions are then the measure
+        proportions = (box[2] - box[0]) / (box[3] - box[1])
+    part = part_of(box, augmentation, proportions)
+    view = _resize(image, _size_within(part, recipe), part, recipe)
+    if augmentation.is_mirrored:
+        view = ImageOps.mirror(view)
+    view = ImageEnhance.Brightness(view).enhance(augmentation.brightness)
+    view = ImageEnhance.Contrast(view).enhance(augmentation.contrast)
+    view = ImageEnhance.Color(view).enhance(augmentation.saturation)
+    return _pad(view, recipe)
+
+
+def _center(box: Box, recipe: Recipe) -> Box:
+    """The central part of a box, `crop_fraction` of the largest of the recipe's proportions."""
     height, width = recipe.image_size
     left, top, right, bottom = box
     box_width, box_height = right - left, bottom - top
-    # Pillow wants (width, height); every other size in this package is (height, width).
-    if recipe.crop == "squash":
-        return _resize(image, (width, height), box, recipe)
-    if recipe.crop == "pad":
-        scale = min(height / box_height, width / box_width)
-        size = max(1, round(box_width * scale)), max(1, round(box_height * scale))
-        canvas = Image.new("RGB", (width, height))
-        canvas.paste(
-            _resize(image, size, box, recipe), ((width - size[0]) // 2, (height - size[1]) // 2)
-        )
-        return canvas
     scale = min(box_height / height, box_width / width) * recipe.crop_fraction
     crop_width, crop_height = width * scale, height * scale
     # Rounding can put an edge a hair outside the image, which Pillow refuses.
@@ -209,10 +238,31 @@ def _fit(image: Image.Image, box: _Box, recipe: Recipe) -> Image.Image:
     crop_top = top + max(0.0, (box_height - crop_height) / 2)
     crop_right = min(right, crop_left + crop_width)
     crop_bottom = min(bottom, crop_top + crop_height)
-    return _resize(image, (width, height), (crop_left, crop_top, crop_right, crop_bottom), recipe)
+    return crop_left, crop_top, crop_right, crop_bottom
 
 
-def _resize(image: Image.Image, size: tuple[int, int], box: _Box, recipe: Recipe) -> Image.Image:
+def _size_within(box: Box, recipe: Recipe) -> tuple[int, int]:
+    """What a box is resized to, as Pillow's (width, height): with `pad`, of its proportions."""
+    # Pillow wants (width, height); every other size in this package is (height, width).
+    height, width = recipe.image_size
+    if recipe.crop != "pad":
+        return width, height
+    box_width, box_height = box[2] - box[0], box[3] - box[1]
+    scale = min(height / box_height, width / box_width)
+    return max(1, round(box_width * scale)), max(1, round(box_height * scale))
+
+
+def _pad(image: Image.Image, recipe: Recipe) -> Image.Image:
+    """Put a picture in the middle of a black one of the recipe's size."""
+    height, width = recipe.image_size
+    if image.size == (width, height):
+        return image
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return canvas
+
+
+def _resize(image: Image.Image, size: tuple[int, int], box: Box, recipe: Recipe) -> Image.Image:
     """Resize the part of an RGB image in `box` to `size`, (width, height)."""
     simd_filter = _SIMD_FILTERS.get(recipe.interpolation)
     if recipe.decode == "exact" or simd_filter is None:

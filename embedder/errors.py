@@ -9,6 +9,8 @@ EmbedderError
 ├── ClusterError       the scheduler does not answer, or has no workers
 ├── StoreError         the store cannot be read or written
 │   └── RecipeMismatch the store was made with another recipe
+├── ModelError         the model cannot be read or written, or its files are not to be trusted
+├── JobError           the job file cannot be read, or is no job
 ├── ReadError          the bytes of one image cannot be had; recorded as a failure, never fatal
 ├── DecodeError        the bytes of one image are unusable; recorded as a failure, never fatal
 └── Unfinished         the job ran, but did not finish what it was asked
@@ -54,6 +56,14 @@ class StoreError(EmbedderError):
 
 class RecipeMismatch(StoreError):  # noqa: N818 - says what it is
     """The store was made with another recipe."""
+
+
+class ModelError(EmbedderError):
+    """The model cannot be read or written, or its files are not to be trusted."""
+
+
+class JobError(EmbedderError):
+    """The job file cannot be read, or is no job; nothing was started."""
 
 
 class ReadError(EmbedderError):

@@ -18,7 +18,7 @@ from embedder.cluster import Pool, Task
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.pipeline import Job, Receipt, extract_shard, toolbox_of
 from embedder.plan import Plan, drop_repeated, make_plan
-from embedder.recipe import Recipe
+from embedder.recipe import VIEW, Recipe
 from embedder.refresh import refresh_shard
 from embedder.sources import list_images
 from embedder.store import FAILURES, Store, remove_abandoned
@@ -39,6 +39,8 @@ class RunOptions:
         batch_size: Images in a batch; None for the smallest at which the engine is as fast as it
             gets: measured by the first run that is long enough to gain by it, and remembered.
         shard_size: Images in a shard: the unit of work, of output and of what a crash can lose.
+            Its vectors are in memory until it is written; with several views there are as many
+            more.
         workers: Local worker processes, where 1 works within this process; None for one per GPU,
             or 1 where there is none.
         scheduler: Address of a running Dask scheduler, in place of local workers.
@@ -165,7 +167,7 @@ def run_extraction(
         watch.enter("preparing the network")
         for recipe in recipes.values():
             _check_columns(listing.refs, recipe)
-            engines.prepare(recipe, options.engine)
+            engines.prepare(recipe.of_features, options.engine)
         began = started or time.time()
         targets = []
         for path, recipe in recipes.items():
@@ -211,6 +213,11 @@ def _check_columns(refs: pa.Table, recipe: Recipe) -> None:
         raise RecipeError(
             f"A manifest's columns must have other names than the layers. "
             f"Received: {', '.join(sorted(taken))} in both"
+        )
+    if recipe.views > 1 and VIEW in refs.column_names:
+        raise RecipeError(
+            f"With several views, `{VIEW}` is the column of their numbers, and a manifest cannot "
+            f"have one of that name. Received: {', '.join(refs.column_names)}"
         )
 
 

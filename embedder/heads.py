@@ -1,166 +1,402 @@
-"""Heads: classifiers trained on cached features."""
+"""Heads: classifiers trained on cached features, and judged on images they were not trained on."""
 
-import csv
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+import json
+import os
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from embedder.errors import RecipeError, SourceError
+from embedder import engines
+from embedder.classifiers import find_head
+from embedder.errors import ModelError, RecipeError
+from embedder.evaluation import Evaluation
+from embedder.fitting import Fitted, Task, fit_head
+from embedder.judging import PREDICTIONS_FILE, coarse_classes, judge, metrics_of, refit
+from embedder.labels import Targets, read_targets, texts_of
+from embedder.metrics import Scores, paired_difference
+from embedder.model import METRICS_FILE, Model
+from embedder.neighbours import DEFAULT_THRESHOLD, near_duplicate_groups
+from embedder.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split, make_split
 from embedder.store import Store
 
-_NUM_FOLDS = 5
-_NUM_RESAMPLES = 1000
-_SEED = 0
+_CURVE = (1, 2, 5, 10, 20, 50, 100)  # labels per class of the learning curve
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a head is trained and judged.
+
+    Attributes:
+        split: As in `splits.make_split`.
+        duplicates: Cosine from which two images count as near-duplicates, which never stand on
+            both sides of a split; None to take every image for itself.
+        class_weight: None, or `balanced`: rare classes count as much as frequent ones.
+        separator: What separates several labels of one image; None where each has one.
+        column: Which feature, where the store has several.
+        coarse: Labels of a coarser level, spelled as labels, for a score on both levels.
+        seed: Of all that is random.
+    """
+
+    split: str = "0.2"
+    duplicates: float | None = DEFAULT_THRESHOLD
+    class_weight: str | None = None
+    separator: str | None = None
+    column: str | None = None
+    coarse: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            RecipeError: A value makes no sense.
+        """
+        if self.duplicates is not None and not 0.0 < self.duplicates <= 1.0:
+            raise RecipeError(
+                f"`duplicates` must be a cosine above 0 and at most 1. "
+                f"Received: duplicates={self.duplicates}"
+            )
+        if self.class_weight not in (None, "balanced"):
+            raise RecipeError(
+                f"`class_weight` must be balanced. Received: class_weight={self.class_weight!r}"
+            )
 
 
 @dataclass(frozen=True)
 class Head:
-    """A classifier on the features of a store, with what it was trained on.
+    """A trained model, with what it was trained and tested on.
 
     Attributes:
-        estimator: Fitted scikit-learn pipeline: standardisation and logistic regression.
-        features: float32 (n_images, dim), the labelled rows of the store.
-        labels: str (n_images,), their classes.
-        num_unlabelled: Rows of the store that have no label, and were left out.
+        model: Trained on all rows that were not tested on; with `kfold:K`, on all rows.
+        store: The features.
+        options: How.
+        targets: Labels of the labelled rows, of which there are n.
+        ids: (n,) str, their images.
+        task: What was learned: their features, codes and groups.
+        split: Which were trained on.
+        fitted: The model's estimator, and how its settings were chosen.
+        test_rows: Places of those tested on.
+        test: What was predicted for them.
+        seconds: What took how long.
     """
 
-    estimator: Pipeline
-    features: NDArray[np.float32]
-    labels: NDArray[np.str_]
-    num_unlabelled: int
+    model: Model
+    store: Store
+    options: TrainOptions
+    targets: Targets
+    ids: NDArray[np.object_]
+    task: Task
+    split: Split
+    fitted: Fitted
+    test_rows: NDArray[np.int64]
+    test: Evaluation
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Score the head by stratified 5-fold cross-validation on its own data.
+    @property
+    def estimator(self) -> Any:
+        """The fitted scikit-learn estimator."""
+        return self.model.estimator
+
+    def evaluate(self) -> Scores:
+        """Metrics on the images that were not trained on, with 95 % intervals.
 
         Returns:
-            For `accuracy`, `balanced_accuracy`, `macro_f1` and `log_loss`: `value`, and `low` and
-            `high`, the bounds of the 95 % bootstrap interval over images.
+            As `metrics.scores`, or with several labels an image, `metrics.multilabel_scores`.
+        """
+        return self.test.scores
+
+    @property
+    def parts(self) -> NDArray[np.str_]:
+        """(n,) what each labelled row was for; see `splits`."""
+        parts = np.full(len(self.ids), UNUSED, dtype="<U15")
+        if len(self.split.folds) > 1:
+            parts[:] = CROSS_VALIDATED
+            return parts
+        train, test = self.split.folds[0]
+        parts[train], parts[self.split.validation], parts[test] = TRAIN, VALIDATION, TEST
+        return parts
+
+    @cached_property
+    def leak(self) -> dict[str, Any]:
+        """What near-duplicates across the split would do, or do, to the accuracy.
+
+        Returns:
+            `num_groups` of two or more near-duplicates, the `num_images` in them, and the size of
+            the `largest`. With a split of our own: `naive`, the accuracy of the same head on a
+            split that takes no care. With an official split, which is left as it is:
+            `num_straddling`, test images with a near-duplicate among the training images, and
+            `without_them`, the accuracy on the others. Accuracies are as in `metrics.scores`.
+        """
+        _, group, counts = np.unique(self.task.groups, return_inverse=True, return_counts=True)
+        is_grouped = counts[group] > 1
+        found: dict[str, Any] = {
+            "num_groups": int((counts > 1).sum()),
+            "num_images": int(is_grouped.sum()),
+            "largest": int(counts.max()),
+        }
+        if not is_grouped.any():
+            return found
+        if self.split.is_official:
+            trained = np.unique(group[self.split.folds[0][0]])
+            straddles = np.isin(group[self.test_rows], trained)
+            found["num_straddling"] = int(straddles.sum())
+            if 0 < straddles.sum() < len(straddles):
+                found["without_them"] = self.test.rows(~straddles).scores["accuracy"]
+            return found
+        everyone = np.arange(len(group))
+        naive = make_split(
+            self.options.split, self.store, self.ids, self.task.codes, everyone, self.task.seed
+        )
+        _, evaluation = judge(self.task, self.targets, naive, self.model, self.fitted)
+        found["naive"] = evaluation.scores["accuracy"]
+        return found
+
+    @cached_property
+    def learning_curve(self) -> list[dict[str, float]]:
+        """Accuracy on the test rows against the number of training images of each class.
+
+        Returns:
+            `labels_per_class`, `accuracy`, `low`, `high` of heads with the settings chosen, each
+            trained on so many images of each class, or on all that the class has. A head that
+            cannot be trained on so few has no such point.
+        """
+        if self.targets.is_multilabel or len(self.split.folds) > 1:
+            return []
+        train = self.split.folds[0][0]
+        order = np.random.default_rng(self.task.seed).permutation(train)
+        codes = self.task.codes[order]
+        rank = np.zeros(len(order), np.int64)
+        for code in np.unique(codes):
+            rank[codes == code] = np.arange((codes == code).sum())
+        largest = int(rank.max()) + 1
+        curve = []
+        for size in [*(size for size in _CURVE if size < largest), largest]:
+            rows = np.sort(order[rank < size])
+            try:
+                evaluation = self._refitted(rows) if size < largest else self.test
+            except ValueError:  # so few images are not enough for this head
+                continue
+            accuracy = evaluation.scores["accuracy"]
+            curve.append(
+                {
+                    "labels_per_class": size,
+                    "accuracy": accuracy["value"],
+                    "low": accuracy["low"],
+                    "high": accuracy["high"],
+                }
+            )
+        return curve
+
+    def _refitted(self, rows: NDArray[np.int64]) -> Evaluation:
+        model = refit(self.task, self.model, self.targets, rows)
+        features = self.task.plain[self.test_rows]
+        return Evaluation.of(model, features, self.targets, self.test_rows)
+
+    @cached_property
+    def coarse_of(self) -> NDArray[np.int64] | None:
+        """(n_classes,) the coarse class of each class, as a number, if `coarse` is given.
 
         Raises:
-            RecipeError: A class has fewer images than there are folds.
+            RecipeError: Images of one class are of several coarse classes.
         """
-        classes, counts = np.unique(self.labels, return_counts=True)
-        if counts.min() < _NUM_FOLDS:
-            raise RecipeError(
-                f"Every class must have at least {_NUM_FOLDS} images, one for each fold. "
-                f"Received: {counts.min()} of {classes[counts.argmin()]}"
+        if self.options.coarse is None:
+            return None
+        return coarse_classes(self.store, self.options.coarse, self.targets, self.ids)
+
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        return {
+            **metrics_of(self.test, self.coarse_of),
+            "near_duplicates": self.leak,
+            "selection": self.fitted.trials,
+            "learning_curve": self.learning_curve,
+            "seconds": self.seconds,
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model, its metrics, and what it predicted for each image it was tested on.
+
+        Raises:
+            ModelError: The folder holds something else, or cannot be written.
+        """
+        path = Path(folder)
+        if path.exists() and (not path.is_dir() or _holds_something_else(path)):
+            raise ModelError(
+                f"A model must be written to an empty folder, over an older model, or to one that "
+                f"does not exist. Received: {path}, which holds something else"
             )
-        folds = StratifiedKFold(_NUM_FOLDS, shuffle=True, random_state=_SEED)
-        probabilities = cross_val_predict(
-            self.estimator, self.features, self.labels, cv=folds, method="predict_proba"
+        self.model.save(path)
+        (path / METRICS_FILE).write_text(json.dumps(self.metrics(), indent=2))
+        pq.write_table(self.predictions(), path / PREDICTIONS_FILE)
+
+    def predictions(self) -> pa.Table:
+        """One row for each labelled image: what it was for, and what was predicted for it.
+
+        Returns:
+            Table of `image_id`, `sha256`, `label`, `part` (train, validation, test,
+            cross-validated, or nothing), `group` of near-duplicates, and, of those tested on,
+            `predicted` and its `probability`.
+        """
+        predicted: list[str | None] = [None] * len(self.ids)
+        probability: list[float | None] = [None] * len(self.ids)
+        if self.targets.is_multilabel:
+            names = texts_of(self.test.chosen, self.targets.classes)
+        else:
+            names = self.targets.classes[self.test.predicted]
+        for row, name, p in zip(
+            self.test_rows, names, self.test.calibrated.max(axis=1), strict=True
+        ):
+            predicted[row], probability[row] = str(name), float(p)
+        return pa.table(
+            {
+                "image_id": pa.array(self.ids, pa.string()),
+                "sha256": self.store.sha256()[self.targets.rows],
+                "label": pa.array(self.targets.texts().tolist(), pa.string()),
+                "part": pa.array(self.parts.tolist(), pa.string()),
+                "group": pa.array(self.task.groups, pa.int64()),
+                "predicted": pa.array(predicted, pa.string()),
+                "probability": pa.array(probability, pa.float64()),
+            }
         )
-        return scores(self.labels, probabilities, classes)
 
 
-def train(store: Store, labels: str = "folder") -> Head:
-    """Train a linear probe, a logistic regression on frozen features.
+def train(
+    store: Store,
+    labels: str = "folder",
+    head: str = "logistic",
+    options: TrainOptions | None = None,
+) -> Head:
+    """Train a head on frozen features, and test it on images it was not trained on.
 
     Args:
         store: Features.
-        labels: `folder` (first folder under the source's root), `parent` (the containing folder),
-            `FILE.csv:COLUMN` (joined on its `path` column) or `column:NAME` (of the store).
+        labels: As in `labels.read_targets`.
+        head: `logistic`, `svm`, `ridge`, `lda`, `knn`, `centroid`, `linear` or `mlp`.
+        options: How.
 
     Raises:
-        RecipeError: The labels make no sense, or name fewer than two classes.
-        SourceError: The label file cannot be read.
+        RecipeError: The request makes no sense, or the labels name fewer than two classes.
+        SourceError: A label file or a list cannot be read.
         StoreError: The store has no rows.
     """
-    by_id = read_labels(store, labels)
-    features, ids = store.vectors(), store.ids()
-    is_labelled = np.array([image_id in by_id for image_id in ids])
-    features = features[is_labelled].astype(np.float32, copy=False)
-    targets = np.array([by_id[image_id] for image_id in ids[is_labelled]], dtype=np.str_)
-    if len(np.unique(targets)) < 2:
-        raise RecipeError(
-            f"Labels must name at least two classes. "
-            f"Received: labels={labels!r}, which gives {len(targets)} of {len(ids)} images a label "
-            f"and {len(np.unique(targets))} class(es)"
-        )
-    estimator = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    estimator.fit(features, targets)
-    return Head(estimator, features, targets, int((~is_labelled).sum()))
-
-
-def read_labels(store: Store, labels: str) -> dict[str, str]:
-    """Labels by image id, for those images that have one; see `train` for their spelling."""
-    if labels in ("folder", "parent"):
-        parts = {image_id: PurePosixPath(image_id).parts for image_id in store.ids()}
-        index = 0 if labels == "folder" else -2
-        return {image_id: part[index] for image_id, part in parts.items() if len(part) > 1}
-    kind, _, name = labels.rpartition(":")
-    if kind == "column":
-        table = store.table()
-        if name not in table.column_names:
-            raise RecipeError(
-                f"`labels` must name a column of the store. Received: {name}. "
-                f"It has: {', '.join(table.column_names)}"
-            )
-        values = zip(table["image_id"].to_pylist(), table[name].to_pylist(), strict=True)
-        return {image_id: str(value) for image_id, value in values if value is not None}
-    if kind.endswith(".csv"):
-        return _read_label_file(Path(kind), name)
-    raise RecipeError(
-        f"`labels` must be folder, parent, FILE.csv:COLUMN or column:NAME. "
-        f"Received: labels={labels!r}"
+    options = options or TrainOptions()
+    find_head(head, options.class_weight, options.separator is not None)
+    watch = _Watch()
+    targets = read_targets(store, labels, options.separator)
+    ids = store.ids()[targets.rows]
+    features = _features(store, targets, options.column)
+    watch.lap("read")
+    task = Task(
+        head=head,
+        features=features,
+        codes=targets.codes,
+        groups=np.arange(len(ids)),
+        classes=targets.classes,
+        class_weight=options.class_weight,
+        seed=options.seed,
+    )
+    if options.duplicates is not None:
+        task = replace(task, groups=near_duplicate_groups(task.plain, options.duplicates))
+    watch.lap("near-duplicates")
+    split = make_split(options.split, store, ids, targets.codes, task.groups, options.seed)
+    rows = split.folds[0][0] if len(split.folds) == 1 else np.arange(len(ids))
+    fitted = fit_head(task, rows, split.validation)
+    watch.lap("fit")
+    model = Model(
+        estimator=fitted.estimator,
+        recipe=store.recipe,
+        column=options.column or store.recipe.columns[0],
+        classes=targets.classes[fitted.known],
+        temperature=fitted.temperature,
+        thresholds=fitted.thresholds,
+        head=head,
+        settings=fitted.settings,
+        record=_record(store, labels, options, targets, rows),
+    )
+    test_rows, test = judge(task, targets, split, model, None)
+    watch.lap("test")
+    return Head(
+        model=model,
+        store=store,
+        options=options,
+        targets=targets,
+        ids=ids,
+        task=task,
+        split=split,
+        fitted=fitted,
+        test_rows=test_rows,
+        test=test,
+        seconds=watch.seconds,
     )
 
 
-def _read_label_file(file: Path, column: str) -> dict[str, str]:
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            # A path that begins with a space must be quoted: `path, label` is more common.
-            reader = csv.DictReader(lines, skipinitialspace=True)
-            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"The label file {file} cannot be read: {error}") from error
-    if "path" not in names or column not in names:
-        raise SourceError(
-            f"A label file must have the columns `path` and `{column}`. "
-            f"Received: {file} with {', '.join(map(str, names))}"
-        )
-    labels = {row["path"]: (row[column] or "").strip() for row in rows}
-    return {path: label for path, label in labels.items() if label}
+def compare(ours: Head, theirs: Head) -> dict[str, float]:
+    """Difference in accuracy on the same test images, with its 95 % interval.
 
-
-def scores(
-    labels: NDArray[np.str_], probabilities: NDArray[np.float64], classes: NDArray[np.str_]
-) -> dict[str, dict[str, float]]:
-    """Score predictions.
-
-    Args:
-        labels: (n_images,), true classes.
-        probabilities: (n_images, n_classes), in the order of `classes`.
-        classes: (n_classes,), sorted.
-
-    Returns:
-        As `Head.evaluate`.
+    Raises:
+        RecipeError: They were tested on other images.
     """
-    predicted = classes[probabilities.argmax(axis=1)]
-    metrics: dict[str, Any] = {
-        "accuracy": lambda rows: accuracy_score(labels[rows], predicted[rows]),
-        # A resample can lack a class: averages go over the classes it holds.
-        "balanced_accuracy": lambda rows: recall_score(
-            labels[rows], predicted[rows], average="macro", labels=np.unique(labels[rows])
-        ),
-        "macro_f1": lambda rows: f1_score(
-            labels[rows], predicted[rows], average="macro", labels=np.unique(labels[rows])
-        ),
-        "log_loss": lambda rows: log_loss(labels[rows], probabilities[rows], labels=classes),
+    if ours.ids[ours.test_rows].tolist() != theirs.ids[theirs.test_rows].tolist():
+        raise RecipeError("Heads must be tested on the same images to be compared")
+    return paired_difference(ours.test.is_right, theirs.test.is_right)
+
+
+def _features(store: Store, targets: Targets, column: str | None) -> NDArray[np.float32]:
+    features = store.vectors(column, view=None)
+    if features.ndim > 2:
+        raise RecipeError(
+            f"A head needs features of one vector an image. Received: a feature map of shape "
+            f"{features.shape[1:]}; extract with --pooling avg"
+        )
+    num_views = store.recipe.views
+    if num_views > 1:
+        features = features.reshape(-1, num_views, features.shape[1])
+    return np.ascontiguousarray(features[targets.rows], dtype=np.float32)
+
+
+def _record(
+    store: Store, labels: str, options: TrainOptions, targets: Targets, rows: NDArray[np.int64]
+) -> dict[str, Any]:
+    sources = [run["source"] for run in store.runs()]
+    return {
+        "labels": labels,
+        "options": {
+            name: getattr(options, name)
+            for name in ("split", "duplicates", "class_weight", "separator", "coarse", "seed")
+        },
+        "provenance": {
+            "store": str(store.path),
+            "source": sources[-1] if sources else None,
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": engines.versions()
+            | {name: version(name) for name in ("scikit-learn", "skops")},
+            "num_trained_on": len(rows),
+            "num_unlabelled": targets.num_unlabelled,
+        },
     }
-    everything = np.arange(len(labels))
-    random = np.random.default_rng(_SEED)
-    resamples = [random.choice(everything, len(everything)) for _ in range(_NUM_RESAMPLES)]
-    result = {}
-    for name, metric in metrics.items():
-        low, high = np.quantile([metric(rows) for rows in resamples], [0.025, 0.975])
-        result[name] = {"value": float(metric(everything)), "low": float(low), "high": float(high)}
-    return result
+
+
+def _holds_something_else(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return bool(names) and "model.json" not in names
+
+
+class _Watch:
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = round(now - self._last, 3), now

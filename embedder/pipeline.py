@@ -17,7 +17,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,15 @@ from numpy.typing import NDArray
 from embedder import engines
 from embedder.decode import DecodedImage, decode_rgb, prepare_decoders
 from embedder.engines import Engine, Features
-from embedder.errors import DecodeError, EngineError, OutOfMemory, ReadError, Unfinished
-from embedder.recipe import Recipe
+from embedder.errors import (
+    DecodeError,
+    EngineError,
+    ModelError,
+    OutOfMemory,
+    ReadError,
+    Unfinished,
+)
+from embedder.recipe import LOGITS, Recipe
 from embedder.sources import read_bytes
 from embedder.store import (
     FAILURE_SCHEMA,
@@ -38,6 +45,9 @@ from embedder.store import (
     shard_name,
     vector_array,
 )
+
+if TYPE_CHECKING:
+    from embedder.model import Model
 
 STAGES = ("read", "decode", "embed", "write")
 _MIN_LOOKAHEAD = 64  # images read and decoded ahead of the network, per shard
@@ -118,6 +128,7 @@ class Toolbox:
         prepare_decoders()
         _give_back_large_blocks()
         self.engine = engine
+        self.head = _load_head(recipe)
         self.num_threads = num_threads
         self.decoders = ThreadPoolExecutor(num_threads, "decode")
         self.embedders = ThreadPoolExecutor(engine.num_parallel, "embed")
@@ -187,15 +198,28 @@ def toolbox_of(job: Job, num_threads: int) -> Toolbox:
     key = (job.recipe, job.engine, job.batch_size, num_threads)
     with _toolboxes_lock:
         if key not in _toolboxes:
-            engine = engines.load(job.recipe, job.engine, job.batch_size, num_threads)
+            recipe = job.recipe.of_features
+            engine = engines.load(recipe, job.engine, job.batch_size, num_threads)
             if (
                 job.batch_size is None
-                and job.num_images >= _MIN_IMAGES_TO_MEASURE
-                and not engines.is_batch_size_known(job.recipe, job.engine, num_threads)
+                and job.num_images * job.recipe.views >= _MIN_IMAGES_TO_MEASURE
+                and not engines.is_batch_size_known(recipe, job.engine, num_threads)
             ):
-                engine = engines.find_batch_size(engine, job.recipe, num_threads)
+                engine = engines.find_batch_size(engine, recipe, num_threads)
             _toolboxes[key] = Toolbox(job.recipe, engine, num_threads)
         return _toolboxes[key]
+
+
+def _load_head(recipe: Recipe) -> "Model | None":
+    if recipe.head is None:
+        return None
+    # scikit-learn takes half a second to import, which extraction is not to pay.
+    from embedder.model import Model
+
+    model = Model.load(recipe.head_source)
+    if model.head_sha256 != recipe.head:
+        raise ModelError(f"The model {recipe.head_source} has changed since the run began")
+    return model
 
 
 class _Failure(NamedTuple):
@@ -314,6 +338,8 @@ def _load_images(
 ) -> Iterator[_Image]:
     """Images in the refs' order, read and decoded by the toolbox's threads ahead of need."""
     lookahead = max(_MIN_LOOKAHEAD, 4 * toolbox.engine.batch_size)
+    # An image with several views waits with all their pixels; every thread still has one in work.
+    lookahead = min(lookahead, max(lookahead // recipe.views, toolbox.num_threads + 1))
     ahead: deque[Future[_Image]] = deque()
     try:
         with toolbox.feeding:
@@ -345,6 +371,7 @@ class _Row(NamedTuple):
     """A row of the store, but for its vector; `position` is that of its ref."""
 
     position: int
+    view: int
     num_bytes: int | None
     sha256: str | None
     width: int
@@ -355,8 +382,8 @@ class _Row(NamedTuple):
 class _ShardInWork:
     """Collects a shard's images into batches, and their vectors into rows.
 
-    A vector finds its row by the position of its ref, which travels with the pixels: nothing
-    depends on the order in which batches come back.
+    A vector finds its row by the position of its ref and its view, which travel with the pixels:
+    nothing depends on the order in which batches come back.
     """
 
     def __init__(self, recipe: Recipe, toolbox: Toolbox, refs: pa.Table) -> None:
@@ -366,6 +393,7 @@ class _ShardInWork:
         self.receipt = Receipt(shard_name(recipe, refs["image_id"].to_pylist()))
         self.failures: list[tuple[_Row, _Failure]] = []
         self._rows: list[_Row] = []
+        self._not_finite: set[int] = set()  # positions of images that failed by one of their views
         # By column, one array for the shard, made when the first batch tells `dim`: a list of
         # batches, and its concatenation, would be three times the memory.
         self._vectors: dict[str, NDArray[Any]] = {}
@@ -374,21 +402,22 @@ class _ShardInWork:
         self._in_flight: deque[Future[_EmbeddedBatch]] = deque()
 
     def add(self, position: int, image: _Image) -> None:
-        """Add an image to the batch, or its failure to the failures."""
+        """Add an image's views to the batch, or its failure to the failures."""
         outcome = image.outcome
+        row = _Row(position, 0, image.num_bytes, image.sha256, 0, 0, "")
         if isinstance(outcome, _Failure):
-            row = _Row(position, image.num_bytes, image.sha256, 0, 0, "")
             self.failures.append((row, outcome))
             return
-        if self._buffer is None:
-            begin = time.perf_counter()
-            self._buffer = self.toolbox.buffers.get()
-            self.receipt.waits["embed"] += time.perf_counter() - begin
-        self._buffer[len(self._batch)] = outcome.pixels
-        size_and_format = outcome.width, outcome.height, outcome.format
-        self._batch.append(_Row(position, image.num_bytes, image.sha256, *size_and_format))
-        if len(self._batch) == len(self._buffer):
-            self._submit(self._buffer)
+        row = row._replace(width=outcome.width, height=outcome.height, format=outcome.format)
+        for view, pixels in enumerate((outcome.pixels, *outcome.augmented)):
+            if self._buffer is None:
+                begin = time.perf_counter()
+                self._buffer = self.toolbox.buffers.get()
+                self.receipt.waits["embed"] += time.perf_counter() - begin
+            self._buffer[len(self._batch)] = pixels
+            self._batch.append(row._replace(view=view))
+            if len(self._batch) == len(self._buffer):
+                self._submit(self._buffer)
 
     def _submit(self, buffer: NDArray[np.uint8]) -> None:
         """Hand the batch over, with its buffer, and take in those that are done."""
@@ -401,20 +430,25 @@ class _ShardInWork:
 
     def _collect(self, embedded: "_EmbeddedBatch") -> None:
         self.receipt.seconds["embed"] += embedded.seconds
-        positions = [row.position for row in embedded.rows]
-        is_finite = np.ones(len(positions), bool)
+        places = self._places(embedded.rows)
+        is_finite = np.ones(len(places), bool)
         for column, vectors in embedded.vectors.items():
             is_finite &= np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
             if column not in self._vectors:
-                shape = self.refs.num_rows, *vectors.shape[1:]
+                shape = self.refs.num_rows * self.recipe.views, *vectors.shape[1:]
                 self._vectors[column] = np.empty(shape, vectors.dtype)
-            self._vectors[column][positions] = vectors
+            self._vectors[column][places] = vectors
         for row, good in zip(embedded.rows, is_finite, strict=True):
             if good:
                 self._rows.append(row)
-            else:
+            elif row.position not in self._not_finite:
+                self._not_finite.add(row.position)
                 error = f"the vector is not finite in {self.recipe.store_dtype}"
                 self.failures.append((row, _Failure("embed", error)))
+
+    def _places(self, rows: Sequence[_Row]) -> list[int]:
+        """Where in the shard's arrays the rows' vectors are."""
+        return [row.position * self.recipe.views + row.view for row in rows]
 
     def finish(self) -> None:
         """Embed the last, partial batch and wait for all."""
@@ -449,26 +483,28 @@ class _ShardInWork:
         rows = self._rows_table()
         receipt.num_bytes = store.write_shard(rows, self._failures_table(), receipt.shard)
         receipt.seconds["write"] = time.perf_counter() - begin
-        receipt.num_rows, receipt.ended = rows.num_rows, time.time()
+        receipt.num_rows, receipt.ended = rows.num_rows // self.recipe.views, time.time()
         receipt.failures = Counter((failure.stage, failure.error) for _, failure in self.failures)
         return receipt
 
     def _rows_table(self) -> pa.Table:
         """The shard's rows, in the refs' order."""
         refs = self.refs
-        if not self._rows:
+        # By position and view; an image is a row for each of its views, or none.
+        rows = sorted(row for row in self._rows if row.position not in self._not_finite)
+        if not rows:
             return pa.table({})
-        rows = sorted(self._rows)  # by position
-        positions = [row.position for row in rows]
-        is_whole = len(positions) == self.refs.num_rows
+        is_whole = len(rows) == self.refs.num_rows * self.recipe.views
+        places = self._places(rows)
         vectors = {
-            column: vector_array(array if is_whole else array[positions])
+            column: vector_array(array if is_whole else array[places])
             for column, array in self._vectors.items()
         }
-        mine = refs.take(pa.array(positions))
+        mine = refs.take(pa.array([row.position for row in rows], pa.int64()))
         extras = extra_columns(refs.column_names)
         columns = [
             mine["image_id"],
+            *([[row.view for row in rows]] if self.recipe.views > 1 else []),
             [row.sha256 for row in rows],
             [row.num_bytes for row in rows],
             [row.width for row in rows],
@@ -515,6 +551,8 @@ def _embed(
     finally:
         toolbox.buffers.put(buffer)
     vectors = finished_vectors({name: f[: len(rows)] for name, f in features.items()}, recipe)
+    if toolbox.head is not None:
+        vectors = {LOGITS: toolbox.head.logits_of_columns(vectors)}
     return _EmbeddedBatch(rows, vectors, time.perf_counter() - begin)
 
 

@@ -12,7 +12,10 @@ from embedder.errors import RecipeError
 EMBEDDING = "embedding"  # column of the vectors, where there is one feature
 MIN_SIDE = 32  # pixels: below it the last feature map of a stride-32 network is empty
 MAX_SIDE = 4096  # pixels: a batch of 32 at this side is 1.6 GB of uint8
-_OF_PIXELS = ("image_size", "crop", "crop_fraction", "interpolation", "decode")
+LOGITS = "logits"  # column of what a head makes of the vectors, where there is one
+VIEW = "view"  # column of the views' numbers, where there are several
+MAX_VIEWS = 64  # a shard of 1,024 images then holds 65,536 vectors
+_OF_PIXELS = ("image_size", "crop", "crop_fraction", "interpolation", "decode", "views")
 
 
 class Recipe(BaseModel):
@@ -41,9 +44,14 @@ class Recipe(BaseModel):
             need a device that has them.
         store_dtype: Data type of the stored vector.
         l2_normalise: Whether vectors are divided by their Euclidean length.
+        views: Vectors of each image: view 0 is of the image as it is, every other one of a random
+            part of it, perhaps mirrored, in other colours; see `views.draw_augmentation`.
+        head: sha256 of a trained head, whose logits are stored in place of the features they are
+            made of; None for the features.
         version: Raised when this package changes what a recipe means.
         weights_source: Where this machine finds the weights: `imagenet`, `random:SEED` or a file's
             path. It decides nothing, so it is not in the fingerprint.
+        head_source: Where this machine finds the head: its model's folder. Nor does this.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,8 +68,11 @@ class Recipe(BaseModel):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     store_dtype: Literal["float32", "float16"] = "float32"
     l2_normalise: bool = False
+    views: int = Field(default=1, ge=1, le=MAX_VIEWS)
+    head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     version: Literal[1] = 1
     weights_source: str = Field(default="imagenet", exclude=True)
+    head_source: str = Field(default="", exclude=True)
 
     def __init__(self, **values: Any) -> None:
         """Check the values.
@@ -87,12 +98,24 @@ class Recipe(BaseModel):
     def _check_layers(self) -> Self:
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"each layer must be named once. Received: layers={self.layers}")
+        if self.views > 1 and VIEW in self.columns:
+            raise ValueError(
+                f"a layer's name is its column's, and with several views `{VIEW}` is the column of "
+                f"their numbers. Received: layers={self.layers}, views={self.views}"
+            )
         return self
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the features: `embedding`, or with several layers, theirs."""
+        """Names of the features: `embedding`, or with several layers, theirs; a head's `logits`."""
+        if self.head is not None:
+            return (LOGITS,)
         return self.layers if len(self.layers) > 1 else (EMBEDDING,)
+
+    @property
+    def of_features(self) -> "Recipe":
+        """The recipe of the features that a head's logits are made of."""
+        return self.model_copy(update={"head": None, "head_source": ""})
 
     @property
     def label(self) -> str:
@@ -110,6 +133,10 @@ class Recipe(BaseModel):
         values = self.model_dump(mode="json")
         if not self.layers:  # as in stores made before there were layers
             del values["layers"]
+        if self.head is None:  # as in stores made before there were heads
+            del values["head"]
+        if self.views == 1:  # as in stores made before there were views
+            del values["views"]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

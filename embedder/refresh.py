@@ -46,8 +46,7 @@ def refresh_shard(
         if not ref["same_file"] and hash_of(ref["path"]) != stored_hash:
             changed_ids.append(ref["image_id"])
     keep = pc.invert(pc.is_in(table["image_id"], pa.array(changed_ids, pa.string())))
-    columns = store.recipe.columns
-    store.replace_shard(name, _with_columns_of(stale, table, columns).filter(keep))
+    store.replace_shard(name, _with_columns_of(stale, table, store).filter(keep))
     return changed_ids
 
 
@@ -59,13 +58,13 @@ def hash_of(path: bytes) -> str | None:
         return None
 
 
-def _with_columns_of(refs: pa.Table, table: pa.Table, vectors: tuple[str, ...]) -> pa.Table:
+def _with_columns_of(refs: pa.Table, table: pa.Table, store: Store) -> pa.Table:
     """Take `modified` and a manifest's columns from the refs; other rows keep what they have."""
     row_of = pc.index_in(table["image_id"], refs["image_id"].combine_chunks())
     is_stale = pc.is_valid(row_of)
     columns = {f.name: (f, table[f.name]) for f in table.schema}
-    last = {name: columns.pop(name) for name in vectors}
-    for name in extra_columns(columns):
+    last = {name: columns.pop(name) for name in store.recipe.columns}
+    for name in store.extra_columns(columns):
         del columns[name]
     for name in ["modified", *extra_columns(refs.drop_columns(["same_file"]).column_names)]:
         field = refs.schema.field(name)

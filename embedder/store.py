@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder.errors import RecipeError, RecipeMismatch, StoreError
-from embedder.recipe import Recipe
+from embedder.recipe import VIEW, Recipe
 from embedder.sources import MODIFIED_TYPE
 
 EMBEDDINGS = "embeddings"
@@ -48,7 +48,9 @@ _ROW_FIELDS = [
     pa.field("format", pa.string(), nullable=False),
     pa.field("modified", MODIFIED_TYPE),
 ]
+_VIEW_FIELD = pa.field(VIEW, pa.int16(), nullable=False)
 _ROW_GROUP_ROWS = 8192
+_WHERE = ("weights_source", "head_source")  # of the recipe: where this machine finds its parts
 
 
 def vector_array(vectors: NDArray[Any]) -> pa.Array:
@@ -82,9 +84,19 @@ def vectors_of(array: pa.Array) -> NDArray[Any]:
 def row_schema(
     recipe: Recipe, types: dict[str, pa.DataType], extra_fields: Iterable[pa.Field] = ()
 ) -> pa.Schema:
-    """Schema of `embeddings/`: who, which bytes, the manifest's columns, then the vectors."""
+    """Schema of `embeddings/`: who, which bytes, the manifest's columns, then the vectors.
+
+    Where the recipe has several views, `view` follows `image_id`.
+    """
     vectors = [pa.field(name, types[name], nullable=False) for name in recipe.columns]
-    return pa.schema([*_ROW_FIELDS, *extra_fields, *vectors], metadata=_metadata(recipe))
+    fields = [*_row_fields(recipe), *extra_fields, *vectors]
+    return pa.schema(fields, metadata=_metadata(recipe))
+
+
+def _row_fields(recipe: Recipe) -> list[pa.Field]:
+    """What the store itself has to say of each row."""
+    views = [_VIEW_FIELD] if recipe.views > 1 else []
+    return [*_ROW_FIELDS[:1], *views, *_ROW_FIELDS[1:]]
 
 
 def extra_columns(names: Iterable[str]) -> list[str]:
@@ -110,6 +122,10 @@ def _metadata(recipe: Recipe) -> dict[str, str]:
 class Store:
     """A feature store, for reading and for adding to.
 
+    An image is one row, or with several views as many, one after the other, in the views' order.
+    `ids` and `vectors` give view 0 of every image unless told otherwise; with `view=None` they
+    give all rows: `vectors(view=None).reshape(n_images, n_views, -1)`.
+
     Attributes:
         path: The store's folder.
         recipe: What its vectors were made with.
@@ -125,8 +141,8 @@ class Store:
         file = self.path / RECIPE_FILE
         try:
             content = json.loads(file.read_bytes())
-            source = content.get("weights_source", "imagenet")
-            self.recipe = Recipe(**content["recipe"], weights_source=source)
+            where = {name: content[name] for name in _WHERE if content.get(name)}
+            self.recipe = Recipe(**content["recipe"], **where)
         except FileNotFoundError:
             raise StoreError(
                 f"{self.path} is not a feature store: it has no {RECIPE_FILE}"
@@ -150,15 +166,15 @@ class Store:
             "recipe": recipe.model_dump(mode="json"),
             "fingerprint": recipe.fingerprint,
             "weights_sha256": recipe.weights,
-            "weights_source": recipe.weights_source,
             "versions": versions,
         }
+        where = {name: getattr(recipe, name) for name in _WHERE if getattr(recipe, name)}
         is_written = file.exists()
         if is_written:
             store = cls(folder)
             # The same weights can be somewhere else now.
-            is_written = store.recipe.weights_source == recipe.weights_source
-            content = json.loads(file.read_bytes()) | {"weights_source": recipe.weights_source}
+            is_written = all(getattr(store.recipe, name) == path for name, path in where.items())
+            content = json.loads(file.read_bytes())
             if differences := store.recipe.differences(recipe):
                 raise RecipeMismatch(
                     f"The store {folder} was made with another recipe. It has "
@@ -173,7 +189,7 @@ class Store:
             for name in (EMBEDDINGS, FAILURES, RUNS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             if not is_written:
-                _replace(file, json.dumps(content, indent=2).encode())
+                _replace(file, json.dumps(content | where, indent=2).encode())
             remove_abandoned(folder)
         except OSError as error:
             raise StoreError(f"The store {folder} cannot be written: {error}") from error
@@ -186,31 +202,58 @@ class Store:
         return sorted((self.path / kind).glob("*.parquet"))
 
     def table(self, columns: list[str] | None = None, kind: str = EMBEDDINGS) -> pa.Table:
-        """Read columns of all rows, in the order of `ids` and `vectors`."""
+        """Read columns of all rows, views too, in the order of `ids` and `vectors`."""
         tables = [_read(path, columns) for path in self.shards(kind)]
         if not tables:
-            schema = FAILURE_SCHEMA if kind == FAILURES else pa.schema(_ROW_FIELDS)
+            schema = FAILURE_SCHEMA if kind == FAILURES else pa.schema(_row_fields(self.recipe))
             return schema.empty_table().select(columns or schema.names)
         return pa.concat_tables(tables, promote_options="default")
 
-    def ids(self) -> NDArray[np.object_]:
-        """Image ids, in the order of `vectors`: array of str of shape (n_images,)."""
-        ids: NDArray[np.object_] = self.table(["image_id"])["image_id"].to_numpy()
-        return ids
+    def column_names(self) -> list[str]:
+        """Names of the columns that the rows have, in any shard."""
+        names: dict[str, None] = {}
+        for path in self.shards():
+            with _reading(path):
+                names |= dict.fromkeys(pq.read_schema(path).names)
+        return list(names) or [field.name for field in _row_fields(self.recipe)]
 
-    def vectors(self, column: str | None = None) -> NDArray[Any]:
-        """Embeddings, in the order of `ids`.
+    def ids(self, *, view: int | None = 0) -> NDArray[np.object_]:
+        """Image ids, in the order of `vectors(view=view)`: array of str of shape (n_rows,).
+
+        Raises:
+            RecipeError: The store has no such view.
+        """
+        ids = [table["image_id"].to_numpy() for table in self._tables("image_id", view)]
+        return np.concatenate([np.array([], dtype=object), *ids])
+
+    def sha256(self) -> NDArray[np.object_]:
+        """Checksum of each image's bytes, in the order of `ids()`: str (n_images,)."""
+        checksums = [table["sha256"].to_numpy() for table in self._tables("sha256", 0)]
+        return np.concatenate([np.array([], dtype=object), *checksums])
+
+    def views(self) -> NDArray[np.int16]:
+        """Number of each row's view, in the order of `vectors(view=None)`: int16 (n_rows,)."""
+        if self.recipe.views == 1:
+            return np.zeros(len(self), np.int16)
+        views: NDArray[np.int16] = self.table([VIEW])[VIEW].to_numpy()
+        return views
+
+    def vectors(self, column: str | None = None, *, view: int | None = 0) -> NDArray[Any]:
+        """Embeddings, in the order of `ids(view)`.
 
         Args:
             column: Name of the feature, where the store has several.
+            view: Number of the view, where the store has several; None for all of them.
 
         Returns:
-            Array of shape (n_images, dim), or (n_images, height, width, channels) where feature
-            maps are not pooled; float32 or float16 as stored. Read-only, and without a copy, where
-            the store is a single shard.
+            Array of shape (n_rows, dim), or (n_rows, height, width, channels) where feature maps
+            are not pooled; float32 or float16 as stored. There is one row for each image, or with
+            `view=None` one for each of its views. Read-only, and without a copy, where the store
+            is a single shard that has no other rows.
 
         Raises:
-            RecipeError: The store has no such feature, or several of which none is named.
+            RecipeError: The store has no such view or feature, or several features of which none
+                is named.
             StoreError: The store has no rows.
         """
         columns = self.recipe.columns
@@ -221,29 +264,50 @@ class Store:
                 f"`column` must be one of the store's features: {', '.join(columns)}. "
                 f"Received: {column}"
             )
-        chunks = self.table([column])[column].chunks if self.shards() else []
-        arrays = [vectors_of(chunk) for chunk in chunks if len(chunk)]
+        arrays = [
+            vectors_of(chunk)
+            for table in self._tables(column, view)
+            for chunk in table[column].chunks
+            if len(chunk)
+        ]
         if not arrays:
             raise StoreError(f"The store {self.path} has no rows yet")
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def _tables(self, column: str, view: int | None) -> Iterator[pa.Table]:
+        """Read a column of each shard in turn, of one view or of all."""
+        if view is not None and not 0 <= view < self.recipe.views:
+            raise RecipeError(
+                f"`view` must be one of the store's views, 0 to {self.recipe.views - 1}, or None "
+                f"for all. Received: view={view}"
+            )
+        for path in self.shards():
+            if view is None or self.recipe.views == 1:
+                yield _read(path, [column])
+            else:
+                table = _read(path, [column, VIEW])
+                yield table.filter(pc.equal(table[VIEW], view))
 
     def failures(self) -> pa.Table:
         """Images that could not be embedded: a table of `FAILURE_SCHEMA`."""
         return self.table(kind=FAILURES)
 
     def index(self, kind: str = EMBEDDINGS) -> pa.Table:
-        """What is done: every column but the vectors' and decode's, and each row's shard.
+        """What is done: every column but the vectors' and decode's, and each image's shard.
 
         Returns:
-            Table with `image_id`, `bytes`, `modified`, a manifest's columns, and `shard`, the
-            row's file name.
+            Table of one row for each image, also where it has several views, with `image_id`,
+            `bytes`, `modified`, a manifest's columns, and `shard`, its file's name.
         """
+        views = [VIEW] if kind == EMBEDDINGS and self.recipe.views > 1 else []
         tables = []
         for path in self.shards(kind):
             # Not `pq.read_table`, which takes longer to open a small file than to read it.
             with _reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
                 extras = self.extra_columns(file.schema_arrow.names)
-                table = file.read(["image_id", "bytes", "modified", *extras])
+                table = file.read(["image_id", "bytes", "modified", *extras, *views])
+            if views:  # an image's views are in one shard, and are kept or dropped together
+                table = table.filter(pc.equal(table[VIEW], 0)).drop_columns(views)
             shard = pa.array(np.zeros(table.num_rows, np.int32))
             names_of = pa.DictionaryArray.from_arrays(shard, pa.array([path.name]))
             tables.append(table.append_column("shard", names_of))
@@ -263,11 +327,12 @@ class Store:
         for path in self.shards():
             with _reading(path):
                 num_rows += pq.read_metadata(path).num_rows
-        return num_rows
+        return num_rows // self.recipe.views
 
     def extra_columns(self, names: Iterable[str]) -> list[str]:
         """The columns that came from a manifest, among those of this store's rows."""
-        return [name for name in extra_columns(names) if name not in self.recipe.columns]
+        own = [*self.recipe.columns, *([VIEW] if self.recipe.views > 1 else [])]
+        return [name for name in extra_columns(names) if name not in own]
 
     # Writing -------------------------------------------------------------------------------
 
@@ -305,7 +370,7 @@ class Store:
         return _read(self.path / kind / name, None)
 
     def drop(self, ids_by_shard: dict[str, list[str]], kind: str = EMBEDDINGS) -> None:
-        """Drop rows by id from the shards that hold them."""
+        """Drop images by id, with all their views, from the shards that hold them."""
         for name, ids in ids_by_shard.items():
             table = self.read_shard(name, kind)
             keep = pc.invert(pc.is_in(table["image_id"], pa.array(ids, pa.string())))

@@ -15,7 +15,7 @@ from embedder.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
 from embedder.pipeline import finished_vectors
 from embedder.plan import make_plan
-from embedder.recipe import Recipe
+from embedder.recipe import VIEW, Recipe
 from embedder.refresh import hash_of
 from embedder.sources import list_images, read_bytes
 from embedder.store import EMBEDDINGS, FAILURES, Store, vectors_of
@@ -45,8 +45,9 @@ def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 
     Args:
         store: The store.
         source: Where its images are; for `audit` alone, the last run's source is used if None.
-        audit: Number of random rows whose image is read and embedded again, one by one.
-        seed: Of the choice of rows.
+        audit: Number of random images that are read and embedded again, one by one: each as it is,
+            and where the store has several views, in one of them too.
+        seed: Of the choice of images and views.
 
     Returns:
         All checks, passed or not.
@@ -61,6 +62,8 @@ def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 
     if not checks[0].passed:
         return checks  # nothing can be read beyond what is damaged
     checks += [_check_unique(store), _check_vectors(store)]
+    if store.recipe.views > 1:
+        checks.append(_check_views(store))
     if source is not None:
         checks.append(_check_source(store, source))
     if audit:
@@ -96,6 +99,25 @@ def _check_unique(store: Store) -> Check:
         f"{len(ids):,} images, {num_repeated:,} repeated"
         + (": the next `embedder extract` drops them" if num_repeated else ""),
     )
+
+
+def _check_views(store: Store) -> Check:
+    num_views = store.recipe.views
+    rows = store.table(["image_id", VIEW]).group_by("image_id")
+    # So many rows, so many of them different, and the last of them: there is one of each.
+    counts = rows.aggregate([(VIEW, "count"), (VIEW, "count_distinct"), (VIEW, "max")])
+    is_whole = pc.and_(
+        pc.and_(
+            pc.equal(counts[f"{VIEW}_count"], num_views),
+            pc.equal(counts[f"{VIEW}_count_distinct"], num_views),
+        ),
+        pc.equal(counts[f"{VIEW}_max"], num_views - 1),
+    )
+    wrong = counts.filter(pc.invert(is_whole))["image_id"].to_pylist()
+    detail = f"{counts.num_rows:,} images with {num_views} views, {len(wrong):,} not whole"
+    if wrong:
+        detail += f": {', '.join(wrong[:_MAX_NAMES])}"
+    return Check("every image with each of its views once", not wrong, detail)
 
 
 def _check_vectors(store: Store) -> Check:
@@ -142,20 +164,20 @@ def _last_source(store: Store) -> str:
     return str(runs[-1]["source"])
 
 
-def _audit(store: Store, source: str, num_rows: int, seed: int) -> Check:
+def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
     refs = list_images(source).refs
     paths = dict(zip(refs["image_id"].to_pylist(), refs["path"].to_pylist(), strict=True))
-    ids = store.ids()
-    vectors = {column: store.vectors(column) for column in store.recipe.columns}
-    hashes = store.table(["sha256"])["sha256"]
-    chosen = np.random.default_rng(seed).permutation(len(ids))[:num_rows]
+    ids, random = store.ids(), np.random.default_rng(seed)
+    chosen = ids[random.permutation(len(ids))[:num_images]]
+    rows = _rows_of(store, chosen)
     engine = engines.load(store.recipe, "auto", 1, NUM_CORES)
     wrong, lowest = [], 1.0
-    for row in chosen:
-        stored = {column: array[row] for column, array in vectors.items()}
-        cosine = _cosine_now(store.recipe, engine, paths.get(ids[row]), hashes[row].as_py(), stored)
+    for image_id in chosen:
+        stored = rows.filter(pc.equal(rows["image_id"], image_id))
+        views = [0, *random.integers(1, store.recipe.views, 1)] if store.recipe.views > 1 else [0]
+        cosine = _cosine_now(store.recipe, engine, paths.get(image_id), stored, views)
         if cosine is None or cosine < MIN_COSINE:
-            wrong.append(str(ids[row]))
+            wrong.append(str(image_id))
         if cosine is not None:
             lowest = min(lowest, cosine)
     detail = f"{len(chosen):,} images embedded again, lowest cosine {lowest:.7f}"
@@ -164,25 +186,49 @@ def _audit(store: Store, source: str, num_rows: int, seed: int) -> Check:
     return Check(f"vectors are those of their images (cosine >= {MIN_COSINE})", not wrong, detail)
 
 
+def _rows_of(store: Store, ids: NDArray[np.object_]) -> pa.Table:
+    """The rows of some images, with all their views; of the store, one shard is in memory."""
+    wanted = pa.array(ids, pa.string())
+    tables = (store.read_shard(path.name) for path in store.shards())
+    rows = [table.filter(pc.is_in(table["image_id"], wanted)) for table in tables]
+    return pa.concat_tables(rows, promote_options="default")
+
+
 def _cosine_now(
-    recipe: Recipe,
-    engine: engines.Engine,
-    path: bytes | None,
-    sha256: str,
-    stored: dict[str, NDArray[Any]],
+    recipe: Recipe, engine: engines.Engine, path: bytes | None, stored: pa.Table, views: list[int]
 ) -> float | None:
-    """Lowest cosine of stored vectors to the image's now; None where its bytes are others."""
+    """Lowest cosine of an image's stored vectors to those it has now.
+
+    Args:
+        recipe: The store's.
+        engine: For batches of one.
+        path: Of the image; None if the source does not have it.
+        stored: The image's rows.
+        views: Numbers of the views to compare.
+
+    Returns:
+        None where the image's bytes are others, or a view is not stored.
+    """
     if path is None:
         return None
     try:
         encoded = read_bytes(path)
-        if hashlib.sha256(encoded).hexdigest() != sha256:
+        if hashlib.sha256(encoded).hexdigest() != stored["sha256"][0].as_py():
             return None
-        pixels = decode_rgb(encoded, recipe).pixels
+        image = decode_rgb(encoded, recipe)
     except (ReadError, DecodeError):
         return None
-    features = finished_vectors(engine.embed(pixels[None]), recipe)
-    return min(_cosine(features[column][0], vector) for column, vector in stored.items())
+    pixels, cosines = (image.pixels, *image.augmented), []
+    for view in views:
+        row = stored.filter(pc.equal(stored[VIEW], int(view))) if recipe.views > 1 else stored
+        if not row.num_rows:
+            return None
+        features = finished_vectors(engine.embed(pixels[view][None]), recipe)
+        cosines += [
+            _cosine(features[column][0], vectors_of(row[column].combine_chunks())[0])
+            for column in recipe.columns
+        ]
+    return min(cosines)
 
 
 def _cosine(one: NDArray[Any], other: NDArray[Any]) -> float:

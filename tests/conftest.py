@@ -1,13 +1,15 @@
 """What several tests share: small generated archives, the shared photographs, the model cache."""
 
+import hashlib
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,6 +17,7 @@ from PIL import Image
 from embedder.backbones import make_recipe
 from embedder.engines import Features
 from embedder.recipe import Recipe
+from embedder.store import FAILURE_SCHEMA, Store, row_schema, shard_name, vector_array
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -111,3 +114,65 @@ class MeanColour:
 def mean_colour_recipe() -> Recipe:
     """A recipe for `MeanColour`; height and width differ, so that swapped axes show."""
     return Recipe(backbone="mean-colour", weights="0" * 64, image_size=(48, 64))
+
+
+def rows_of(
+    recipe: Recipe,
+    ids: list[str],
+    vectors: NDArray[Any],
+    extras: dict[str, list[Any]] | None = None,
+) -> pa.Table:
+    """Rows of files of 1 byte, with these vectors and manifest columns."""
+    extras = extras or {}
+    stored = vector_array(vectors.astype(recipe.store_dtype))
+    fields = [pa.field(name, pa.array(values).type) for name, values in extras.items()]
+    count = len(ids)
+    columns = [
+        ids,
+        [hashlib.sha256(image_id.encode()).hexdigest() for image_id in ids],
+        [1] * count,
+        [4] * count,
+        [3] * count,
+        ["PNG"] * count,
+        [None] * count,
+        *extras.values(),
+        stored,
+    ]
+    return pa.table(columns, schema=row_schema(recipe, {"embedding": stored.type}, fields))
+
+
+# A zoo: clusters of vectors in place of pictures, for what comes after extraction.
+
+DIM = 16
+ANIMALS = ("cats", "dogs", "owls")
+
+
+def add_rows(
+    store: Store, ids: list[str], vectors: NDArray[Any], extras: dict[str, list[Any]] | None = None
+) -> None:
+    """Write one shard."""
+    rows = rows_of(store.recipe, ids, vectors, extras)
+    store.write_shard(rows, FAILURE_SCHEMA.empty_table(), shard_name(store.recipe, ids))
+
+
+def animal_vectors(animals: Iterable[str], seed: int = 0, noise: float = 0.2) -> NDArray[Any]:
+    """Each class in a direction of its own, with noise: float32 (n, DIM), no two rows alike."""
+    means = np.array([np.eye(DIM)[ANIMALS.index(animal)] for animal in animals])
+    random = np.random.default_rng(seed)
+    return (means + noise * random.normal(size=means.shape)).astype(np.float32)
+
+
+@pytest.fixture
+def store(tmp_path: Path, mean_colour_recipe: Recipe) -> Store:
+    """An empty store."""
+    return Store.open_or_create(tmp_path / "features", mean_colour_recipe, {})
+
+
+@pytest.fixture
+def zoo(store: Store) -> Store:
+    """Twenty images of each class in `set-N/CLASS/`, in two shards, the classes mixed."""
+    for number in (1, 2):
+        animals = ["owls", "cats", "dogs"] * 10
+        ids = [f"set-{number}/{animal}/{i:02d}.jpg" for i, animal in enumerate(animals)]
+        add_rows(store, ids, animal_vectors(animals, seed=number))
+    return store

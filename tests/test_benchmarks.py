@@ -97,6 +97,20 @@ def test_planning() -> None:
         assert total == pytest.approx(sum(parts), abs=0.021)  # of figures rounded to 0.01
 
 
+def test_ridge() -> None:
+    output = run("ridge.py", "--rows", 2000, 4000, "--dim", 32)
+    for total, sums, solution in figures(r"rows: +(\S+) s \(sums (\S+), .* (\S+)\); peak", output):
+        assert total == pytest.approx(sums + solution, abs=0.11)  # of figures rounded to 0.1
+    assert "2,000 rows" in output
+    assert "4,000 rows" in output
+
+
+def test_neighbours() -> None:
+    output = run("neighbours.py", "--rows", 4000, "--dim", 64)
+    ((found,),) = figures(r"4,000 random rows: (\S+) of copies found", output)
+    assert found > 0.95
+
+
 def test_memory(photos: Path) -> None:
     output = run("memory.py", photos, "--images", 4, 12)
     first, second = figures(r"peak +(\S+) MiB, ratio (\S+)", output)

@@ -16,7 +16,8 @@ from test_torch_pickle import FLOATS, SOUND, read, state_dict, tensor, torch_fil
 from embedder import sources
 from embedder.decode import decode_rgb
 from embedder.errors import ReadError, SourceError, WeightsError
-from embedder.heads import read_labels, scores
+from embedder.labels import read_labels
+from embedder.metrics import scores
 from embedder.recipe import Recipe
 from embedder.sources import list_images, read_bytes
 
@@ -41,13 +42,12 @@ def test_infinite_samples_in_a_picture_of_one_value() -> None:
 
 # heads
 def test_a_resample_may_lack_a_predicted_class() -> None:
-    labels, classes = np.array(["a", "a", "a", "a", "b"]), np.array(["a", "b"])
-    scores(labels, np.array([[0.9, 0.1]] * 3 + [[0.1, 0.9]] * 2), classes)
+    scores(np.array([0, 0, 0, 0, 1]), np.array([[0.9, 0.1]] * 3 + [[0.1, 0.9]] * 2))
 
 
 def test_a_resample_may_be_of_one_class() -> None:
-    labels, classes = np.array(["a"] * 9 + ["b"]), np.array(["a", "b"])
-    scores(labels, np.where(labels[:, None] == classes, 0.9, 0.1), classes)
+    codes = np.array([0] * 9 + [1])
+    scores(codes, np.where(codes[:, None] == np.arange(2), 0.9, 0.1))
 
 
 def test_a_label_file_of_only_a_header_is_not_said_to_lack_its_columns(tmp_path) -> None:

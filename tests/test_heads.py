@@ -1,181 +1,116 @@
-"""Heads: labels find their images, and scores are what they say."""
+"""Heads: trained on some images, judged by others, and what they say can be believed."""
 
-from collections.abc import Iterable
-from math import log
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, log_loss
-from test_store import rows_of
+from conftest import ANIMALS, DIM, add_rows, animal_vectors
 
-from embedder import heads
-from embedder.errors import RecipeError, SourceError, StoreError
-from embedder.heads import read_labels, scores, train
+from embedder import metrics
+from embedder.classifiers import HEADS
+from embedder.errors import ModelError, RecipeError, StoreError
+from embedder.heads import TrainOptions, compare, train
+from embedder.judging import evaluate_model
+from embedder.model import Model
 from embedder.recipe import Recipe
-from embedder.store import FAILURE_SCHEMA, Store, shard_name
-
-DIM = 5
-CENTRES = {"cats": 0.0, "dogs": 20.0, "owls": 40.0}
+from embedder.store import Store
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred resamples are enough to see that there is an interval, and ten times as fast."""
-    monkeypatch.setattr(heads, "_NUM_RESAMPLES", 100)
+    """Enough to see that there is an interval, and ten times as fast."""
+    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 100)
 
 
-def add_rows(
-    store: Store,
-    ids: list[str],
-    vectors: NDArray[Any],
-    extras: dict[str, list[Any]] | None = None,
-) -> None:
-    """Write one shard."""
-    rows = rows_of(store.recipe, ids, vectors, extras)
-    store.write_shard(rows, FAILURE_SCHEMA.empty_table(), shard_name(store.recipe, ids))
-
-
-def vectors_of(animals: Iterable[str], seed: int = 0) -> NDArray[np.float32]:
-    """Clusters far apart: each class has its own mean, with noise of deviation 1."""
-    means = np.array([CENTRES[animal] for animal in animals], np.float32)
-    noise = np.random.default_rng(seed).normal(size=(len(means), DIM))
-    return (means[:, None] + noise).astype(np.float32)
-
-
-@pytest.fixture
-def store(tmp_path: Path, mean_colour_recipe: Recipe) -> Store:
-    return Store.open_or_create(tmp_path / "features", mean_colour_recipe, {})
-
-
-@pytest.fixture
-def zoo(store: Store) -> Store:
-    """Ten images of each class in `set-N/CLASS/`, in two shards, the classes mixed."""
-    for number in (1, 2):
-        animals = ["owls", "cats", "dogs"] * 5
-        ids = [f"set-{number}/{animal}/{i:02d}.jpg" for i, animal in enumerate(animals)]
-        add_rows(store, ids, vectors_of(animals, seed=number))
-    return store
+ALONE = TrainOptions(duplicates=None)
 
 
 def animal_of(image_id: str) -> str:
     return image_id.split("/")[1]
 
 
-# Labels ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_knows_clusters_that_are_apart(zoo: Store, tmp_path: Path, head: str) -> None:
+    trained = train(zoo, "parent", head, ALONE)
+    assert trained.evaluate()["accuracy"]["value"] == 1.0
+    assert trained.model.classes.tolist() == list(ANIMALS)
+    new = animal_vectors(["dogs", "owls", "cats", "cats"], seed=9)
+    probabilities = trained.model.probabilities(new)
+    assert probabilities.shape == (4, 3)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
+    assert probabilities.argmax(axis=1).tolist() == [1, 2, 0, 0]
+    assert np.asarray(trained.estimator.predict(new)).tolist() == ["dogs", "owls", "cats", "cats"]
+    trained.save(tmp_path / "model")
+    loaded = Model.load(tmp_path / "model")
+    np.testing.assert_allclose(loaded.probabilities(new), probabilities, atol=1e-6)
+    assert not list((tmp_path / "model").glob("*.pkl"))
 
 
-def test_folder_is_the_first_folder_and_parent_the_containing_one(store: Store) -> None:
-    add_rows(store, ["a/b/c/1.jpg", "a/2.jpg", "d/e/3.jpg"], np.zeros((3, DIM)))
-    assert read_labels(store, "folder") == {"a/b/c/1.jpg": "a", "a/2.jpg": "a", "d/e/3.jpg": "d"}
-    assert read_labels(store, "parent") == {"a/b/c/1.jpg": "c", "a/2.jpg": "a", "d/e/3.jpg": "e"}
-
-
-@pytest.mark.parametrize("labels", ["folder", "parent"])
-def test_an_image_in_no_folder_has_no_label(store: Store, labels: str) -> None:
-    add_rows(store, ["1.jpg", "a/2.jpg"], np.zeros((2, DIM)))
-    assert read_labels(store, labels) == {"a/2.jpg": "a"}
-
-
-def test_a_column_of_the_store_gives_labels_as_text(store: Store) -> None:
-    add_rows(store, ["1.jpg", "2.jpg", "3.jpg"], np.zeros((3, DIM)), {"kind": [7, None, 0]})
-    assert read_labels(store, "column:kind") == {"1.jpg": "7", "3.jpg": "0"}
-
-
-def test_a_label_file_is_joined_on_its_path_column(store: Store, tmp_path: Path) -> None:
-    file = tmp_path / "my: labels.csv"
-    file.write_text(
-        "\ufeffkind, path, note\n"  # as a spreadsheet writes it, and with spaces as grocery has
-        '007, a/1.jpg, "x, y"\n'
-        "cats, elsewhere.jpg,\n"
-        ", a/2.jpg,\n"
-        '"two words", "b, c.jpg",\n',
-        encoding="utf-8",
-    )
-    assert read_labels(store, f"{file}:kind") == {
-        "a/1.jpg": "007",
-        "elsewhere.jpg": "cats",
-        "b, c.jpg": "two words",
-    }
-    assert read_labels(store, f"{file}:note") == {"a/1.jpg": "x, y"}
-
-
-@pytest.mark.parametrize("labels", ["", "folders", "kind", "labels.csv", "labels.txt:kind", ":x"])
-def test_labels_of_no_known_spelling_are_refused(store: Store, labels: str) -> None:
-    rule = r"must be folder, parent, FILE\.csv:COLUMN or column:NAME\. Received: labels="
-    with pytest.raises(RecipeError, match=rule) as caught:
-        read_labels(store, labels)
-    assert str(caught.value).endswith(repr(labels))
-
-
-def test_a_column_that_is_not_there_is_refused_with_those_that_are(store: Store) -> None:
-    add_rows(store, ["1.jpg"], np.zeros((1, DIM)), {"kind": ["x"]})
-    rule = r"must name a column of the store\. Received: colour\. It has: image_id, .*, kind, "
-    with pytest.raises(RecipeError, match=rule):
-        train(store, "column:colour")
-
-
-@pytest.mark.parametrize("header", ["path,colour", "file,kind"])
-def test_a_label_file_without_the_columns_is_refused(
-    zoo: Store, tmp_path: Path, header: str
-) -> None:
-    (tmp_path / "labels.csv").write_text(f"{header}\na.jpg,x\n")
-    rule = rf"columns `path` and `kind`\. Received: .*labels\.csv with {header.replace(',', ', ')}$"
-    with pytest.raises(SourceError, match=rule):
-        train(zoo, f"{tmp_path}/labels.csv:kind")
-
-
-def test_a_label_file_that_does_not_exist_is_refused(zoo: Store, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"label file .*nope\.csv cannot be read: .*No such file"):
-        train(zoo, f"{tmp_path}/nope.csv:kind")
-
-
-def test_a_label_file_that_is_not_utf8_is_refused(zoo: Store, tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_bytes(b"path,kind\ncaf\xe9.jpg,x\n")
-    with pytest.raises(SourceError, match=r"labels\.csv cannot be read: 'utf-8' codec"):
-        train(zoo, f"{tmp_path}/labels.csv:kind")
-
-
-# Training --------------------------------------------------------------------------------------
-
-
-def test_every_label_stays_with_its_own_vector(zoo: Store) -> None:
-    head = train(zoo, "parent")
-    assert sorted(set(head.labels)) == ["cats", "dogs", "owls"]
-    assert head.features.shape == (30, DIM)
-    assert head.features.dtype == np.float32
-    assert head.num_unlabelled == 0
-    for vector, label in zip(head.features, head.labels, strict=True):
-        assert abs(vector.mean() - CENTRES[label]) < 3
-
-
-def test_rows_without_a_label_are_left_out_and_counted(zoo: Store, tmp_path: Path) -> None:
-    ids = zoo.ids().tolist()
-    labelled = ids[1::2]
-    lines = [f"{image_id},{animal_of(image_id)}" for image_id in reversed(labelled)]
-    (tmp_path / "labels.csv").write_text("\n".join(["path,animal", *lines, "nowhere.jpg,cats"]))
-    head = train(zoo, f"{tmp_path}/labels.csv:animal")
-    assert head.num_unlabelled == 15
-    assert head.labels.tolist() == [animal_of(image_id) for image_id in labelled]
-    np.testing.assert_array_equal(head.features, zoo.vectors()[1::2])
-
-
-def test_a_head_knows_clusters_that_are_far_apart(zoo: Store) -> None:
-    head = train(zoo, "parent")
-    animals = ["dogs", "owls", "cats", "cats"]
-    assert head.estimator.predict(vectors_of(animals, seed=9)).tolist() == animals
-
-
-def test_features_are_standardised(store: Store) -> None:
-    # Of two components, the one of great range says nothing.
+@pytest.mark.parametrize("head", ["logistic", "knn", "linear"])
+def test_two_classes_have_two_probabilities(store: Store, head: str) -> None:
     animals = ["cats", "dogs"] * 20
-    random = np.random.default_rng(3)
-    vectors = np.stack([random.normal(size=40) * 1e4, np.tile([-0.01, 0.01], 20)], axis=1)
+    add_rows(store, [f"{a}/{i}.jpg" for i, a in enumerate(animals)], animal_vectors(animals))
+    model = train(store, "folder", head, ALONE).model
+    probabilities = model.probabilities(animal_vectors(["dogs", "cats"], seed=3))
+    assert probabilities.argmax(axis=1).tolist() == [1, 0]
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-5)
+
+
+def test_every_label_stays_with_its_own_vector(zoo: Store, tmp_path: Path) -> None:
+    ids = zoo.ids().tolist()
+    lines = [f"{image_id},{animal_of(image_id)}" for image_id in reversed(ids[1::2])]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,animal", *lines, "nowhere.jpg,cats"]))
+    head = train(zoo, f"{tmp_path}/labels.csv:animal", "centroid", ALONE)
+    assert head.model.record["provenance"]["num_unlabelled"] == 30
+    assert head.ids.tolist() == ids[1::2]
+    np.testing.assert_array_equal(head.task.features, zoo.vectors()[1::2])
+    assert head.targets.texts().tolist() == [animal_of(image_id) for image_id in head.ids]
+
+
+def noise(store: Store, num_images: int = 60, dim: int = 80) -> Store:
+    """Of more components than images: a head learns any labels by heart, and knows nothing."""
+    animals = ["cats", "dogs"] * (num_images // 2)
+    vectors = np.random.default_rng(7).normal(size=(num_images, dim))
     add_rows(store, [f"{animal}/{i}.jpg" for i, animal in enumerate(animals)], vectors)
-    assert train(store).estimator.predict([[3e4, -0.01], [-3e4, 0.01]]).tolist() == ["cats", "dogs"]
+    return store
+
+
+@pytest.mark.parametrize("split", ["0.3", "kfold:4"])
+def test_images_are_scored_by_a_head_that_has_not_seen_them(store: Store, split: str) -> None:
+    head = train(noise(store), options=TrainOptions(duplicates=None, split=split))
+    assert head.evaluate()["accuracy"]["value"] < 0.75
+    own = head.split.folds[0][0] if split == "0.3" else np.arange(60)
+    learnt = head.targets.classes[head.task.codes[own]]
+    assert head.estimator.score(head.task.plain[own], learnt) > 0.85
+
+
+def test_a_head_without_knowledge_is_not_sure_after_calibration(store: Store) -> None:
+    head = train(noise(store), head="knn", options=TrainOptions(duplicates=None, split="kfold:4"))
+    before, after = head.test.scores_before_calibration, head.evaluate()
+    assert after["log_loss"]["value"] < before["log_loss"]["value"]
+    assert after["log_loss"]["value"] == pytest.approx(np.log(2), abs=0.1)
+    assert after["ece"]["value"] < before["ece"]["value"]
+
+
+def test_settings_are_chosen_without_the_test_rows(store: Store, tmp_path: Path) -> None:
+    noise(store)
+    ids = store.ids()
+    rows = "\n".join(f"{i},{'train' if n < 40 else 'test'}" for n, i in enumerate(ids))
+    (tmp_path / "s.csv").write_text(f"path,part\n{rows}\n")
+    options = TrainOptions(duplicates=None, split=f"{tmp_path}/s.csv:part")
+    first = train(store, options=options)
+    # Other vectors for the test rows: nothing that was learnt may change.
+    changed = Store.open_or_create(tmp_path / "changed", store.recipe, {})
+    vectors = np.array(store.vectors())
+    vectors[40:] = np.random.default_rng(99).normal(size=(20, 80))
+    add_rows(changed, ids.tolist(), vectors)
+    second = train(changed, options=options)
+    assert second.fitted.trials == first.fitted.trials
+    assert second.model.temperature == first.model.temperature
+    new = np.random.default_rng(5).normal(size=(4, 80)).astype(np.float32)
+    np.testing.assert_array_equal(second.model.logits(new), first.model.logits(new))
 
 
 def test_half_precision_features_are_trained_on_in_single(
@@ -183,133 +118,204 @@ def test_half_precision_features_are_trained_on_in_single(
 ) -> None:
     recipe = Recipe(**(mean_colour_recipe.model_dump() | {"store_dtype": "float16"}))
     store = Store.open_or_create(tmp_path / "half", recipe, {})
-    animals = ["cats", "dogs"] * 5
-    add_rows(store, [f"{a}/{i}.jpg" for i, a in enumerate(animals)], vectors_of(animals))
-    assert store.vectors().dtype == np.float16
-    head = train(store)
-    assert head.features.dtype == np.float32
+    animals = ["cats", "dogs"] * 10
+    add_rows(store, [f"{a}/{i}.jpg" for i, a in enumerate(animals)], animal_vectors(animals))
+    head = train(store, options=ALONE)
+    assert head.task.features.dtype == np.float32
     assert head.evaluate()["accuracy"]["value"] == 1.0
 
 
-@pytest.mark.parametrize(
-    ("labels", "found"),
-    [
-        ("column:same", r"which gives 30 of 30 images a label and 1 class\(es\)"),
-        ("column:none", r"which gives 0 of 30 images a label and 0 class\(es\)"),
-    ],
-)
-def test_fewer_than_two_classes_are_refused_with_what_was_found(
-    store: Store, labels: str, found: str
-) -> None:
-    extras = {"same": ["x"] * 30, "none": pa.nulls(30, pa.string()).to_pylist()}
-    add_rows(store, [f"{i}.jpg" for i in range(30)], np.zeros((30, DIM)), extras)
-    rule = rf"at least two classes\. Received: labels='{labels}', {found}$"
-    with pytest.raises(RecipeError, match=rule):
-        train(store, labels)
+def test_balanced_class_weights_help_the_rare_class(store: Store) -> None:
+    random = np.random.default_rng(0)
+    animals = ["cats"] * 180 + ["dogs"] * 20
+    vectors = animal_vectors(animals, noise=0.6)
+    order = random.permutation(200)
+    add_rows(store, [f"{animals[i]}/{i:03d}.jpg" for i in sorted(order)], vectors[sorted(order)])
+
+    def recall_of_dogs(class_weight: str | None) -> float:
+        options = TrainOptions(split="kfold:4", duplicates=None, class_weight=class_weight)
+        rows = train(store, "folder", "logistic", options).test.per_class()
+        return float(next(row["recall"] for row in rows if row["class"] == "dogs"))
+
+    assert recall_of_dogs("balanced") > recall_of_dogs(None)
 
 
-def test_a_store_without_rows_is_refused(store: Store) -> None:
-    with pytest.raises(StoreError, match="has no rows yet"):
-        train(store)
-
-
-# Scores ----------------------------------------------------------------------------------------
-
-
-def test_scores_are_those_one_can_work_out_by_hand() -> None:
-    # Three of five right: one `a` taken for `b`, the only `c` taken for `a`. Ten times over, so
-    # that every resample has every class.
-    labels, classes = np.array(["a", "a", "a", "b", "c"] * 10), np.array(["a", "b", "c"])
-    predicted = np.array(["a", "a", "b", "b", "a"] * 10)
-    five = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.3, 0.5, 0.2], [0.1, 0.8, 0.1], [0.5, 0.3, 0.2]]
-    probabilities = np.tile(five, (10, 1))
-    found = scores(labels, probabilities, classes)
-    values = {name: score["value"] for name, score in found.items()}
-    f1_of_a, f1_of_b, f1_of_c = 4 / (4 + 1 + 1), 2 / (2 + 1), 0.0  # 2 TP / (2 TP + FP + FN)
-    assert values == pytest.approx(
-        {
-            "accuracy": 3 / 5,
-            "balanced_accuracy": (2 / 3 + 1 + 0) / 3,
-            "macro_f1": (f1_of_a + f1_of_b + f1_of_c) / 3,
-            "log_loss": -(log(0.7) + log(0.6) + log(0.3) + log(0.8) + log(0.2)) / 5,
-        }
-    )
-    assert values == pytest.approx(
-        {
-            "accuracy": accuracy_score(labels, predicted),
-            "balanced_accuracy": balanced_accuracy_score(labels, predicted),
-            "macro_f1": f1_score(labels, predicted, average="macro"),
-            "log_loss": log_loss(labels, probabilities),
-        }
-    )
-
-
-def test_a_resample_may_lack_a_class() -> None:
-    classes = np.array(["a", "b", "c"])
-    labels = np.array(["a"] * 10 + ["b"] * 9 + ["c"])
-    probabilities = np.where(labels[:, None] == classes, 0.9, 0.05)  # every image right
-    found = scores(labels, probabilities, classes)
-    for name in ("accuracy", "balanced_accuracy", "macro_f1"):
-        assert found[name] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert found["log_loss"]["high"] == pytest.approx(-log(0.9))
-
-
-def test_the_interval_of_accuracy_is_the_binomial_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "_NUM_RESAMPLES", 300)
-    labels = np.array(["a", "b"] * 100)
-    right = np.arange(200) % 5 != 0  # 160 of 200
-    of_a = np.where((labels == "a") == right, 0.9, 0.1)
-    accuracy = scores(labels, np.stack([of_a, 1 - of_a], axis=1), np.array(["a", "b"]))["accuracy"]
-    margin = 1.96 * (0.8 * 0.2 / 200) ** 0.5
-    assert accuracy["value"] == pytest.approx(0.8)
-    assert accuracy["low"] == pytest.approx(0.8 - margin, abs=0.015)
-    assert accuracy["high"] == pytest.approx(0.8 + margin, abs=0.015)
-
-
-def overlapping(store: Store) -> Store:
-    """Sixty images of two classes that a linear head tells apart about four times in five."""
-    animals = ["cats", "dogs"] * 30
-    vectors = np.random.default_rng(5).normal(size=(60, DIM))
-    vectors[1::2, 0] += 1.7
-    add_rows(store, [f"{animal}/{i}.jpg" for i, animal in enumerate(animals)], vectors)
+def planted(store: Store) -> Store:
+    """Noise of which every image is there three times, nearly: names tell it, features do not."""
+    random = np.random.default_rng(3)
+    originals = random.normal(size=(60, 40))
+    copies = np.repeat(originals, 3, axis=0) + 0.01 * random.normal(size=(180, 40))
+    animals = np.repeat(random.choice(["cats", "dogs"], 60), 3)
+    add_rows(store, [f"{animal}/{i:03d}.jpg" for i, animal in enumerate(animals)], copies)
     return store
 
 
-def test_intervals_hold_their_value_and_are_the_same_every_time(store: Store) -> None:
-    head = train(overlapping(store))
-    found = head.evaluate()
-    assert list(found) == ["accuracy", "balanced_accuracy", "macro_f1", "log_loss"]
-    for score in found.values():
-        assert score["low"] < score["value"] < score["high"]
-    assert 0.6 < found["accuracy"]["value"] < 0.95
-    assert head.evaluate() == found
-
-
-def test_a_perfect_head_scores_one(zoo: Store) -> None:
-    found = train(zoo, "parent").evaluate()
-    for name in ("accuracy", "balanced_accuracy", "macro_f1"):
-        assert found[name] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert 0 < found["log_loss"]["value"] < 0.2  # that of a blind guess is log(3), 1.1
-
-
-def test_an_image_is_scored_by_a_head_that_has_not_seen_it(store: Store) -> None:
-    # Noise of more components than images: a head learns any labels by heart, and knows nothing.
-    animals = ["cats", "dogs"] * 20
-    vectors = np.random.default_rng(7).normal(size=(40, 80))
-    add_rows(store, [f"{animal}/{i}.jpg" for i, animal in enumerate(animals)], vectors)
-    head = train(store)
-    assert head.estimator.score(head.features, head.labels) == 1.0
+def test_near_duplicates_across_a_split_inflate_the_score_but_not_ours(store: Store) -> None:
+    head = train(planted(store), head="knn", options=TrainOptions(split="0.25"))
+    assert head.leak["num_groups"] == 60
+    assert head.leak["largest"] == 3
+    assert head.leak["naive"]["value"] > 0.95
     assert head.evaluate()["accuracy"]["value"] < 0.75
+    careless = train(store, head="knn", options=TrainOptions(split="0.25", duplicates=None))
+    assert careless.evaluate()["accuracy"]["value"] > 0.9
 
 
-def test_a_class_of_fewer_images_than_folds_is_refused_with_its_name(zoo: Store) -> None:
-    add_rows(zoo, [f"set-3/newts/{i}.jpg" for i in range(4)], vectors_of(["dogs"] * 4))
-    rule = r"at least 5 images, one for each fold\. Received: 4 of newts$"
+def test_an_official_split_is_kept_and_its_near_duplicates_are_counted(
+    store: Store, tmp_path: Path
+) -> None:
+    ids = planted(store).ids()
+    # The first 60 images are on both sides: one of three to test on.
+    parts = ["test" if (n < 60 and n % 3 == 0) or n >= 150 else "train" for n in range(180)]
+    rows = "\n".join(
+        f"{i},{part}" for i, part in zip(sorted(ids, key=by_number), parts, strict=True)
+    )
+    (tmp_path / "s.csv").write_text(f"path,part\n{rows}\n")
+    head = train(store, head="knn", options=TrainOptions(split=f"{tmp_path}/s.csv:part"))
+    assert len(head.test_rows) == 20 + 30
+    assert head.leak["num_straddling"] == 20
+    assert head.leak["without_them"]["value"] < head.evaluate()["accuracy"]["value"]
+
+
+def by_number(image_id: str) -> int:
+    return int(Path(image_id).stem)
+
+
+def test_a_class_that_is_only_tested_on_counts_as_wrong(zoo: Store, tmp_path: Path) -> None:
+    ids = zoo.ids()
+    rows = "\n".join(
+        f"{i},{'test' if animal_of(i) == 'owls' or n % 4 == 0 else 'train'}"
+        for n, i in enumerate(ids)
+    )
+    (tmp_path / "s.csv").write_text(f"path,part\n{rows}\n")
+    options = TrainOptions(duplicates=None, split=f"{tmp_path}/s.csv:part")
+    head = train(zoo, "parent", options=options)
+    assert head.model.classes.tolist() == ["cats", "dogs"]
+    tested = [animal_of(i) for i in head.ids[head.test_rows]]
+    assert head.evaluate()["accuracy"]["value"] == pytest.approx(
+        np.mean([animal != "owls" for animal in tested])
+    )
+    assert np.isfinite(head.evaluate()["log_loss"]["value"])
+
+
+def test_several_labels_an_image(store: Store, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    has = random.random((90, 3)) < [0.5, 0.3, 0.15]
+    vectors = np.zeros((90, DIM))
+    vectors[:, :3] = has
+    vectors += 0.15 * random.normal(size=vectors.shape)
+    tags = ["; ".join(np.array(ANIMALS)[row]) for row in has]
+    rows = "\n".join(f"{n:02d}.jpg,{tag or ';'}" for n, tag in enumerate(tags))
+    (tmp_path / "tags.csv").write_text(f"path,tags\n{rows}\n")
+    add_rows(store, [f"{n:02d}.jpg" for n in range(90)], vectors)
+    options = TrainOptions(duplicates=None, separator=";")
+    for name in ("logistic", "svm", "ridge", "linear"):
+        head = train(store, f"{tmp_path}/tags.csv:tags", name, options)
+        assert head.evaluate()["micro_f1"]["value"] > 0.9, name
+        assert head.model.is_multilabel
+        head.save(tmp_path / name)
+        loaded = Model.load(tmp_path / name)
+        chosen = loaded.chosen(loaded.probabilities(vectors.astype(np.float32)))
+        assert (chosen == has).mean() > 0.9
+        np.testing.assert_array_equal(loaded.thresholds, head.model.thresholds)
+
+
+@pytest.mark.parametrize("head", ["knn", "centroid", "lda"])
+def test_a_head_that_cannot_do_what_is_asked_is_refused(zoo: Store, head: str) -> None:
+    with pytest.raises(RecipeError, match=rf"one of the heads logistic.* Received: head='{head}'"):
+        train(zoo, "parent", head, TrainOptions(separator=";"))
+    with pytest.raises(RecipeError, match="Class weights need one of the heads logistic"):
+        train(zoo, "parent", head, TrainOptions(class_weight="balanced"))
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"duplicates": 1.2}, "cosine above 0 and at most 1. Received: duplicates=1.2"),
+        ({"class_weight": "even"}, "must be balanced. Received: class_weight='even'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], rule: str) -> None:
     with pytest.raises(RecipeError, match=rule):
-        train(zoo, "parent").evaluate()
+        TrainOptions(**options)
 
 
-def test_as_many_images_as_folds_are_enough(store: Store) -> None:
-    animals = ["cats", "dogs"] * 5
-    add_rows(store, [f"{a}/{i}.jpg" for i, a in enumerate(animals)], vectors_of(animals))
-    assert train(store).evaluate()["accuracy"]["value"] == 1.0
+def test_an_unknown_head_is_refused_with_those_there_are(zoo: Store) -> None:
+    with pytest.raises(RecipeError, match="one of logistic, svm, .* Received: head='tree'"):
+        train(zoo, "parent", "tree")
+
+
+def test_a_store_without_rows_is_refused(store: Store) -> None:
+    with pytest.raises((StoreError, RecipeError), match="has no rows yet|0 of 0 images"):
+        train(store)
+
+
+def test_a_coarser_level_is_scored_too(zoo: Store, tmp_path: Path) -> None:
+    coarse = {"cats": "fur", "dogs": "fur", "owls": "feather"}
+    rows = "\n".join(f"{i},{coarse[animal_of(i)]}" for i in zoo.ids())
+    (tmp_path / "c.csv").write_text(f"path,coarse\n{rows}\n")
+    options = TrainOptions(duplicates=None, coarse=f"{tmp_path}/c.csv:coarse")
+    found = train(zoo, "parent", options=options).metrics()
+    assert found["test"]["coarse_accuracy"] == 1.0
+    torn = TrainOptions(duplicates=None, coarse="folder")  # set-1 and set-2 have all animals
+    with pytest.raises(RecipeError, match=r"of the same coarse class\. Received: set-"):
+        train(zoo, "parent", options=torn).metrics()
+
+
+def test_the_learning_curve_ends_with_the_head_itself(zoo: Store) -> None:
+    head = train(zoo, "parent", options=ALONE)
+    curve = head.learning_curve
+    assert [point["labels_per_class"] for point in curve] == [1, 2, 5, 10, 16]
+    assert curve[-1]["accuracy"] == head.evaluate()["accuracy"]["value"]
+    assert all(point["low"] <= point["accuracy"] <= point["high"] for point in curve)
+
+
+def test_what_is_saved_says_what_each_image_was_for(zoo: Store, tmp_path: Path) -> None:
+    head = train(zoo, "parent", options=ALONE)
+    head.save(tmp_path / "model")
+    table = pq.read_table(tmp_path / "model/predictions.parquet").to_pylist()
+    assert [row["image_id"] for row in table] == zoo.ids().tolist()
+    assert [row["sha256"] for row in table] == zoo.sha256().tolist()
+    tested = [row for row in table if row["part"] == "test"]
+    assert len(tested) == 12
+    assert all(row["predicted"] == row["label"] for row in tested)
+    assert all(row["predicted"] is None for row in table if row["part"] == "train")
+    head.save(tmp_path / "model")  # over an older one
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").touch()
+    with pytest.raises(ModelError, match="which holds something else"):
+        head.save(tmp_path / "other")
+
+
+def test_a_model_is_evaluated_on_what_it_has_not_seen(zoo: Store, tmp_path: Path) -> None:
+    head = train(zoo, "parent", options=ALONE)
+    head.save(tmp_path / "model")
+    judged = evaluate_model(tmp_path / "model", zoo, "parent")
+    assert judged.metrics["test"]["num_images"] == 12
+    assert judged.metrics["test"] == head.metrics()["test"]
+    assert judged.notes == ["48 images were trained on, and are left out."]
+    every = evaluate_model(tmp_path / "model", zoo, "parent", include_trained=True)
+    assert every.metrics["test"]["num_images"] == 60
+    folds = train(zoo, "parent", options=TrainOptions(duplicates=None, split="kfold:3"))
+    folds.save(tmp_path / "folds")
+    with pytest.raises(RecipeError, match="of which all 60 labelled images were; --include"):
+        evaluate_model(tmp_path / "folds", zoo, "parent")
+
+
+def test_heads_are_compared_on_the_same_images(zoo: Store) -> None:
+    ours, theirs = (train(zoo, "parent", head, ALONE) for head in ("logistic", "knn"))
+    assert compare(ours, theirs)["value"] == 0.0
+    other = train(zoo, "parent", options=TrainOptions(duplicates=None, split="0.3"))
+    with pytest.raises(RecipeError, match="tested on the same images"):
+        compare(ours, other)
+
+
+def test_a_head_learns_from_all_views_and_is_judged_by_the_plain_one(
+    tmp_path: Path, archive: Path
+) -> None:
+    import embedder
+
+    store = embedder.extract(archive, tmp_path / "views", image_size=(64, 96), views=3)
+    head = train(store, options=ALONE)
+    assert head.task.features.shape == (20, 3, 1280)
+    assert len(head.test_rows) == 4
+    np.testing.assert_array_equal(head.task.plain, store.vectors())

@@ -29,10 +29,12 @@ OTHER = {
     "precision": "bfloat16",
     "store_dtype": "float16",
     "l2_normalise": True,
+    "views": 8,
+    "head": "e" * 64,
     "version": 2,
 }
 
-assert set(OTHER) == set(Recipe.model_fields) - {"weights_source"}
+assert set(OTHER) == set(Recipe.model_fields) - {"weights_source", "head_source"}
 
 # The fingerprint is written in every store: if this text changes, no store opens any more.
 CANONICAL = (
@@ -63,6 +65,8 @@ def test_the_defaults_are_as_documented() -> None:
         "precision": "float32",
         "store_dtype": "float32",
         "l2_normalise": False,
+        "views": 1,
+        "head": None,
         "version": 1,
     }
 

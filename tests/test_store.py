@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from numpy.typing import NDArray
+from conftest import rows_of
 
 from embedder.errors import RecipeMismatch, StoreError
 from embedder.recipe import Recipe
-from embedder.store import FAILURE_SCHEMA, FAILURES, Store, row_schema, shard_name, vector_array
+from embedder.store import FAILURE_SCHEMA, FAILURES, Store, shard_name
 
 DIM = 6
 
@@ -32,31 +32,6 @@ def make_rows(recipe: Recipe, ids: list[str], first: float = 0.0) -> pa.Table:
     """Rows whose vectors are first, first + 1, ... in every component."""
     values = np.arange(first, first + len(ids), dtype=np.float32)
     return rows_of(recipe, ids, np.repeat(values[:, None], DIM, axis=1))
-
-
-def rows_of(
-    recipe: Recipe,
-    ids: list[str],
-    vectors: NDArray[Any],
-    extras: dict[str, list[Any]] | None = None,
-) -> pa.Table:
-    """Rows of files of 1 byte, with these vectors and manifest columns."""
-    extras = extras or {}
-    stored = vector_array(vectors.astype(recipe.store_dtype))
-    fields = [pa.field(name, pa.array(values).type) for name, values in extras.items()]
-    count = len(ids)
-    columns = [
-        ids,
-        ["0" * 64] * count,
-        [1] * count,
-        [4] * count,
-        [3] * count,
-        ["PNG"] * count,
-        [None] * count,
-        *extras.values(),
-        stored,
-    ]
-    return pa.table(columns, schema=row_schema(recipe, {"embedding": stored.type}, fields))
 
 
 def make_failures(ids: list[str]) -> pa.Table:

@@ -1,0 +1,85 @@
+"""Calibration: logits to probabilities that mean what they say."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_softmax, softmax
+
+_LARGEST_FACTOR = 1000.0  # a temperature of 1/1000 to 1000; margins of an SVM want about 1/5
+
+
+def probabilities_of(
+    logits: NDArray[np.floating], temperature: float, is_multilabel: bool
+) -> NDArray[np.float64]:
+    """Probabilities (n, n_classes): each row sums to 1, or with several labels each is its own."""
+    scaled = logits.astype(np.float64) / temperature
+    result: NDArray[np.float64] = expit(scaled) if is_multilabel else softmax(scaled, axis=1)
+    return result
+
+
+def fit_temperature(logits: NDArray[np.floating], codes: NDArray[np.integer]) -> float:
+    """Temperature by which held-out logits are divided, so that their log-loss is least.
+
+    It changes no prediction, only how sure it is (Guo et al., arXiv 1706.04599). That n held-out
+    rows are right does not make the head certain: as in Platt scaling (Platt 1999), the truth
+    counts as (n + 1) / (n + 2).
+
+    Args:
+        logits: (n, n_classes), of rows that the head was not trained on.
+        codes: (n,) true classes, or (n, n_classes) with several labels an image.
+    """
+    span, doubt = np.log(_LARGEST_FACTOR), 1 / (len(codes) + 2)
+    found = minimize_scalar(
+        lambda log_temperature: log_loss(logits / np.exp(log_temperature), codes, doubt),
+        bounds=(-span, span),
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
+def log_loss(logits: NDArray[np.floating], codes: NDArray[np.integer], doubt: float = 0.0) -> float:
+    """Mean log-loss in nats: of the true class, or over all labels of all images.
+
+    Args:
+        logits: (n, n_classes).
+        codes: (n,) true classes, or (n, n_classes) with several labels an image.
+        doubt: Share of each truth, 0 to 1, that goes to the other classes.
+    """
+    wide = logits.astype(np.float64)
+    if codes.ndim == 2:
+        right = np.logaddexp(0, np.where(codes, -wide, wide)).mean()
+        wrong = np.logaddexp(0, np.where(codes, wide, -wide)).mean()
+        return float((1 - doubt) * right + doubt * wrong)
+    losses = -log_softmax(wide, axis=1)
+    right = losses[np.arange(len(codes)), codes]
+    wrong = (losses.sum(axis=1) - right) / (losses.shape[1] - 1)
+    return float(((1 - doubt) * right + doubt * wrong).mean())
+
+
+def fit_thresholds(
+    probabilities: NDArray[np.floating], codes: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """For each label, the probability above which F1 on these held-out rows is highest.
+
+    Args:
+        probabilities: (n, n_labels).
+        codes: (n, n_labels), one where an image has the label.
+
+    Returns:
+        (n_labels,); 0.5 for a label that no row has.
+    """
+    return np.array([_threshold(p, c) for p, c in zip(probabilities.T, codes.T, strict=True)])
+
+
+def _threshold(probability: NDArray[np.floating], has: NDArray[Any]) -> float:
+    if not has.any():
+        return 0.5
+    order = np.argsort(-probability, kind="stable")
+    hits = np.cumsum(has[order])
+    f1 = 2 * hits / (np.arange(1, len(has) + 1) + has.sum())
+    best = int(f1.argmax())
+    above = float(probability[order[best]])
+    below = float(probability[order[best + 1]]) if best + 1 < len(has) else 0.0
+    return (above + below) / 2

@@ -1,0 +1,194 @@
+"""The commands on heads: train, evaluate, predict. They import what they need when they run."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from embedder import console
+from embedder.extract import DEFAULT_SHARD_SIZE, RunOptions
+from embedder.store import Store
+
+StorePath = Annotated[str, typer.Argument(help="Folder of the feature store.")]
+ModelPath = Annotated[str, typer.Argument(help="Folder of the model.")]
+Labels = Annotated[
+    str,
+    typer.Option(
+        help="folder (first folder), parent (containing folder), FILE.csv:COLUMN, "
+        "LIST.txt:NUMBER or column:NAME."
+    ),
+]
+Coarse = Annotated[
+    str | None, typer.Option(help="Labels of a coarser level, for a score on both levels.")
+]
+Separator = Annotated[
+    str | None, typer.Option(help="What separates several labels of one image, such as ;")
+]
+
+
+def train(
+    store: StorePath,
+    model: ModelPath,
+    labels: Labels = "folder",
+    head: Annotated[
+        str,
+        typer.Option(help="logistic, svm, ridge, lda, knn, centroid, linear or mlp."),
+    ] = "logistic",
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Share to test on, kfold:K, a folder with train.txt, test.txt (and val.txt), "
+            "FILE.csv:COLUMN or column:NAME."
+        ),
+    ] = "0.2",
+    duplicates: Annotated[
+        str,
+        typer.Option(help="Cosine from which images never stand on both sides, or none."),
+    ] = "auto",
+    class_weight: Annotated[
+        str | None, typer.Option(help="balanced: rare classes count as much as frequent ones.")
+    ] = None,
+    separator: Separator = None,
+    layer: Annotated[str | None, typer.Option(help="Which feature, of several.")] = None,
+    coarse: Coarse = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    source: Annotated[
+        str | None, typer.Option(help="Where the images are, for the report's pictures.")
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Write report.html.")] = True,
+) -> None:
+    """Train a head on STORE, test it on images it has not seen, and write it to MODEL."""
+    with console.exit_status():
+        from embedder import head_report, heads
+        from embedder.neighbours import DEFAULT_THRESHOLD
+
+        options = heads.TrainOptions(
+            split=split,
+            duplicates=_parse_duplicates(duplicates, DEFAULT_THRESHOLD),
+            class_weight=class_weight,
+            separator=separator,
+            column=layer,
+            coarse=coarse,
+            seed=seed,
+        )
+        trained = heads.train(Store(store), labels, head, options)
+        trained.save(model)
+        facts = {"model": model}
+        if report:
+            path = head_report.write_head_report(trained, Path(model), source)
+            facts["report"] = str(path)
+        facts["next"] = f"embedder predict {shlex.quote(model)} SOURCE predictions.parquet"
+        for note in head_report.notes_of(trained):
+            console.out.print(note)
+        console.out.print()
+        console.print_facts(_metric_facts(trained.metrics()) | facts)
+
+
+def evaluate(
+    model: ModelPath,
+    store: StorePath,
+    labels: Labels = "folder",
+    coarse: Coarse = None,
+    include_trained: Annotated[
+        bool, typer.Option("--include-trained", help="Also images it was trained on.")
+    ] = False,
+    json_out: Annotated[
+        str | None, typer.Option("--json", help="Write all metrics to this file.")
+    ] = None,
+) -> None:
+    """Test MODEL on the labelled images of STORE that it was not trained on."""
+    with console.exit_status():
+        import json
+
+        from embedder.judging import evaluate_model
+
+        result = evaluate_model(model, Store(store), labels, coarse, include_trained)
+        if json_out:
+            Path(json_out).write_text(json.dumps(result.metrics, indent=2))
+        for note in result.notes:
+            console.out.print(note)
+        console.print_facts(_metric_facts(result.metrics))
+        worst = sorted(result.metrics["per_class"], key=lambda row: row["f1"])[:5]
+        if worst:
+            console.out.print("\nleast F1:")
+            console.print_facts(
+                {
+                    row["class"]: f"F1 {row['f1']:.3f}, precision {row['precision']:.3f}, "
+                    f"recall {row['recall']:.3f}, {row['num_images']:,} images"
+                    for row in worst
+                }
+            )
+
+
+def predict(
+    model: ModelPath,
+    source: Annotated[str, typer.Argument(help="A store, or images: folder, glob, manifest, URL.")],
+    out: Annotated[str, typer.Argument(help="Parquet file to write, a row for each image.")],
+    top_k: Annotated[int, typer.Option(help="How many of the most probable classes.")] = 5,
+    store: Annotated[
+        str | None, typer.Option(help="Keep the features of the images in this store.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto, openvino or tensorflow.")] = "auto",
+    shard_size: Annotated[int, typer.Option(help="Images in a shard.")] = DEFAULT_SHARD_SIZE,
+    workers: Annotated[int | None, typer.Option(help="Local worker processes.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    max_failures: Annotated[float, typer.Option(help="Share, 0 to 1, that may fail.")] = 0.1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try them again.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Drop images that the source no longer has.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Predict the classes of the images of SOURCE, or of a store's rows, with MODEL."""
+    with console.exit_status(quiet):
+        from embedder import predict as prediction
+
+        options = RunOptions(
+            engine=engine,
+            shard_size=shard_size,
+            workers=workers,
+            scheduler=scheduler,
+            limit=limit,
+            max_failures=max_failures,
+            retry_failed=retry_failed,
+            prune=prune,
+        )
+        with console.progress(quiet) as on_progress:
+            result = prediction.predict(
+                model, source, out, top_k=top_k, options=options, keep=store, watch=on_progress
+            )
+        if quiet:
+            return
+        if result.summary is not None:
+            console.print_summary(result.summary)
+        console.print_facts(
+            {
+                "predicted": f"{result.num_predicted:,} images",
+                "failed": f"{result.num_failed:,} images",
+                "predictions": str(result.path),
+            }
+        )
+
+
+def _metric_facts(metrics: dict[str, Any]) -> dict[str, str]:
+    intervals = metrics["intervals"]["test"]
+    facts = {"tested on": f"{metrics['test']['num_images']:,} images"}
+    for name, (low, high) in intervals.items():
+        facts[name] = console.interval({"value": metrics["test"][name], "low": low, "high": high})
+    return facts
+
+
+def _parse_duplicates(text: str, default: float) -> float | None:
+    if text == "auto":
+        return default
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"must be a cosine, such as {default}, auto or none. Received: {text}",
+            param_hint="--duplicates",
+        ) from None

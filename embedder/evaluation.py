@@ -1,0 +1,154 @@
+"""Evaluation: a model's predictions on labelled rows, and what they are worth."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder.calibration import probabilities_of
+from embedder.labels import Targets
+from embedder.metrics import (
+    Scores,
+    hierarchical_scores,
+    multilabel_scores,
+    per_class,
+    reliability,
+    scores,
+)
+from embedder.model import Model
+
+_BELOW_ALL = 5.0  # logits of a class that the head has never seen are this far below its lowest
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions on rows whose labels are known.
+
+    Attributes:
+        classes: (n_classes,) str, of the labels; the head may know fewer.
+        codes: (n,) or (n, n_classes), as in `labels.Targets`.
+        logits: (n, n_classes).
+        calibrated: (n, n_classes) probabilities.
+        chosen: bool (n, n_classes), the classes given to each image.
+    """
+
+    classes: NDArray[np.str_]
+    codes: NDArray[np.integer]
+    logits: NDArray[np.float32]
+    calibrated: NDArray[np.float64]
+    chosen: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls, model: Model, features: NDArray[np.floating], targets: Targets, which: NDArray[Any]
+    ) -> "Evaluation":
+        """Predict labelled rows.
+
+        Args:
+            model: Trained.
+            features: (n, dim), of the rows `which`.
+            targets: The labels.
+            which: Places among the labelled rows: (n,) integers.
+        """
+        known = np.searchsorted(targets.classes, model.classes)
+        logits = widened(model.logits(features), known, len(targets.classes))
+        calibrated = probabilities_of(logits, model.temperature, model.is_multilabel)
+        if model.thresholds is None:
+            chosen = calibrated.argmax(axis=1)[:, None] == np.arange(len(targets.classes))
+        else:
+            thresholds = np.full(len(targets.classes), 1.0)
+            thresholds[known] = model.thresholds
+            chosen = calibrated > thresholds
+        return cls(targets.classes, targets.codes[which], logits, calibrated, chosen)
+
+    @classmethod
+    def pooled(cls, parts: "list[Evaluation]") -> "Evaluation":
+        """All predictions of several rounds of cross-validation, one after the other."""
+        joined = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("codes", "logits", "calibrated", "chosen")
+        }
+        return cls(parts[0].classes, **joined)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.codes)
+
+    def rows(self, which: NDArray[Any]) -> "Evaluation":
+        """Some of the images: places or booleans."""
+        parts = (self.codes, self.logits, self.calibrated, self.chosen)
+        return Evaluation(self.classes, *(part[which] for part in parts))
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether an image can have several labels."""
+        return self.codes.ndim == 2
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """(n,) the most probable class."""
+        return np.asarray(self.calibrated.argmax(axis=1))
+
+    @property
+    def is_right(self) -> NDArray[np.bool_]:
+        """(n,) whether the prediction, or all of an image's labels, are right."""
+        if self.is_multilabel:
+            return np.asarray((self.codes.astype(bool) == self.chosen).all(axis=1))
+        return np.asarray(self.predicted == self.codes)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Metrics with their 95 % intervals."""
+        if self.is_multilabel:
+            return multilabel_scores(self.codes, self.calibrated, self.chosen)
+        return scores(self.codes, self.calibrated)
+
+    @cached_property
+    def scores_before_calibration(self) -> Scores:
+        """Log-loss and calibration error of the logits as the head gives them."""
+        probabilities = probabilities_of(self.logits, 1.0, self.is_multilabel)
+        if self.is_multilabel:
+            all_scores = multilabel_scores(self.codes, probabilities, probabilities > 0.5)
+        else:
+            all_scores = scores(self.codes, probabilities)
+        return {name: all_scores[name] for name in ("log_loss", "ece")}
+
+    def hierarchical(self, coarse_of: NDArray[np.integer]) -> Scores:
+        """Scores on the tree of coarse and fine classes; see `metrics.hierarchical_scores`."""
+        return hierarchical_scores(self.codes, self.predicted, coarse_of)
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """Precision, recall and F1 of each class."""
+        if not self.is_multilabel:
+            return per_class(self.codes, self.predicted, self.classes)
+        rows = []
+        for column, name in enumerate(self.classes):
+            pair = np.array(["", str(name)])
+            binary = self.codes[:, column].astype(np.int64), self.chosen[:, column].astype(np.int64)
+            rows += [row for row in per_class(*binary, pair) if row["class"] == name]
+        return rows
+
+    def reliability(self) -> dict[str, list[dict[str, float]]]:
+        """Bins of the reliability diagram, before and after calibration."""
+        before = probabilities_of(self.logits, 1.0, self.is_multilabel)
+        bins = {}
+        for name, probabilities in (("before", before), ("after", self.calibrated)):
+            if self.is_multilabel:
+                bins[name] = reliability(probabilities.ravel(), self.codes.astype(bool).ravel())
+            else:
+                is_right = probabilities.argmax(axis=1) == self.codes
+                bins[name] = reliability(probabilities.max(axis=1), is_right)
+        return bins
+
+
+def widened(
+    logits: NDArray[np.float32], known: NDArray[np.integer], num_classes: int
+) -> NDArray[np.float32]:
+    """Logits (n, num_classes), where the head knows only the classes `known`."""
+    if len(known) == num_classes:
+        return logits
+    wide = np.repeat(logits.min(axis=1, keepdims=True) - _BELOW_ALL, num_classes, axis=1)
+    wide[:, known] = logits
+    return wide

@@ -1,0 +1,209 @@
+"""What the report of a trained head says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedder.errors import EmbedderError
+from embedder.evaluation import Evaluation
+from embedder.heads import Head
+from embedder.metrics import confusion_matrix
+from embedder.model import REPORT_FILE
+from embedder.report import MapPoint, Mistake, Report, map_coordinates, thumbnail_of, write_report
+from embedder.sources import list_images, read_bytes
+from embedder.weights import logger
+
+_NUM_MISTAKES = 24
+_NUM_MAP_POINTS = 1500  # t-SNE of more takes longer than the head
+
+
+def write_head_report(head: Head, folder: Path, source: str | None) -> Path:
+    """Write `report.html` of a head into its model's folder.
+
+    Args:
+        head: Trained.
+        folder: Of the model.
+        source: Where the images are, for thumbnails; as the store's last run had it, if None.
+    """
+    path = folder / REPORT_FILE
+    write_report(
+        path, report_of(head), _thumbnails(source or head.model.record["provenance"]["source"])
+    )
+    return path
+
+
+def report_of(head: Head) -> Report:
+    """Everything the report shows, but the pictures."""
+    test, is_multilabel = head.test, head.targets.is_multilabel
+    classes = head.targets.classes.tolist()
+    confusion = np.zeros((0, 0), np.int64)
+    if not is_multilabel:
+        confusion = confusion_matrix(test.codes, test.predicted, len(classes))
+    metrics = dict(test.scores)
+    if head.coarse_of is not None:
+        metrics |= test.hierarchical(head.coarse_of)
+    return Report(
+        title=f"{head.model.head} on {head.model.recipe.backbone}",
+        metrics=metrics,
+        notes=notes_of(head),
+        classes=classes,
+        per_class=test.per_class(),
+        confusion=confusion,
+        reliability=test.reliability(),
+        learning_curve=head.learning_curve,
+        mistakes=_mistakes(head),
+        map_points=_map(head),
+        tables=_tables(head),
+        provenance=_provenance(head),
+    )
+
+
+def notes_of(head: Head) -> list[str]:
+    """What a reader must know to believe the figures, a sentence each."""
+    split, leak, test = head.split, head.leak, head.test
+    provenance = head.model.record["provenance"]
+    notes = [_split_note(head)]
+    if provenance["num_unlabelled"]:
+        notes.append(f"{provenance['num_unlabelled']:,} rows of the store have no label.")
+    if head.options.duplicates is None:
+        notes.append("Near-duplicates were not looked for.")
+    else:
+        notes.append(
+            f"{leak['num_groups']:,} groups of near-duplicates (cosine of at least "
+            f"{head.options.duplicates}) hold {leak['num_images']:,} of the {len(head.ids):,} "
+            f"images, the largest {leak['largest']:,}."
+        )
+    if "naive" in leak:
+        notes.append(
+            f"No group stands on both sides of the split. On a split that takes no such care the "
+            f"accuracy would read {leak['naive']['value']:.3f} in place of "
+            f"{test.scores['accuracy']['value']:.3f}."
+        )
+    if split.is_official and "num_straddling" in leak:
+        text = f"{leak['num_straddling']:,} test images have a near-duplicate in training"
+        if "without_them" in leak:
+            text += f"; without them the accuracy is {leak['without_them']['value']:.3f}"
+        notes.append(f"{text}.")
+    before, after = test.scores_before_calibration, test.scores
+    notes.append(
+        f"Calibration divides logits by {head.model.temperature:.3g}: log-loss "
+        f"{before['log_loss']['value']:.3f} to {after['log_loss']['value']:.3f}, calibration error "
+        f"{before['ece']['value']:.3f} to {after['ece']['value']:.3f}."
+    )
+    unseen = len(head.targets.classes) - len(head.model.classes)
+    if unseen:
+        notes.append(f"{unseen} classes have no training image, and are never predicted.")
+    return notes
+
+
+def _split_note(head: Head) -> str:
+    folds = head.split.folds
+    if len(folds) > 1:
+        return (
+            f"Tested by {len(folds)}-fold cross-validation on all {len(head.ids):,} labelled "
+            f"images; the model is trained on all of them."
+        )
+    train, test = folds[0]
+    held = len(head.split.validation)
+    chosen = (
+        f"{held:,} of them to choose settings and to calibrate"
+        if held
+        else ("settings chosen and calibrated by cross-validation among them")
+    )
+    kind = "the official split" if head.split.is_official else "a random split"
+    return (
+        f"Trained on {len(train):,} images ({chosen}), tested on {len(test):,}, by {kind} "
+        f"({head.split.name})."
+    )
+
+
+def _mistakes(head: Head) -> list[Mistake]:
+    test = head.test
+    if test.is_multilabel:
+        return []
+    confidence = np.where(test.is_right, -1.0, test.calibrated.max(axis=1))
+    worst = np.argsort(-confidence, kind="stable")[: min(_NUM_MISTAKES, (confidence > 0).sum())]
+    ids = head.ids[head.test_rows]
+    return [
+        Mistake(
+            image_id=ids[place],
+            label=str(test.classes[test.codes[place]]),
+            predicted=str(test.classes[test.predicted[place]]),
+            probability=float(confidence[place]),
+        )
+        for place in worst
+    ]
+
+
+def _map(head: Head) -> list[MapPoint]:
+    num_points = min(_NUM_MAP_POINTS, len(head.test_rows))
+    random = np.random.default_rng(head.task.seed)
+    places = np.sort(random.choice(len(head.test_rows), num_points, replace=False))
+    rows = head.test_rows[places]
+    coordinates = map_coordinates(head.task.plain[rows], head.task.seed)
+    labels = head.targets.texts()[rows]
+    predicted = _predicted_texts(head.test)[places]
+    return [
+        MapPoint(head.ids[row], str(label), str(guess), float(x), float(y))
+        for row, label, guess, (x, y) in zip(rows, labels, predicted, coordinates, strict=True)
+    ]
+
+
+def _predicted_texts(test: Evaluation) -> Any:
+    if not test.is_multilabel:
+        return test.classes[test.predicted]
+    return np.array([";".join(test.classes[row]) for row in test.chosen])
+
+
+def _tables(head: Head) -> dict[str, list[dict[str, str]]]:
+    trials = [
+        {
+            "settings": ", ".join(f"{k} {v}" for k, v in trial["settings"].items()) or "none",
+            "held-out log-loss": f"{trial['log_loss']:.3f}",
+            "held-out accuracy": f"{trial['accuracy']:.3f}",
+            "chosen": "yes" if trial["settings"] == head.model.settings else "",
+        }
+        for trial in head.fitted.trials
+    ]
+    return {"How settings were chosen": trials} if len(trials) > 1 else {}
+
+
+def _provenance(head: Head) -> dict[str, str]:
+    record = head.model.record
+    provenance = record["provenance"]
+    return {
+        "store": provenance["store"],
+        "source": str(provenance["source"]),
+        "recipe": head.model.recipe.fingerprint,
+        "backbone": head.model.recipe.backbone,
+        "weights": head.model.recipe.weights,
+        "labels": record["labels"],
+        "head": f"{head.model.head} {head.model.settings or ''}",
+        "seed": str(head.options.seed),
+        "when": provenance["when"],
+        "versions": ", ".join(f"{k} {v}" for k, v in provenance["versions"].items()),
+    }
+
+
+def _thumbnails(source: str | None) -> Callable[[str, int], bytes | None]:
+    """Pictures of images by id; None for all where the source is no longer there."""
+    try:
+        refs = list_images(source).refs if source else None
+    except EmbedderError as error:
+        logger.warning("The report has no pictures: %s. Name the images with --source", error)
+        refs = None
+    paths = (
+        {} if refs is None else dict(zip(refs["image_id"].to_pylist(), refs["path"], strict=True))
+    )
+
+    def thumbnail(image_id: str, side: int) -> bytes | None:
+        if image_id not in paths:
+            return None
+        try:
+            return thumbnail_of(read_bytes(paths[image_id].as_py()), side)
+        except EmbedderError:
+            return None
+
+    return thumbnail

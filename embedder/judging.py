@@ -1,0 +1,169 @@
+"""Judging: heads on rows they were not trained on, and what `metrics.json` says of them."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from embedder.classifiers import make_estimator
+from embedder.errors import RecipeError
+from embedder.evaluation import Evaluation
+from embedder.fitting import Fitted, Task, fit, fit_head, known_classes
+from embedder.labels import Targets, read_labels, read_targets
+from embedder.model import Model
+from embedder.splits import CROSS_VALIDATED, TRAIN, VALIDATION, Split
+from embedder.store import Store
+
+PREDICTIONS_FILE = "predictions.parquet"
+
+
+def judge(
+    task: Task, targets: Targets, split: Split, model: Model, fitted: Fitted | None
+) -> tuple[NDArray[np.int64], Evaluation]:
+    """Test rows and their predictions.
+
+    With one round and no `fitted`, by the model itself. With several, or on another split than
+    the model's, a head is fitted for each round: with its own choice of settings, or with those
+    of `fitted`.
+    """
+    evaluations, tested = [], []
+    for train_rows, test_rows in split.folds:
+        if fitted is not None:
+            judged = refit(task, model, targets, train_rows)
+        elif len(split.folds) == 1:
+            judged = model
+        else:
+            own = fit_head(task, train_rows, np.zeros(0, np.int64))
+            judged = replace(
+                model,
+                estimator=own.estimator,
+                temperature=own.temperature,
+                thresholds=own.thresholds,
+                classes=targets.classes[own.known],
+            )
+        tested.append(test_rows)
+        evaluations.append(Evaluation.of(judged, task.plain[test_rows], targets, test_rows))
+    return np.concatenate(tested), Evaluation.pooled(evaluations)
+
+
+def refit(task: Task, model: Model, targets: Targets, rows: NDArray[np.int64]) -> Model:
+    """The model with its settings, trained on other rows."""
+    estimator = make_estimator(
+        task.head, model.settings, task.class_weight, task.seed, task.is_multilabel
+    )
+    estimator = fit(task, estimator, rows)
+    return replace(model, estimator=estimator, classes=targets.classes[known_classes(task, rows)])
+
+
+def metrics_of(test: Evaluation, coarse_of: NDArray[np.int64] | None) -> dict[str, Any]:
+    """The part of `metrics.json` that says how good predictions are: `test`, and its intervals."""
+    found = dict(test.scores)
+    if coarse_of is not None:
+        found |= test.hierarchical(coarse_of)
+    before = test.scores_before_calibration
+    return {
+        "test": {"num_images": len(test), **{n: score["value"] for n, score in found.items()}},
+        "intervals": {
+            "test": {name: [score["low"], score["high"]] for name, score in found.items()}
+        },
+        "before_calibration": {name: score["value"] for name, score in before.items()},
+        "per_class": test.per_class(),
+    }
+
+
+def coarse_classes(
+    store: Store, coarse: str, targets: Targets, ids: NDArray[np.object_]
+) -> NDArray[np.int64]:
+    """The coarse class of each class, as a number.
+
+    Raises:
+        RecipeError: Images of one class are of several coarse classes, or of none.
+    """
+    if targets.is_multilabel:
+        raise RecipeError("Coarse labels need images of one label each")
+    by_id = read_labels(store, coarse)
+    names: dict[int, str] = {}
+    for image_id, code in zip(ids, targets.codes, strict=True):
+        name = by_id.get(image_id)
+        if name is None or names.setdefault(int(code), name) != name:
+            raise RecipeError(
+                f"Every image of a class must be of the same coarse class. Received: {image_id} of "
+                f"the class {targets.classes[code]}, which is of {name}"
+                + (f", others of {names[int(code)]}" if name is not None else "")
+            )
+    return np.unique([names[c] for c in range(len(targets.classes))], return_inverse=True)[1]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model on the labelled rows of a store.
+
+    Attributes:
+        metrics: As in `metrics.json`.
+        notes: Which rows were left out, and why, a sentence each.
+    """
+
+    metrics: dict[str, Any]
+    notes: list[str]
+
+
+def evaluate_model(
+    model_path: str | os.PathLike[str],
+    store: Store,
+    labels: str,
+    coarse: str | None = None,
+    include_trained: bool = False,
+) -> Judged:
+    """Test a model on the labelled images of a store.
+
+    Images whose bytes it was trained on are left out, unless they are asked for. Labels that the
+    model does not know count as errors.
+
+    Args:
+        model_path: Folder of the model.
+        store: Features of the model's recipe.
+        labels: As in `labels.read_targets`.
+        coarse: Labels of a coarser level, spelled alike.
+        include_trained: Whether images it was trained on count too.
+
+    Raises:
+        ModelError: There is no such model.
+        RecipeMismatch: The features are of another recipe.
+        RecipeError: The request makes no sense, or nothing is left to test on.
+    """
+    model = Model.load(model_path)
+    model.check_recipe(store.recipe, f"the store {store.path}")
+    separator = model.record["options"]["separator"]
+    targets = read_targets(store, labels, separator, model.classes)
+    which, notes = np.arange(len(targets.rows)), []
+    if targets.num_unlabelled:
+        notes.append(f"{targets.num_unlabelled:,} rows have no label.")
+    if not include_trained:
+        trained = _trained_on(Path(model_path))
+        checksums = store.sha256()[targets.rows]
+        which = np.array([row for row in which if checksums[row] not in trained], np.int64)
+        if left_out := len(targets.rows) - len(which):
+            notes.append(f"{left_out:,} images were trained on, and are left out.")
+    if not len(which):
+        raise RecipeError(
+            f"There must be labelled images that the model was not trained on. Received: "
+            f"{store.path}, of which all {len(targets.rows):,} labelled images were; "
+            f"--include-trained tests on them all the same"
+        )
+    if unknown := sorted(set(targets.classes) - set(model.classes)):
+        notes.append(f"The model does not know {len(unknown)} of the classes: {unknown[:5]}.")
+    ids = store.ids()[targets.rows]
+    coarse_of = None if coarse is None else coarse_classes(store, coarse, targets, ids)
+    features = store.vectors(model.column)[targets.rows[which]].astype(np.float32)
+    return Judged(metrics_of(Evaluation.of(model, features, targets, which), coarse_of), notes)
+
+
+def _trained_on(model_path: Path) -> set[str]:
+    """Checksums of the images that a model has seen."""
+    table = pq.read_table(model_path / PREDICTIONS_FILE, columns=["sha256", "part"])
+    rows = zip(table["sha256"].to_pylist(), table["part"].to_pylist(), strict=True)
+    return {sha256 for sha256, part in rows if part in (TRAIN, VALIDATION, CROSS_VALIDATED)}

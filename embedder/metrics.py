@@ -1,0 +1,248 @@
+"""Metrics: how good predictions are, each with an interval over images."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score
+
+NUM_RESAMPLES = 1000
+_NUM_SLOW = 200  # resamples at a time of what is not a sum over images
+NUM_BINS = 15  # of the calibration error, as in Guo et al. (arXiv 1706.04599)
+_WEIGHTS_AT_ONCE = 20_000_000  # of resamples: 160 MB
+_SEED = 0
+_SMALLEST = 1e-15  # a probability of 0 has no logarithm
+
+Scores = dict[str, dict[str, float]]
+# A metric takes how often each image was drawn, (n_resamples, n_images), to (n_resamples,).
+_Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def scores(codes: NDArray[np.integer], probabilities: NDArray[np.floating]) -> Scores:
+    """Score predictions of one label an image.
+
+    Args:
+        codes: int (n_images,), the true classes, as columns of `probabilities`.
+        probabilities: (n_images, n_classes); rows sum to 1.
+
+    Returns:
+        For `accuracy`, `balanced_accuracy` and `macro_f1` (means over the classes that the images
+        hold), `top_5` (where there are more than 5 classes), `log_loss` (nats) and `ece` (expected
+        calibration error of the predicted class, 15 bins of equal width, arXiv 1706.04599):
+        `value`, and `low` and `high`, the bounds of the 95 % bootstrap interval over images.
+    """
+    num_classes = probabilities.shape[1]
+    predicted = probabilities.argmax(axis=1)
+    own = probabilities[np.arange(len(codes)), codes]
+    metrics: dict[str, _Metric] = {
+        "accuracy": _mean(predicted == codes),
+        **_by_class(codes, predicted, num_classes),
+        "log_loss": _mean(-np.log(np.clip(own, _SMALLEST, 1.0))),
+        "ece": _calibration_error(probabilities.max(axis=1), predicted == codes),
+    }
+    if num_classes > 5:
+        rank = (probabilities > own[:, None]).sum(axis=1)
+        metrics["top_5"] = _mean(rank < 5)
+    return with_intervals(metrics, len(codes))
+
+
+def multilabel_scores(
+    codes: NDArray[np.integer], probabilities: NDArray[np.floating], chosen: NDArray[np.bool_]
+) -> Scores:
+    """Score predictions of several labels an image.
+
+    Args:
+        codes: (n_images, n_classes), one where an image has the label.
+        probabilities: (n_images, n_classes), of each label for itself.
+        chosen: bool (n_images, n_classes), the labels above their thresholds.
+
+    Returns:
+        As `scores`, of `accuracy` (all of an image's labels right), `macro_f1` and `micro_f1`,
+        `mean_average_precision` (over labels that occur), `log_loss` and `ece` (over all pairs).
+    """
+    truth = codes.astype(bool)
+    clipped = np.clip(probabilities, _SMALLEST, 1 - _SMALLEST)
+    loss = -np.where(truth, np.log(clipped), np.log1p(-clipped)).mean(axis=1)
+    hits, wanted, made = (truth & chosen), truth, chosen
+
+    def macro_f1(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        total = weights @ wanted.astype(float) + weights @ made.astype(float)
+        f1 = 2 * (weights @ hits.astype(float)) / np.maximum(total, 1)
+        return _masked_mean(f1, weights @ wanted.astype(float) > 0)
+
+    def micro_f1(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        total = weights @ (wanted.sum(axis=1) + made.sum(axis=1))
+        return np.asarray(2 * (weights @ hits.sum(axis=1)) / np.maximum(total, 1))
+
+    def precision(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        rows = (np.repeat(np.arange(len(w)), w.astype(int)) for w in weights[:_NUM_SLOW])
+        return np.array([_average_precision(truth[r], probabilities[r]) for r in rows])
+
+    metrics: dict[str, _Metric] = {
+        "accuracy": _mean((truth == chosen).all(axis=1)),
+        "macro_f1": macro_f1,
+        "micro_f1": micro_f1,
+        "mean_average_precision": precision,
+        "log_loss": _mean(loss),
+        "ece": _mean_of_columns(
+            [_calibration_error(p, t) for p, t in zip(probabilities.T, truth.T, strict=True)]
+        ),
+    }
+    return with_intervals(metrics, len(codes))
+
+
+def with_intervals(metrics: dict[str, _Metric], num_images: int) -> Scores:
+    """Value and 95 % bootstrap interval of each metric, over the same resamples of the images."""
+    values = {name: float(metric(np.ones((1, num_images)))[0]) for name, metric in metrics.items()}
+    drawn: dict[str, list[NDArray[np.float64]]] = {name: [] for name in metrics}
+    for weights in resamples(num_images):
+        for name, metric in metrics.items():
+            drawn[name].append(metric(weights))
+    result = {}
+    for name, several in drawn.items():
+        low, high = np.quantile(np.concatenate(several), [0.025, 0.975])
+        result[name] = {"value": values[name], "low": float(low), "high": float(high)}
+    return result
+
+
+def resamples(num_images: int) -> Iterator[NDArray[np.float64]]:
+    """How often each image is drawn: (k, num_images) at a time, `NUM_RESAMPLES` in all."""
+    random = np.random.default_rng(_SEED)
+    step = max(1, min(NUM_RESAMPLES, _WEIGHTS_AT_ONCE // num_images))
+    for start in range(0, NUM_RESAMPLES, step):
+        size = min(step, NUM_RESAMPLES - start)
+        yield np.stack(
+            [
+                np.bincount(random.integers(0, num_images, num_images), minlength=num_images)
+                for _ in range(size)
+            ]
+        ).astype(np.float64)
+
+
+def paired_difference(ours: NDArray[Any], theirs: NDArray[Any]) -> dict[str, float]:
+    """Mean of `ours - theirs` over the same images, and its 95 % bootstrap interval.
+
+    Args:
+        ours: (n_images,) numbers or booleans, such as whether a prediction is right.
+        theirs: (n_images,), of the same images in the same order.
+    """
+    difference = ours.astype(np.float64) - theirs.astype(np.float64)
+    return with_intervals({"difference": _mean(difference)}, len(difference))["difference"]
+
+
+def per_class(
+    codes: NDArray[np.integer], predicted: NDArray[np.integer], classes: NDArray[np.str_]
+) -> list[dict[str, Any]]:
+    """Precision, recall, F1 (each 0 to 1) and number of images of each class that occurs."""
+    confusion = confusion_matrix(codes, predicted, len(classes))
+    hits, wanted, made = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    return [
+        {
+            "class": str(name),
+            "precision": float(hit / max(num_made, 1)),
+            "recall": float(hit / max(num_wanted, 1)),
+            "f1": float(2 * hit / max(num_wanted + num_made, 1)),
+            "num_images": int(num_wanted),
+        }
+        for name, hit, num_wanted, num_made in zip(classes, hits, wanted, made, strict=True)
+        if num_wanted or num_made
+    ]
+
+
+def confusion_matrix(
+    codes: NDArray[np.integer], predicted: NDArray[np.integer], num_classes: int
+) -> NDArray[np.int64]:
+    """Number of images by true class (rows) and predicted class (columns)."""
+    pairs = codes.astype(np.int64) * num_classes + predicted
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def reliability(
+    confidence: NDArray[np.floating], is_right: NDArray[np.bool_]
+) -> list[dict[str, float]]:
+    """Bins of the reliability diagram: mean confidence, accuracy and number of images of each."""
+    bins = _bins(confidence)
+    return [
+        {
+            "confidence": float(confidence[bins == number].mean()),
+            "accuracy": float(is_right[bins == number].mean()),
+            "num_images": int((bins == number).sum()),
+        }
+        for number in np.unique(bins)
+    ]
+
+
+def hierarchical_scores(
+    codes: NDArray[np.integer], predicted: NDArray[np.integer], coarse_of: NDArray[np.integer]
+) -> Scores:
+    """Score predictions on a tree of two levels.
+
+    Args:
+        codes: (n_images,), the true fine classes.
+        predicted: (n_images,), the predicted fine classes.
+        coarse_of: (n_classes,), the coarse class of each fine one.
+
+    Returns:
+        As `scores`: `coarse_accuracy`, the predicted class has the true one's coarse class; and
+        `hierarchical_f1`, the share of an image's classes on the path from the root that the
+        prediction shares, 1 if the fine class is right and 0.5 if only the coarse one is
+        (arXiv 1306.6802).
+    """
+    is_coarse_right = coarse_of[codes] == coarse_of[predicted]
+    overlap = (is_coarse_right.astype(float) + (codes == predicted)) / 2
+    metrics = {"coarse_accuracy": _mean(is_coarse_right), "hierarchical_f1": _mean(overlap)}
+    return with_intervals(metrics, len(codes))
+
+
+def _mean(values: NDArray[Any]) -> _Metric:
+    numbers = values.astype(np.float64)
+    return lambda weights: weights @ numbers / len(numbers)
+
+
+def _mean_of_columns(metrics: list[_Metric]) -> _Metric:
+    return lambda weights: np.mean([metric(weights) for metric in metrics], axis=0)
+
+
+def _by_class(
+    codes: NDArray[np.integer], predicted: NDArray[np.integer], num_classes: int
+) -> dict[str, _Metric]:
+    """Metrics that average over classes; a resample can lack a class, which is then left out."""
+    is_class = np.eye(num_classes)[codes]
+    is_hit = is_class * (codes == predicted)[:, None]
+    is_made = np.eye(num_classes)[predicted]
+
+    def balanced_accuracy(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        wanted = weights @ is_class
+        return _masked_mean(weights @ is_hit / np.maximum(wanted, 1), wanted > 0)
+
+    def macro_f1(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        wanted = weights @ is_class
+        f1 = 2 * (weights @ is_hit) / np.maximum(wanted + weights @ is_made, 1)
+        return _masked_mean(f1, wanted > 0)
+
+    return {"balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
+
+
+def _masked_mean(values: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> NDArray[np.float64]:
+    total = (values * is_counted).sum(axis=1)
+    return np.asarray(total / np.maximum(is_counted.sum(axis=1), 1))
+
+
+def _bins(confidence: NDArray[np.floating]) -> NDArray[np.int64]:
+    return np.minimum((confidence * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+
+
+def _calibration_error(confidence: NDArray[np.floating], is_right: NDArray[np.bool_]) -> _Metric:
+    in_bin = np.eye(NUM_BINS)[_bins(confidence)]
+    gap = in_bin * (confidence - is_right)[:, None]
+    return lambda weights: np.abs(weights @ gap).sum(axis=1) / len(confidence)
+
+
+def _average_precision(truth: NDArray[np.bool_], probabilities: NDArray[np.floating]) -> float:
+    occurs = truth.any(axis=0)
+    if not occurs.any():
+        return 0.0
+    return float(
+        average_precision_score(truth[:, occurs], probabilities[:, occurs], average="macro")
+    )

@@ -1,0 +1,212 @@
+"""A model: a trained head, with the recipe of the features it wants; saved without pickle."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import skops.io
+from numpy.typing import NDArray
+
+from embedder.calibration import probabilities_of
+from embedder.errors import ModelError, RecipeMismatch
+from embedder.keras_head import KerasHead
+from embedder.recipe import Recipe
+
+MODEL_FILE = "model.json"
+METRICS_FILE = "metrics.json"
+REPORT_FILE = "report.html"
+_FORMAT = 1
+_LEAST_PROBABILITY = 1e-4  # of a class that none of the nearest neighbours has
+# What a head may hold besides what skops trusts of scikit-learn and NumPy: our own estimators.
+TRUSTED_TYPES = ("embedder.centroid.CentroidHead", "embedder.ridge.RidgeHead")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A head that turns features of one recipe into calibrated probabilities.
+
+    Attributes:
+        estimator: Fitted: a scikit-learn estimator, or a `KerasHead`.
+        recipe: What its features are made with.
+        column: Which feature, where a store has several.
+        classes: (n_classes,) str, in the order of the probabilities.
+        temperature: What logits are divided by; see `calibration.fit_temperature`.
+        thresholds: With several labels an image, (n_classes,) the probability above which each
+            label is given; None where each image has one.
+        head: Its kind, as in `classifiers.HEADS`.
+        settings: What was chosen for it.
+        head_sha256: Of the head's file; empty before it is saved.
+        record: Where it comes from: labels, split, seed, versions; JSON values.
+    """
+
+    estimator: Any
+    recipe: Recipe
+    column: str
+    classes: NDArray[np.str_]
+    temperature: float
+    thresholds: NDArray[np.float64] | None
+    head: str
+    settings: dict[str, Any]
+    head_sha256: str = ""
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether an image can have several labels."""
+        return self.thresholds is not None
+
+    def logits(self, features: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Logits (n, n_classes), not yet calibrated, of features (n, dim)."""
+        return logits_of(self.estimator, features)
+
+    def logits_of_columns(self, vectors: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """As `logits`, of a recipe's vectors by column, in any stored data type."""
+        return self.logits(vectors[self.column].astype(np.float32))
+
+    def logits_recipe(self, folder: str | os.PathLike[str]) -> Recipe:
+        """The recipe of this model's logits, made from pixels; `folder` is where it was loaded."""
+        head = {"head": self.head_sha256, "head_source": str(Path(folder).absolute()), "views": 1}
+        return self.recipe.model_copy(update=head)
+
+    def probabilities(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Calibrated probabilities (n, n_classes) of features (n, dim)."""
+        return self.calibrated(self.logits(features))
+
+    def calibrated(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Probabilities (n, n_classes) of `logits`."""
+        return probabilities_of(logits, self.temperature, self.is_multilabel)
+
+    def chosen(self, probabilities: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Which classes are given to each image: bool (n, n_classes)."""
+        if self.thresholds is not None:
+            return np.asarray(probabilities > self.thresholds)
+        return np.asarray(probabilities.argmax(axis=1)[:, None] == np.arange(len(self.classes)))
+
+    def check_recipe(self, recipe: Recipe, where: str) -> None:
+        """Refuse features that were made otherwise than those it was trained on.
+
+        Raises:
+            RecipeMismatch: Their recipes differ in what decides a vector.
+        """
+        differences = [
+            line
+            for line in self.recipe.differences(recipe)
+            if line.split(":")[0] not in ("views", "layers")
+        ]
+        if self.column not in recipe.columns:
+            differences.append(f"feature: {self.column}, not {', '.join(recipe.columns)}")
+        if differences:
+            raise RecipeMismatch(
+                f"The model was trained on features of another recipe than {where}. The model has "
+                f"{'; '.join(differences)}. Extract the images with the model's recipe, or train "
+                f"another model"
+            )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `model.json` and the head, `head.skops` or `head.keras`, into a folder.
+
+        Raises:
+            ModelError: The folder cannot be written.
+        """
+        path = Path(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            head: dict[str, Any] = {"kind": self.head, "settings": self.settings}
+            if isinstance(self.estimator, KerasHead):
+                file = path / "head.keras"
+                self.estimator.save(file)
+                head["keras"] = self.estimator.to_json()
+            else:
+                file = path / "head.skops"
+                skops.io.dump(self.estimator, file)
+            head |= {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+            content = {
+                "format": _FORMAT,
+                "recipe": self.recipe.model_dump(mode="json"),
+                "fingerprint": self.recipe.fingerprint,
+                "weights_source": self.recipe.weights_source,
+                "column": self.column,
+                "head": head,
+                "classes": self.classes.tolist(),
+                "temperature": self.temperature,
+                "thresholds": None if self.thresholds is None else self.thresholds.tolist(),
+                **self.record,
+            }
+            (path / MODEL_FILE).write_text(json.dumps(content, indent=2))
+        except OSError as error:
+            raise ModelError(f"The model {path} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Model":
+        """Open a model that `save` wrote; no code in its files is run.
+
+        Raises:
+            ModelError: There is none, its files do not fit together, or its head holds types that
+                are not trusted.
+        """
+        path = Path(folder)
+        try:
+            content = json.loads((path / MODEL_FILE).read_bytes())
+            if content["format"] != _FORMAT:
+                raise ModelError(
+                    f"A model must be of format {_FORMAT}. Received: {path}, of format "
+                    f"{content['format']}"
+                )
+            head, thresholds = content.pop("head"), content.pop("thresholds")
+            recipe = Recipe(**content.pop("recipe"), weights_source=content.pop("weights_source"))
+            return cls(
+                estimator=_load_head(path, head),
+                recipe=recipe,
+                column=content.pop("column"),
+                classes=np.array(content.pop("classes"), dtype=np.str_),
+                temperature=content.pop("temperature"),
+                thresholds=None if thresholds is None else np.array(thresholds),
+                head=head["kind"],
+                settings=head["settings"],
+                head_sha256=head["sha256"],
+                record={k: v for k, v in content.items() if k not in ("format", "fingerprint")},
+            )
+        except FileNotFoundError as error:
+            raise ModelError(
+                f"{path} is not a model: it has no {Path(error.filename).name}"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"The model {path} cannot be read: {error!r}") from error
+
+
+def _load_head(folder: Path, head: dict[str, Any]) -> Any:
+    if head["file"] not in ("head.skops", "head.keras"):
+        raise ModelError(f"A head must be head.skops or head.keras. Received: {head['file']}")
+    file = folder / head["file"]
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != head["sha256"]:
+        raise ModelError(f"{file} is not the head that {MODEL_FILE} names: its sha256 is another")
+    if file.suffix == ".keras":
+        return KerasHead.load(file, head["keras"])
+    untrusted = set(skops.io.get_untrusted_types(data=content)) - set(TRUSTED_TYPES)
+    if untrusted:
+        raise ModelError(
+            f"A head may hold types of scikit-learn and NumPy, and {', '.join(TRUSTED_TYPES)}. "
+            f"Received: {file} with {', '.join(sorted(untrusted))}"
+        )
+    return skops.io.loads(content, trusted=list(TRUSTED_TYPES))
+
+
+def logits_of(estimator: Any, features: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Logits (n, n_classes) of any fitted classifier, two classes too.
+
+    Its `decision_function`; of one that has only probabilities, such as k nearest neighbours,
+    their logarithm.
+    """
+    if not hasattr(estimator, "decision_function"):
+        probabilities = estimator.predict_proba(features)
+        clipped = np.maximum(probabilities, _LEAST_PROBABILITY)
+        return np.asarray(np.log(clipped), dtype=np.float32)
+    logits: NDArray[np.float32] = np.asarray(estimator.decision_function(features), np.float32)
+    if logits.ndim == 1:  # scikit-learn's way with two classes: the second one's
+        return np.stack([np.zeros_like(logits), logits], axis=1)
+    return logits

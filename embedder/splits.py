@@ -1,0 +1,146 @@
+"""Splits: which labelled rows a head is trained on, chosen by, and judged by."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedGroupKFold
+
+from embedder.errors import RecipeError, SourceError
+from embedder.labels import read_fields, read_labels
+from embedder.store import Store
+
+# What a row is for; those of cross-validation are tested on in one round, and trained on at last.
+TRAIN, VALIDATION, TEST, UNUSED = "train", "validation", "test", ""
+CROSS_VALIDATED = "cross-validated"
+_NAMES = {"train": TRAIN, "training": TRAIN, "val": VALIDATION, "validation": VALIDATION}
+_NAMES |= {"valid": VALIDATION, "dev": VALIDATION, "test": TEST, "testing": TEST}
+_RULE = (
+    "`split` must be a share between 0 and 1, kfold:K, a folder with train.txt and test.txt (and "
+    "val.txt), FILE.csv:COLUMN or column:NAME."
+)
+
+Codes = NDArray[np.integer]
+Groups = NDArray[np.integer]
+Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What each of n labelled rows is for.
+
+    Attributes:
+        name: As asked for: `0.2`, `kfold:5`, or where the official lists are.
+        folds: (rows to train on, rows to test on) for each round: one, or K with `kfold:K`. Places
+            among the labelled rows.
+        validation: Rows of the one round's training that choose the settings and calibrate; empty
+            where cross-validation within the training rows does so.
+        is_official: Whether somebody else decided it: then rows stay where they are, though
+            near-duplicates may stand on both sides.
+    """
+
+    name: str
+    folds: Folds
+    validation: NDArray[np.int64]
+    is_official: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the split uses."""
+        return len(np.unique(np.concatenate([rows for fold in self.folds for rows in fold])))
+
+
+def make_split(
+    spec: str, store: Store, ids: NDArray[np.object_], codes: Codes, groups: Groups, seed: int
+) -> Split:
+    """Divide labelled rows into those to train on and those to test on.
+
+    Args:
+        spec: A share to test on, such as `0.2`; `kfold:K`, every row tested on once; or an official
+            split: a folder with the lists train.txt, test.txt and perhaps val.txt, of which the
+            first field of each line is the path, `FILE.csv:COLUMN` or `column:NAME` with train,
+            val or test for each image.
+        store: Where the columns are.
+        ids: (n,) image ids of the labelled rows.
+        codes: (n,) or (n, n_classes), as in `labels.Targets`.
+        groups: int (n,): rows of one group are never divided, but by an official split.
+        seed: Of the shuffling.
+
+    Raises:
+        RecipeError: The split makes no sense, or leaves nothing to train or to test on.
+        SourceError: A list cannot be read.
+    """
+    if spec.startswith("kfold:") and spec[6:].isdecimal() and int(spec[6:]) > 1:
+        folds = grouped_folds(codes, groups, int(spec[6:]), seed)
+        return Split(spec, folds, np.zeros(0, np.int64))
+    try:
+        share = float(spec)
+    except ValueError:
+        return _official(spec, store, ids)
+    if not 0 < share <= 0.5:
+        raise RecipeError(
+            f"The share to test on must be above 0 and at most 0.5. Received: split={spec}"
+        )
+    folds = grouped_folds(codes, groups, max(2, round(1 / share)), seed)[:1]
+    return Split(spec, folds, np.zeros(0, np.int64))
+
+
+def grouped_folds(codes: Codes, groups: Groups, num_folds: int, seed: int) -> Folds:
+    """Stratified folds that no group straddles: (train, test) rows of each, sorted.
+
+    Raises:
+        RecipeError: There are fewer groups than folds.
+    """
+    num_groups = len(np.unique(groups))
+    if num_groups < num_folds:
+        raise RecipeError(
+            f"Labelled images must be of at least {num_folds} groups of near-duplicates, one for "
+            f"each fold. Received: {len(groups)} images in {num_groups} group(s)"
+        )
+    strata = codes if codes.ndim == 1 else np.unique(codes, axis=0, return_inverse=True)[1]
+    folder = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    # It warns of classes with fewer rows than folds; those are then missing in some folds.
+    counts = np.bincount(strata)
+    rare = np.isin(strata, np.flatnonzero(counts < num_folds))
+    strata = np.where(rare, -1, strata)
+    if 0 < rare.sum() < num_folds:
+        strata[rare] = strata[~rare][0] if (~rare).any() else 0
+    return [(np.sort(train), np.sort(test)) for train, test in folder.split(codes, strata, groups)]
+
+
+def _official(spec: str, store: Store, ids: NDArray[np.object_]) -> Split:
+    by_id = _parts(spec, store)
+    unknown = sorted({part for part in by_id.values() if part.lower() not in _NAMES})
+    if unknown:
+        raise RecipeError(
+            f"A split must say train, val or test of each image. Received: {', '.join(unknown[:5])}"
+        )
+    parts = np.array([_NAMES[by_id[i].lower()] if i in by_id else UNUSED for i in ids])
+    train = np.flatnonzero(np.isin(parts, [TRAIN, VALIDATION]))
+    test = np.flatnonzero(parts == TEST)
+    if not (parts == TRAIN).any() or not len(test):
+        raise RecipeError(
+            f"A split must name labelled images of the store both to train and to test on. "
+            f"Received: {spec}, which names {(parts == TRAIN).sum()} to train on and {len(test)} "
+            f"to test on, of {len(ids)} labelled images"
+        )
+    return Split(spec, [(train, test)], np.flatnonzero(parts == VALIDATION), is_official=True)
+
+
+def _parts(spec: str, store: Store) -> dict[str, str]:
+    folder = Path(spec)
+    if folder.is_dir():
+        parts: dict[str, str] = {}
+        lists = [path for path in sorted(folder.glob("*.txt")) if path.stem.lower() in _NAMES]
+        for path in lists:
+            for fields in read_fields(path):
+                if parts.setdefault(fields[0], path.stem) != path.stem:
+                    raise SourceError(
+                        f"An image must be in one list of a split. Received: {fields[0]} in "
+                        f"{parts[fields[0]]}.txt and {path.name}"
+                    )
+        return parts
+    if spec.startswith("column:") or ".csv:" in spec:
+        return read_labels(store, spec)
+    raise RecipeError(f"{_RULE} Received: split={spec!r}")

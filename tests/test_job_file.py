@@ -1,0 +1,110 @@
+"""Job files say what would be typed, and are refused before anything is started."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from embedder.cli import app
+from embedder.errors import JobError
+from embedder.job_file import read_job
+from embedder.store import Store
+
+JOB = """
+[variables]
+photos = "photos"
+out = "run"
+
+[[steps]]
+command = "extract"
+arguments = ["{photos}", "{out}/features"]
+image-size = "64x96"
+quiet = true
+prune = false
+
+[[steps]]
+command = "extract"
+arguments = ["{photos}", "{out}/several"]
+backbone = ["mobilenet", "vgg16"]
+weights = ["random:1", "random:2"]
+limit = 3
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "job.toml").write_text(text)
+    return tmp_path / "job.toml"
+
+
+def test_a_step_is_what_would_be_typed(tmp_path: Path) -> None:
+    first, second = read_job(write(tmp_path, JOB), {"out": "elsewhere {x}"})
+    features = "elsewhere {x}/features"
+    assert first == ["extract", "photos", features, "--image-size", "64x96", "--quiet"]
+    options = (
+        "--backbone mobilenet --backbone vgg16 --weights random:1 --weights random:2 --limit 3"
+    )
+    assert second == ["extract", "photos", "elsewhere {x}/several", *options.split()]
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("steps = 3", r"must have \[\[steps\]\]"),
+        ("", r"must have \[\[steps\]\].*with nothing"),
+        (JOB + "\n[stepz]\na = 1", "and nothing else.*stepz"),
+        ("[[steps]]\nsource = 3", "must name its `command`"),
+        ('[[steps]]\ncommand = "extract"\narguments = "x"', "must be a list. Received: 'x'"),
+        ('[[steps]]\ncommand = "extract"\narguments = ["{where}"]', "one of its variables: none"),
+        ("[[steps]", "cannot be read: "),
+    ],
+)
+def test_what_is_no_job_is_refused(tmp_path: Path, text: str, rule: str) -> None:
+    with pytest.raises(JobError, match=rule):
+        read_job(write(tmp_path, text), {})
+
+
+def test_a_variable_that_the_job_has_not_cannot_be_set(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="a variable of the job: photos, out. Received: phtos"):
+        read_job(write(tmp_path, JOB), {"phtos": "x"})
+
+
+def test_a_job_runs_its_steps(archive: Path, tmp_path: Path) -> None:
+    text = JOB.split("[[steps]]\ncommand", 2)
+    job = write(tmp_path, f"{text[0]}[[steps]]\ncommand{text[1]}")
+    out = tmp_path / "run"
+    done = CliRunner().invoke(
+        app, ["run", str(job), "--set", f"photos={archive}", "--set", f"out={out}"]
+    )
+    assert done.exit_code == 0, done.output
+    assert len(Store(out / "features")) == 20
+    assert f"$ embedder extract {archive}" in done.output
+
+
+@pytest.mark.parametrize(
+    ("step", "rule"),
+    [
+        ('command = "extrac"', "must be one of embedder's, but run. Received: extrac"),
+        ('command = "run"\narguments = ["job.toml"]', "but run. Received: run"),
+        ('command = "verify"\narguments = ["x"]\naudits = 3', "No such option: --audits"),
+        ('command = "verify"\nhelp = true', "it runs nothing"),
+        ('command = "verify"', "Missing argument"),
+    ],
+)
+def test_a_bad_step_is_refused_before_the_first_is_started(
+    archive: Path, tmp_path: Path, step: str, rule: str
+) -> None:
+    good = f'[[steps]]\ncommand = "extract"\narguments = ["{archive}", "{tmp_path}/features"]\n'
+    job = write(tmp_path, f"{good}\n[[steps]]\n{step}\n")
+    done = CliRunner().invoke(app, ["run", str(job)])
+    assert done.exit_code == 2
+    assert rule in done.output
+    assert not (tmp_path / "features").exists()
+
+
+def test_a_step_that_fails_ends_the_job_with_its_status(archive: Path, tmp_path: Path) -> None:
+    bad = f'[[steps]]\ncommand = "verify"\narguments = ["{tmp_path}/nothing"]\n'
+    good = f'[[steps]]\ncommand = "extract"\narguments = ["{archive}", "{tmp_path}/features"]\n'
+    done = CliRunner().invoke(app, ["run", str(write(tmp_path, f"{bad}\n{good}"))])
+    assert done.exit_code == 2
+    assert "is not a feature store" in done.output
+    assert not (tmp_path / "features").exists()

@@ -1,0 +1,129 @@
+"""Prediction: on images as on their features, with every image a row."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_archive
+
+import embedder
+from embedder.errors import RecipeError, RecipeMismatch
+from embedder.heads import TrainOptions, train
+from embedder.predict import SCHEMA, predict
+from embedder.store import Store
+
+SIZE = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures, `photos`, their features, `features`, and a model of each kind."""
+    folder = tmp_path_factory.mktemp("world")
+    make_archive(folder / "photos", 24)
+    store = embedder.extract(folder / "photos", folder / "features", image_size=SIZE)
+    for head in ("logistic", "linear"):
+        train(store, "folder", head, TrainOptions(duplicates=None)).save(folder / head)
+    return folder
+
+
+def rows_of(path: Path) -> list[dict]:  # type: ignore[type-arg]
+    return sorted(pq.read_table(path).to_pylist(), key=lambda row: row["image_id"])
+
+
+@pytest.mark.parametrize("head", ["logistic", "linear"])
+def test_on_images_it_is_as_on_their_store(world: Path, tmp_path: Path, head: str) -> None:
+    on_images = predict(world / head, world / "photos", tmp_path / "images.parquet")
+    on_store = predict(world / head, world / "features", tmp_path / "store.parquet")
+    assert on_images.num_predicted == on_store.num_predicted == 24
+    assert on_images.summary is not None
+    assert on_store.summary is None
+    ours, theirs = rows_of(tmp_path / "images.parquet"), rows_of(tmp_path / "store.parquet")
+    assert [row["image_id"] for row in ours] == sorted(Store(world / "features").ids())
+    for row, other in zip(ours, theirs, strict=True):
+        assert row["sha256"] == other["sha256"]
+        assert row["class"] == other["class"]
+        assert row["probability"] == pytest.approx(other["probability"], abs=1e-5)
+        assert row["classes"] == [row["class"]]
+        assert row["top_k"][0] == {"class": row["class"], "probability": row["probability"]}
+        assert len(row["top_k"]) == 2  # there are two classes
+        assert row["error"] is None
+
+
+def test_features_are_not_stored_unless_asked_for(world: Path, tmp_path: Path) -> None:
+    predict(world / "logistic", world / "photos", tmp_path / "p.parquet")
+    logits = Store(tmp_path / "p.parquet.logits")
+    assert logits.vectors().shape == (24, 2)
+    kept = tmp_path / "kept"
+    predict(world / "logistic", world / "photos", tmp_path / "q.parquet", keep=str(kept))
+    assert Store(kept).vectors().shape == (24, 1280)
+    assert not (tmp_path / "q.parquet.logits").exists()
+    assert rows_of(tmp_path / "p.parquet") == rows_of(tmp_path / "q.parquet")
+
+
+def test_again_only_what_is_new_is_computed(world: Path, tmp_path: Path) -> None:
+    photos = make_archive(tmp_path / "photos", 8)
+    out = tmp_path / "p.parquet"
+    first = predict(world / "logistic", photos, out)
+    assert first.summary is not None and first.summary.num_embedded == 8
+    make_archive(tmp_path / "photos", 11)  # three more; the others are written as they were
+    second = predict(world / "logistic", photos, out)
+    assert second.summary is not None and second.summary.num_embedded == 3
+    assert second.num_predicted == len(rows_of(out)) == 11
+
+
+def test_an_image_that_fails_is_a_row_with_its_reason(world: Path, tmp_path: Path) -> None:
+    photos = make_archive(tmp_path / "photos", 12)
+    (photos / "cats/broken.jpg").write_bytes(b"no picture")
+    result = predict(world / "logistic", photos, tmp_path / "p.parquet")
+    assert (result.num_predicted, result.num_failed) == (12, 1)
+    (failed,) = (row for row in rows_of(tmp_path / "p.parquet") if row["error"])
+    assert failed["image_id"] == "cats/broken.jpg"
+    assert failed["error"].startswith("decode: ")
+    assert failed["class"] is failed["probability"] is failed["top_k"] is None
+    assert pq.read_schema(tmp_path / "p.parquet").equals(SCHEMA)
+
+
+def test_another_model_does_not_continue_the_logits_of_the_first(
+    world: Path, tmp_path: Path
+) -> None:
+    predict(world / "logistic", world / "photos", tmp_path / "p.parquet")
+    with pytest.raises(RecipeMismatch, match="head: "):
+        predict(world / "linear", world / "photos", tmp_path / "p.parquet")
+
+
+def test_a_store_of_another_recipe_is_refused(world: Path, tmp_path: Path) -> None:
+    embedder.extract(world / "photos", tmp_path / "other", image_size=SIZE, crop="squash")
+    with pytest.raises(RecipeMismatch, match="crop: center, not squash"):
+        predict(world / "logistic", tmp_path / "other", tmp_path / "p.parquet")
+    assert not (tmp_path / "p.parquet").exists()
+
+
+def test_of_a_store_with_views_the_plain_one_is_predicted(world: Path, tmp_path: Path) -> None:
+    embedder.extract(world / "photos", tmp_path / "views", image_size=SIZE, views=3)
+    predict(world / "logistic", tmp_path / "views", tmp_path / "views.parquet")
+    predict(world / "logistic", world / "features", tmp_path / "plain.parquet")
+    ours, theirs = rows_of(tmp_path / "views.parquet"), rows_of(tmp_path / "plain.parquet")
+    np.testing.assert_allclose(
+        [row["probability"] for row in ours], [row["probability"] for row in theirs], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("out", "top_k"), [("nowhere/p.parquet", 5), ("p.parquet", 0), ("", 5)])
+def test_what_makes_no_sense_is_refused(world: Path, tmp_path: Path, out: str, top_k: int) -> None:
+    with pytest.raises(RecipeError, match=r"a file in a folder that exists|at least 1"):
+        predict(world / "logistic", world / "features", tmp_path / out, top_k=top_k)
+
+
+def test_worker_processes_apply_the_head_too(world: Path, tmp_path: Path) -> None:
+    command = [Path(sys.executable).parent / "embedder", "predict", world / "logistic"]
+    arguments = [world / "photos", tmp_path / "p.parquet", "--workers", "2", "--shard-size", "6"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "predicted    24 images" in done.stdout
+    predict(world / "logistic", world / "features", tmp_path / "store.parquet")
+    ours, theirs = rows_of(tmp_path / "p.parquet"), rows_of(tmp_path / "store.parquet")
+    for row, other in zip(ours, theirs, strict=True):
+        assert row["probability"] == pytest.approx(other["probability"], abs=1e-5)
