@@ -1,8 +1,9 @@
 """Feature-embedding batch extraction: images in, a feature store out."""
 
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from embedder.errors import EmbedderError
+from embedder.errors import EmbedderError, RecipeError
 from embedder.extract import extract
 from embedder.store import Store
 
@@ -12,9 +13,25 @@ if TYPE_CHECKING:
 __all__ = ["EmbedderError", "Store", "extract", "train"]
 
 
-def train(store: Store, labels: str = "folder") -> "Head":
-    """Train a linear probe on a store's features; see `embedder.heads.train`."""
+def train(store: Store, labels: str = "folder", head: str = "logistic", **options: Any) -> "Head":
+    """Train a head on a store's features, and test it on images it has not seen.
+
+    Args:
+        store: Features.
+        labels: `folder`, `parent`, `FILE.csv:COLUMN`, `LIST.txt:NUMBER` or `column:NAME`; see
+            `labels.read_targets`.
+        head: `logistic`, `svm`, `ridge`, `lda`, `knn`, `centroid`, `linear` or `mlp`.
+        **options: Attributes of `heads.TrainOptions`, first of all `split`.
+
+    Raises:
+        EmbedderError: As in `heads.train`; also where an option is unknown.
+    """
     # Extraction needs no scikit-learn, whose import takes half a second on every worker.
     from embedder import heads
 
-    return heads.train(store, labels)
+    known = [field.name for field in fields(heads.TrainOptions)]
+    if unknown := options.keys() - set(known):
+        raise RecipeError(
+            f"Unknown option: {', '.join(sorted(unknown))}. There are: {', '.join(known)}"
+        )
+    return heads.train(store, labels, head, heads.TrainOptions(**options))

@@ -52,6 +52,12 @@ def train(
     separator: Separator = None,
     layer: Annotated[str | None, typer.Option(help="Which feature, of several.")] = None,
     coarse: Coarse = None,
+    unlabelled: Annotated[
+        str | None, typer.Option(help="A store whose images help without labels.")
+    ] = None,
+    unlabelled_method: Annotated[
+        str, typer.Option(help="self-training or label-spreading.")
+    ] = "self-training",
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     source: Annotated[
         str | None, typer.Option(help="Where the images are, for the report's pictures.")
@@ -70,6 +76,8 @@ def train(
             separator=separator,
             column=layer,
             coarse=coarse,
+            unlabelled=unlabelled,
+            unlabelled_method=unlabelled_method,
             seed=seed,
         )
         trained = heads.train(Store(store), labels, head, options)

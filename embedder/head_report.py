@@ -92,6 +92,15 @@ def notes_of(head: Head) -> list[str]:
         f"{before['log_loss']['value']:.3f} to {after['log_loss']['value']:.3f}, calibration error "
         f"{before['ece']['value']:.3f} to {after['ece']['value']:.3f}."
     )
+    if head.helped is not None:
+        found = head.help()
+        notes.append(
+            f"Of {found['num_images']:,} unlabelled images {found['num_pseudo_labels']:,} got a "
+            f"pseudo-label ({found['method']}): {found['verdict']}. Test accuracy "
+            f"{found['accuracy_without']['value']:.3f} without, "
+            f"{found['accuracy_with']['value']:.3f} with: {found['gain']['value']:+.3f} "
+            f"({found['gain']['low']:+.3f} to {found['gain']['high']:+.3f})."
+        )
     unseen = len(head.targets.classes) - len(head.model.classes)
     if unseen:
         notes.append(f"{unseen} classes have no training image, and are never predicted.")

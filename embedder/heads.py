@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from dataclasses import dataclass, field, replace
+import warnings
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -27,7 +28,9 @@ from embedder.model import METRICS_FILE, Model
 from embedder.neighbours import DEFAULT_THRESHOLD, near_duplicate_groups
 from embedder.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split, make_split
 from embedder.store import Store
+from embedder.unlabelled import Helped, check_head, learn, read_unlabelled
 
+PSEUDO_LABELS_FILE = "pseudo_labels.parquet"
 _CURVE = (1, 2, 5, 10, 20, 50, 100)  # labels per class of the learning curve
 
 
@@ -43,6 +46,8 @@ class TrainOptions:
         separator: What separates several labels of one image; None where each has one.
         column: Which feature, where the store has several.
         coarse: Labels of a coarser level, spelled as labels, for a score on both levels.
+        unlabelled: Store whose images help without labels; None for none.
+        unlabelled_method: `self-training` or `label-spreading`; see `self_training`.
         seed: Of all that is random.
     """
 
@@ -52,6 +57,8 @@ class TrainOptions:
     separator: str | None = None
     column: str | None = None
     coarse: str | None = None
+    unlabelled: str | None = None
+    unlabelled_method: str = "self-training"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +94,8 @@ class Head:
         test_rows: Places of those tested on.
         test: What was predicted for them.
         seconds: What took how long.
+        helped: What unlabelled images did, if there were any.
+        unhelped: What the head without them predicts for the test rows.
     """
 
     model: Model
@@ -100,6 +109,8 @@ class Head:
     test_rows: NDArray[np.int64]
     test: Evaluation
     seconds: dict[str, float] = field(default_factory=dict)
+    helped: Helped | None = None
+    unhelped: Evaluation | None = None
 
     @property
     def estimator(self) -> Any:
@@ -197,7 +208,10 @@ class Head:
         return curve
 
     def _refitted(self, rows: NDArray[np.int64]) -> Evaluation:
-        model = refit(self.task, self.model, self.targets, rows)
+        with warnings.catch_warnings():
+            # scikit-learn takes one image a class for a regression.
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+            model = refit(self.task, self.model, self.targets, rows)
         features = self.task.plain[self.test_rows]
         return Evaluation.of(model, features, self.targets, self.test_rows)
 
@@ -218,8 +232,32 @@ class Head:
             **metrics_of(self.test, self.coarse_of),
             "near_duplicates": self.leak,
             "selection": self.fitted.trials,
+            **({} if self.helped is None else {"unlabelled": self.help()}),
             "learning_curve": self.learning_curve,
             "seconds": self.seconds,
+        }
+
+    def help(self) -> dict[str, Any]:
+        """What unlabelled images did: rounds, the guard's verdict, and accuracy with and without.
+
+        Raises:
+            RecipeError: The head was trained without any.
+        """
+        if self.helped is None or self.unhelped is None:
+            raise RecipeError("The head was trained without unlabelled images")
+        training = self.helped.training
+        return {
+            "method": self.options.unlabelled_method,
+            "num_images": len(self.helped.images.ids),
+            "threshold": min(training.threshold, 1.0),
+            "num_pseudo_labels": len(training.pseudo_labels.rows),
+            "rounds": [asdict(judged) for judged in training.rounds],
+            "kept_round": training.kept_round,
+            "is_rolled_back": training.is_rolled_back,
+            "verdict": str(training),
+            "accuracy_without": self.unhelped.scores["accuracy"],
+            "accuracy_with": self.test.scores["accuracy"],
+            "gain": paired_difference(self.test.is_right, self.unhelped.is_right),
         }
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -237,6 +275,8 @@ class Head:
         self.model.save(path)
         (path / METRICS_FILE).write_text(json.dumps(self.metrics(), indent=2))
         pq.write_table(self.predictions(), path / PREDICTIONS_FILE)
+        if self.helped is not None:
+            pq.write_table(self.helped.pseudo_labels(), path / PSEUDO_LABELS_FILE)
 
     def predictions(self) -> pa.Table:
         """One row for each labelled image: what it was for, and what was predicted for it.
@@ -290,6 +330,10 @@ def train(
     """
     options = options or TrainOptions()
     find_head(head, options.class_weight, options.separator is not None)
+    if options.unlabelled is not None:
+        check_head(head, options.separator is not None)
+        if options.split.startswith("kfold:"):
+            raise RecipeError("Unlabelled images need a split with one part to test on, not kfold")
     watch = _Watch()
     targets = read_targets(store, labels, options.separator)
     ids = store.ids()[targets.rows]
@@ -324,6 +368,15 @@ def train(
     )
     test_rows, test = judge(task, targets, split, model, None)
     watch.lap("test")
+    helped, unhelped = None, None
+    if options.unlabelled is not None:
+        labelled = set(store.sha256()[targets.rows])
+        images = read_unlabelled(options.unlabelled, model, labelled)
+        helped = learn(task, rows, fitted, images, options.unlabelled_method)
+        fitted, unhelped = helped.fitted, test
+        model = replace(model, estimator=fitted.estimator, temperature=fitted.temperature)
+        test_rows, test = judge(task, targets, split, model, None)
+        watch.lap("unlabelled")
     return Head(
         model=model,
         store=store,
@@ -336,6 +389,8 @@ def train(
         test_rows=test_rows,
         test=test,
         seconds=watch.seconds,
+        helped=helped,
+        unhelped=unhelped,
     )
 
 
@@ -369,10 +424,7 @@ def _record(
     sources = [run["source"] for run in store.runs()]
     return {
         "labels": labels,
-        "options": {
-            name: getattr(options, name)
-            for name in ("split", "duplicates", "class_weight", "separator", "coarse", "seed")
-        },
+        "options": {field.name: getattr(options, field.name) for field in fields(options)},
         "provenance": {
             "store": str(store.path),
             "source": sources[-1] if sources else None,

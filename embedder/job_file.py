@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from embedder.demo import images_folder
 from embedder.errors import JobError
 
 _COMMAND, _ARGUMENTS = "command", "arguments"
@@ -15,7 +16,8 @@ def read_job(path: Path, overrides: dict[str, str]) -> list[list[str]]:
 
     A job has `[variables]`, and `[[steps]]` with a `command`, its `arguments`, and its options by
     their long names: `class-weight = "balanced"` is `--class-weight balanced`, `true` a flag, and
-    a list an option that is given several times. `{name}` in a text is the variable's value.
+    a list an option that is given several times. `{name}` in a text is the variable's value, and
+    `{demo}` the folder of the demo images.
 
     Args:
         path: The TOML file.
@@ -26,6 +28,7 @@ def read_job(path: Path, overrides: dict[str, str]) -> list[list[str]]:
 
     Raises:
         JobError: The file cannot be read, or is no job.
+        SourceError: The job is about the demo images, which are not installed.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -37,7 +40,7 @@ def read_job(path: Path, overrides: dict[str, str]) -> list[list[str]]:
             f"A job must have [[steps]], may have [variables], and nothing else. Received: {path} "
             f"with {', '.join(content) or 'nothing'}"
         )
-    variables = {name: str(value) for name, value in content.get("variables", {}).items()}
+    variables = {name: _text(value, {}) for name, value in content.get("variables", {}).items()}
     if unknown := set(overrides) - set(variables):
         raise JobError(
             f"--set must name a variable of the job: {', '.join(variables) or 'it has none'}. "
@@ -66,6 +69,8 @@ def _words(step: dict[str, Any], variables: dict[str, str]) -> list[str]:
 
 
 def _text(value: Any, variables: dict[str, str]) -> str:
+    if "{demo}" in str(value):
+        variables = variables | {"demo": str(images_folder())}
     try:
         return string.Formatter().vformat(str(value), (), variables)
     except (KeyError, IndexError, ValueError) as error:

@@ -63,7 +63,7 @@ def odd(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_archive(folder: Path, num_images: int) -> Path:
+def make_archive(folder: Path, num_images: int, first_seed: int = 0) -> Path:
     """Write pictures of smooth random colours, in folders `cats` and `dogs`."""
     for number in range(num_images):
         path = (
@@ -72,7 +72,7 @@ def make_archive(folder: Path, num_images: int) -> Path:
             / f"{number:03d}.{('jpg', 'png')[number % 3 == 0]}"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture(number)).save(path)
+        Image.fromarray(picture(first_seed + number)).save(path)
     return folder
 
 

@@ -17,7 +17,16 @@ ORDER = (
     *("ridge", "centroid", "keras_head", "calibration", "model"),
     *("plan", "pipeline", "refresh", "cluster", "streaming", "summary", "extract", "verify"),
     *("neighbours", "labels", "splits", "metrics", "evaluation", "classifiers", "fitting"),
-    *("self_training", "judging", "heads", "predict", "figures", "report", "head_report"),
+    *(
+        "self_training",
+        "unlabelled",
+        "judging",
+        "heads",
+        "predict",
+        "figures",
+        "report",
+        "head_report",
+    ),
     *("demo", "conformance", "doctor", "job_file", "console", "cli_heads", "cli", "__main__"),
 )
 
@@ -41,7 +50,7 @@ DOORS = {
     # Estimators are written where they belong: scikit-learn is a contract as much as a library.
     "sklearn": {
         *("ridge", "centroid", "keras_head", "splits", "metrics", "classifiers", "fitting"),
-        *("self_training", "report"),
+        *("self_training", "unlabelled", "report"),
     },
     "tensorflow": {"engines"},
     "typer": {"cli", "cli_heads", "console"},

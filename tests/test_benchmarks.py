@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import picture
+from conftest import ANIMALS, add_rows, animal_vectors, picture
 from PIL import Image
+
+from embedder.store import Store
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -109,6 +111,32 @@ def test_neighbours() -> None:
     output = run("neighbours.py", "--rows", 4000, "--dim", 64)
     ((found,),) = figures(r"4,000 random rows: (\S+) of copies found", output)
     assert found > 0.95
+
+
+def test_self_training(store: Store, tmp_path: Path) -> None:
+    for number, name in enumerate(("train", "val", "test")):
+        animals = sorted(ANIMALS * 9)
+        ids = [f"{name}/{animal}/{i}.jpg" for i, animal in enumerate(animals)]
+        add_rows(store, ids, animal_vectors(animals, seed=number, noise=0.4))
+        lines = [f"{path}, {animal}, 0" for path, animal in zip(ids, animals, strict=True)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    size = ("--labels", 2, "--seeds", 0, "--other", store.path)
+    output = run("self_training.py", store.path, tmp_path, *size)
+    assert len(re.findall(r"^\| 2 \| same classes \|", output, re.MULTILINE)) == 4
+    rows = figures(r"\| (0\.\d+) \| (0\.\d+|1\.000) \| (\S+) \(", output)
+    assert len(rows) == 8
+    for without, after, gain in rows:
+        assert gain == pytest.approx(100 * (after - without), abs=0.16)  # of rounded figures
+
+
+def test_heads(store: Store) -> None:
+    animals = ["owls", "cats", "dogs"] * 20
+    ids = [f"{animal}/{i}.jpg" for i, animal in enumerate(animals)]
+    add_rows(store, ids, animal_vectors(animals))
+    output = run("heads.py", store.path, "--heads", "centroid", "ridge")
+    rows = figures(r"\| 1 \| \w+ \| (\d\.\d+) \((\d\.\d+) to (\d\.\d+)\)", output)
+    assert len(rows) == 2
+    assert all(low <= value <= high for value, low, high in rows)
 
 
 def test_memory(photos: Path) -> None:

@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from conftest import make_archive
 from typer.testing import CliRunner
 
 from embedder.cli import app
 from embedder.errors import JobError
 from embedder.job_file import read_job
 from embedder.store import Store
+
+JOBS = Path(__file__).parents[1] / "jobs"
 
 JOB = """
 [variables]
@@ -108,3 +112,31 @@ def test_a_step_that_fails_ends_the_job_with_its_status(archive: Path, tmp_path:
     assert done.exit_code == 2
     assert "is not a feature store" in done.output
     assert not (tmp_path / "features").exists()
+
+
+def test_the_textile_job_runs_the_whole_way(archive: Path, tmp_path: Path) -> None:
+    settings = ("--set", f"images={archive}", "--set", f"out={tmp_path}/out")
+    done = CliRunner().invoke(app, ["run", str(JOBS / "textile.toml"), *settings])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out/model/report.html").stat().st_size > 1e6
+    assert pq.read_metadata(tmp_path / "out/predictions.parquet").num_rows == 20
+
+
+def test_the_grocery_job_runs_the_whole_way(tmp_path: Path) -> None:
+    grocery = tmp_path / "grocery"
+    for part, size in (("train", 12), ("val", 4), ("test", 6)):
+        make_archive(grocery / part / "Fruit", size, first_seed=len(part) * 100)
+        paths = sorted(path.relative_to(grocery) for path in (grocery / part).rglob("*.*g"))
+        lines = [f"{path}, {path.parent.name == 'dogs':d}, 0" for path in paths]
+        (grocery / f"{part}.txt").write_text("\n".join(lines))
+    settings = ("--set", f"grocery={grocery}", "--set", f"out={tmp_path}/out")
+    done = CliRunner().invoke(app, ["run", str(JOBS / "grocery.toml"), *settings])
+    assert done.exit_code == 0, done.output
+    assert "coarse_accuracy    1.000" in done.output
+    assert pq.read_metadata(tmp_path / "out/predictions.parquet").num_rows == 6
+
+
+def test_the_demo_images_have_a_name_in_jobs(tmp_path: Path) -> None:
+    pytest.importorskip("conformal_clip_data", reason="needs the demo images")
+    ((_, source, _),) = (words for words in read_job(JOBS / "textile.toml", {})[:1])
+    assert len(list(Path(source).rglob("*.jpg"))) == 2000

@@ -37,7 +37,10 @@ def test_a_model_says_what_it_is(model: Path, zoo: Store) -> None:
         "duplicates": None,
         "class_weight": None,
         "separator": None,
+        "column": None,
         "coarse": None,
+        "unlabelled": None,
+        "unlabelled_method": "self-training",
         "seed": 0,
     }
     assert content["labels"] == "parent"

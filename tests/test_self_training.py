@@ -175,7 +175,7 @@ def test_no_pseudo_label_where_no_confidence_gives_the_precision() -> None:
     wrong = rows_of([0.9, 0.8, 0.3, 0.2]), few_of("a", "a", "b", "b")
     result = self_train(lambda *_: Reader(0), *wrong, rows_of([0.0, 1.0]))
     assert (result.threshold, len(result.rounds), result.is_rolled_back) == (np.inf, 1, False)
-    assert str(result) == "nothing was added: no label has a confidence of inf or more"
+    assert str(result) == "nothing was added: no row got a label at the threshold of inf"
 
 
 def test_with_one_label_a_class_the_threshold_is_zero() -> None:

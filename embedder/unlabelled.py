@@ -1,0 +1,180 @@
+"""Unlabelled images for a head: which rows they are, and what they add to it."""
+
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from sklearn.utils.validation import has_fit_parameter
+
+from embedder.calibration import fit_temperature, probabilities_of
+from embedder.classifiers import HEADS, make_estimator
+from embedder.errors import RecipeError
+from embedder.evaluation import widened
+from embedder.fitting import Fitted, Task
+from embedder.model import Model, logits_of
+from embedder.self_training import Classifier, SelfTraining, SelfTrainOptions, self_train
+from embedder.splits import grouped_folds
+from embedder.store import Store
+
+_NUM_FOLDS = 3  # of the labelled rows, to calibrate the head that pseudo-labels were added to
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """Images without a label.
+
+    Attributes:
+        ids: (n,) str.
+        sha256: (n,) str, of their bytes.
+        features: float32 (n, dim), of the pictures as they are.
+    """
+
+    ids: NDArray[np.object_]
+    sha256: NDArray[np.object_]
+    features: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Helped:
+    """A head that learnt from unlabelled images too, or did not, if that would have hurt.
+
+    Attributes:
+        fitted: The head.
+        training: What happened.
+        images: Those it had to learn from.
+    """
+
+    fitted: Fitted
+    training: SelfTraining
+    images: Unlabelled
+
+    def pseudo_labels(self) -> pa.Table:
+        """Each pseudo-label: `image_id`, `sha256`, `label`, `confidence` and `round`."""
+        pseudo = self.training.pseudo_labels
+        return pa.table(
+            {
+                "image_id": pa.array(self.images.ids[pseudo.rows], pa.string()),
+                "sha256": pa.array(self.images.sha256[pseudo.rows], pa.string()),
+                "label": pa.array(pseudo.labels.tolist(), pa.string()),
+                "confidence": pa.array(pseudo.confidence, pa.float64()),
+                "round": pa.array(pseudo.rounds, pa.int64()),
+            }
+        )
+
+
+def check_head(head: str, is_multilabel: bool) -> None:
+    """Refuse a head that cannot learn from pseudo-labels.
+
+    Raises:
+        RecipeError: It knows no weights, or images have several labels.
+    """
+    able = [
+        name for name, row in HEADS.items() if has_fit_parameter(row.classifier, "sample_weight")
+    ]
+    if head not in able or is_multilabel:
+        raise RecipeError(
+            f"Unlabelled images need one of the heads {', '.join(able)}, and labelled images of "
+            f"one label each. Received: head={head!r}"
+        )
+
+
+def read_unlabelled(path: str, model: Model, labelled: set[str]) -> Unlabelled:
+    """The images of a store, but for those whose bytes are of a labelled image.
+
+    Args:
+        path: Folder of the store, which may be the one with the labelled images.
+        model: Whose features they are to be.
+        labelled: Checksums of all labelled images, tested on or not.
+
+    Raises:
+        RecipeMismatch: The store's features are of another recipe than the model's.
+        RecipeError: No image is left.
+    """
+    store = Store(path)
+    model.check_recipe(store.recipe, f"the store {path}")
+    sha256 = store.sha256()
+    is_new = np.array([checksum not in labelled for checksum in sha256], dtype=bool)
+    if not is_new.any():
+        raise RecipeError(
+            f"A store of unlabelled images must hold some that are not among the labelled ones. "
+            f"Received: {path}, of {len(sha256):,} images"
+        )
+    features = store.vectors(model.column)[is_new].astype(np.float32)
+    return Unlabelled(store.ids()[is_new], sha256[is_new], features)
+
+
+def learn(
+    task: Task, rows: NDArray[np.int64], fitted: Fitted, images: Unlabelled, method: str
+) -> Helped:
+    """Add pseudo-labels of unlabelled images to a head, as far as they help.
+
+    Whether they help is judged by labelled rows that the judged heads have not seen, each fifth
+    in turn; see `self_training.self_train`.
+
+    Args:
+        task: What is learned.
+        rows: Places of the labelled rows to train on.
+        fitted: The head on these alone.
+        images: Without labels.
+        method: `self-training` or `label-spreading`.
+
+    Raises:
+        RecipeError: The method is unknown, or no class has two labels.
+    """
+    plain, labels = task.plain[rows], task.classes[task.codes[rows]]
+    options = SelfTrainOptions(method=method, seed=task.seed)  # type: ignore[arg-type]
+
+    def fit(features: Any, names: Any, weights: Any) -> Classifier:
+        return _fit(task, fitted, features, names, weights)
+
+    training = self_train(fit, plain, labels, images.features, options=options)
+    if training.kept_round > 0:
+        classifier = cast(_Calibrated, training.classifier)
+        fitted = replace(
+            fitted,
+            estimator=classifier.estimator,
+            temperature=_temperature(task, rows, fitted, training, images),
+        )
+    return Helped(fitted, training, images)
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    """What `self_train` wants of a classifier."""
+
+    estimator: Any
+    temperature: float
+
+    @property
+    def classes_(self) -> NDArray[np.str_]:
+        return np.asarray(self.estimator.classes_)
+
+    def probabilities(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        return probabilities_of(logits_of(self.estimator, features), self.temperature, False)
+
+
+def _fit(task: Task, fitted: Fitted, features: Any, names: Any, weights: Any) -> _Calibrated:
+    pipeline = make_estimator(task.head, fitted.settings, task.class_weight, task.seed, False)
+    last, _ = pipeline.steps[-1]
+    pipeline.fit(features, names, **{f"{last}__sample_weight": weights})
+    return _Calibrated(pipeline, fitted.temperature)
+
+
+def _temperature(
+    task: Task, rows: NDArray[np.int64], fitted: Fitted, training: SelfTraining, images: Unlabelled
+) -> float:
+    """The temperature of a head with the pseudo-labels, from labelled rows it has not seen."""
+    pseudo = training.pseudo_labels
+    extra = images.features[pseudo.rows]
+    logits, codes = [], []
+    for train, test in grouped_folds(task.codes[rows], task.groups[rows], _NUM_FOLDS, task.seed):
+        features = np.concatenate([task.plain[rows[train]], extra])
+        names = np.concatenate([task.classes[task.codes[rows[train]]], pseudo.labels])
+        classifier = _fit(task, fitted, features, names, None)
+        known = np.searchsorted(task.classes, classifier.classes_)
+        held = logits_of(classifier.estimator, task.plain[rows[test]])
+        logits.append(widened(held, known, len(task.classes)))
+        codes.append(task.codes[rows[test]])
+    return fit_temperature(np.concatenate(logits), np.concatenate(codes))
