@@ -169,14 +169,35 @@ def _predicted_texts(test: Evaluation) -> Any:
 def _tables(head: Head) -> dict[str, list[dict[str, str]]]:
     trials = [
         {
-            "settings": ", ".join(f"{k} {v}" for k, v in trial["settings"].items()) or "none",
+            "settings": ", ".join(_setting_texts(trial["settings"])),
             "held-out log-loss": f"{trial['log_loss']:.3f}",
             "held-out accuracy": f"{trial['accuracy']:.3f}",
             "chosen": "yes" if trial["settings"] == head.model.settings else "",
         }
         for trial in head.fitted.trials
     ]
-    return {"How settings were chosen": trials} if len(trials) > 1 else {}
+    tables = {"How settings were chosen": trials} if len(trials) > 1 else {}
+    if head.helped is not None:
+        training = head.helped.training
+        tables["What unlabelled images did"] = [
+            {
+                "round": str(number),
+                "pseudo-labels": f"{judged.num_pseudo_labels:,}",
+                "new, other, dropped": f"{judged.num_added:,}, {judged.num_revised:,}, "
+                f"{judged.num_dropped:,}",
+                "guard's accuracy": f"{judged.accuracy:.3f}",
+                "guard's log-loss": f"{judged.log_loss:.3f}",
+                "change (95 %)": f"{judged.log_loss_change['value']:+.3f} "
+                f"({judged.log_loss_change['low']:+.3f} to {judged.log_loss_change['high']:+.3f})",
+                "kept": "yes" if number == training.kept_round else "",
+            }
+            for number, judged in enumerate(training.rounds)
+        ]
+    return tables
+
+
+def _setting_texts(settings: dict[str, Any]) -> list[str]:
+    return [f"{name} {value}" for name, value in settings.items()]
 
 
 def _provenance(head: Head) -> dict[str, str]:
@@ -189,7 +210,7 @@ def _provenance(head: Head) -> dict[str, str]:
         "backbone": head.model.recipe.backbone,
         "weights": head.model.recipe.weights,
         "labels": record["labels"],
-        "head": f"{head.model.head} {head.model.settings or ''}",
+        "head": ", ".join([head.model.head, *_setting_texts(head.model.settings)]),
         "seed": str(head.options.seed),
         "when": provenance["when"],
         "versions": ", ".join(f"{k} {v}" for k, v in provenance["versions"].items()),

@@ -139,6 +139,14 @@ def test_heads(store: Store) -> None:
     assert all(low <= value <= high for value, low, high in rows)
 
 
+def test_leak() -> None:
+    pytest.importorskip("conformal_clip_data", reason="needs the demo images")
+    output = run("leak.py", "--images", 24, "--folds", 2, "--heads", "centroid")
+    assert len(figures(r"  .* (\d\.\d+) \((\d\.\d+) to (\d\.\d+)\)", output)) == 3
+    ((found,),) = figures(r"(\d\.\d+) of the planted pairs", output)
+    assert found > 0.5
+
+
 def test_memory(photos: Path) -> None:
     output = run("memory.py", photos, "--images", 4, 12)
     first, second = figures(r"peak +(\S+) MiB, ratio (\S+)", output)
