@@ -128,7 +128,7 @@ class Toolbox:
         prepare_decoders()
         _give_back_large_blocks()
         self.engine = engine
-        self.head = _load_head(recipe)
+        self.head = load_head(recipe)
         self.num_threads = num_threads
         self.decoders = ThreadPoolExecutor(num_threads, "decode")
         self.embedders = ThreadPoolExecutor(engine.num_parallel, "embed")
@@ -210,7 +210,12 @@ def toolbox_of(job: Job, num_threads: int) -> Toolbox:
         return _toolboxes[key]
 
 
-def _load_head(recipe: Recipe) -> "Model | None":
+def load_head(recipe: Recipe) -> "Model | None":
+    """The head whose logits the recipe stores; None where it stores features.
+
+    Raises:
+        ModelError: It is not there any more, or is another.
+    """
     if recipe.head is None:
         return None
     # scikit-learn takes half a second to import, which extraction is not to pay.
@@ -550,21 +555,24 @@ def _embed(
         features = toolbox.embed(buffer)
     finally:
         toolbox.buffers.put(buffer)
-    vectors = finished_vectors({name: f[: len(rows)] for name, f in features.items()}, recipe)
-    if toolbox.head is not None:
-        vectors = {LOGITS: toolbox.head.logits_of_columns(vectors)}
+    mine = {name: f[: len(rows)] for name, f in features.items()}
+    vectors = finished_vectors(mine, recipe, toolbox.head)
     return _EmbeddedBatch(rows, vectors, time.perf_counter() - begin)
 
 
-def finished_vectors(features: Features, recipe: Recipe) -> dict[str, NDArray[Any]]:
+def finished_vectors(
+    features: Features, recipe: Recipe, head: "Model | None" = None
+) -> dict[str, NDArray[Any]]:
     """Bring the network's outputs, each (batch, dim), to what the recipe stores.
 
     Returns:
         Arrays of the same shapes, each vector divided by its Euclidean length if `l2_normalise`,
         in `store_dtype`. Values too large for float16 become infinite. A feature map that is not
-        pooled, (batch, height, width, channels), counts as one vector.
+        pooled, (batch, height, width, channels), counts as one vector. With a head, the logits
+        that it makes of them, (batch, n_classes).
     """
-    return {name: _finished(vectors, recipe) for name, vectors in features.items()}
+    vectors = {name: _finished(vectors, recipe) for name, vectors in features.items()}
+    return vectors if head is None else {LOGITS: head.logits_of_columns(vectors)}
 
 
 def _finished(vectors: NDArray[np.float32], recipe: Recipe) -> NDArray[Any]:

@@ -1,6 +1,7 @@
 """Is a store whole, and is it what it says it is? Every check is a line with a verdict."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,14 @@ from embedder import engines
 from embedder.cluster import NUM_CORES
 from embedder.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
-from embedder.pipeline import finished_vectors
+from embedder.pipeline import finished_vectors, load_head
 from embedder.plan import make_plan
 from embedder.recipe import VIEW, Recipe
 from embedder.refresh import hash_of
 from embedder.sources import list_images, read_bytes
 from embedder.store import EMBEDDINGS, FAILURES, Store, vectors_of
 
+_Embed = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 MIN_COSINE = 0.9999  # between a stored vector and the same image embedded again, alone
 _MAX_NAMES = 3  # ids shown for a check that failed
 
@@ -170,12 +172,17 @@ def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
     ids, random = store.ids(), np.random.default_rng(seed)
     chosen = ids[random.permutation(len(ids))[:num_images]]
     rows = _rows_of(store, chosen)
-    engine = engines.load(store.recipe, "auto", 1, NUM_CORES)
+    recipe, head = store.recipe, load_head(store.recipe)
+    engine = engines.load(recipe.of_features, "auto", 1, NUM_CORES)
+
+    def embed(pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        return finished_vectors(engine.embed(pixels[None]), recipe, head)
+
     wrong, lowest = [], 1.0
     for image_id in chosen:
         stored = rows.filter(pc.equal(rows["image_id"], image_id))
-        views = [0, *random.integers(1, store.recipe.views, 1)] if store.recipe.views > 1 else [0]
-        cosine = _cosine_now(store.recipe, engine, paths.get(image_id), stored, views)
+        views = [0, *random.integers(1, recipe.views, 1)] if recipe.views > 1 else [0]
+        cosine = _cosine_now(recipe, embed, paths.get(image_id), stored, views)
         if cosine is None or cosine < MIN_COSINE:
             wrong.append(str(image_id))
         if cosine is not None:
@@ -195,13 +202,13 @@ def _rows_of(store: Store, ids: NDArray[np.object_]) -> pa.Table:
 
 
 def _cosine_now(
-    recipe: Recipe, engine: engines.Engine, path: bytes | None, stored: pa.Table, views: list[int]
+    recipe: Recipe, embed: _Embed, path: bytes | None, stored: pa.Table, views: list[int]
 ) -> float | None:
     """Lowest cosine of an image's stored vectors to those it has now.
 
     Args:
         recipe: The store's.
-        engine: For batches of one.
+        embed: Makes what the recipe stores of one image's pixels: by column, (1, dim).
         path: Of the image; None if the source does not have it.
         stored: The image's rows.
         views: Numbers of the views to compare.
@@ -223,7 +230,7 @@ def _cosine_now(
         row = stored.filter(pc.equal(stored[VIEW], int(view))) if recipe.views > 1 else stored
         if not row.num_rows:
             return None
-        features = finished_vectors(engine.embed(pixels[view][None]), recipe)
+        features = embed(pixels[view])
         cosines += [
             _cosine(features[column][0], vectors_of(row[column].combine_chunks())[0])
             for column in recipe.columns

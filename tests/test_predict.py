@@ -14,6 +14,7 @@ from embedder.errors import RecipeError, RecipeMismatch
 from embedder.heads import TrainOptions, train
 from embedder.predict import SCHEMA, predict
 from embedder.store import Store
+from embedder.verify import verify
 
 SIZE = (64, 96)
 
@@ -61,6 +62,13 @@ def test_features_are_not_stored_unless_asked_for(world: Path, tmp_path: Path) -
     assert Store(kept).vectors().shape == (24, 1280)
     assert not (tmp_path / "q.parquet.logits").exists()
     assert rows_of(tmp_path / "p.parquet") == rows_of(tmp_path / "q.parquet")
+
+
+def test_logits_are_audited_as_features_are(world: Path, tmp_path: Path) -> None:
+    predict(world / "logistic", world / "photos", tmp_path / "p.parquet")
+    checks = verify(Store(tmp_path / "p.parquet.logits"), str(world / "photos"), audit=3)
+    assert [check.name for check in checks if not check.passed] == []
+    assert any("3 images embedded again" in check.detail for check in checks)
 
 
 def test_again_only_what_is_new_is_computed(world: Path, tmp_path: Path) -> None:
