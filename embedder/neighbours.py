@@ -44,9 +44,10 @@ def near_duplicate_groups(
     hold (inverted lists: Sivic and Zisserman, "Video Google", 2003), never among all pairs. Few are
     missed. The same vectors always give the same groups.
 
-    Found are copies that were scaled, compressed, sharpened or coloured differently, and shots of
-    one burst. Not found are copies that were rotated, strongly reduced or squeezed, and often not
-    mirrored ones: the features differ.
+    Found are copies that were compressed, sharpened, blurred, slightly reduced or given another
+    contrast or saturation, and shots of one burst. Not found are copies that were rotated,
+    squeezed, strongly reduced or made grey, and often not mirrored or cut ones: their features
+    differ, and through features they hardly leak.
 
     Args:
         vectors: (n_rows, dim), float32 or float16, finite. An index of as many float32 is made.

@@ -130,6 +130,7 @@ def test_the_grocery_job_runs_the_whole_way(tmp_path: Path) -> None:
         lines = [f"{path}, {path.parent.name == 'dogs':d}, 0" for path in paths]
         (grocery / f"{part}.txt").write_text("\n".join(lines))
     settings = ("--set", f"grocery={grocery}", "--set", f"out={tmp_path}/out")
+    settings += ("--set", "backbone=efficientnet-lite0")  # which other tests have at hand
     done = CliRunner().invoke(app, ["run", str(JOBS / "grocery.toml"), *settings])
     assert done.exit_code == 0, done.output
     assert "coarse_accuracy    1.000" in done.output
