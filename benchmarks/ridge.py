@@ -3,7 +3,8 @@
 For each size a store is written, as a run would have (1,024 rows a shard), of random float32
 vectors about one centre for each class. Then one new process sums it up with 5 folds, chooses
 alpha and solves. A second figure of each size is the share of the first shard's rows whose class
-it finds.
+it finds. A second new process does all that `embedder train --head ridge --duplicates none` does,
+read in parts whatever the size: labels, split, fit, calibration, test and metrics.
 
     python benchmarks/ridge.py --rows 100000 1000000 --dim 1280
 """
@@ -16,12 +17,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from planning import make_listing
 
+import embedder
+from embedder import heads
 from embedder.cluster import connect
 from embedder.extract import DEFAULT_SHARD_SIZE
 from embedder.recipe import EMBEDDING, Recipe
@@ -49,8 +53,9 @@ def write_store(path: Path, num_rows: int, dim: int) -> None:
         vectors = random.standard_normal((size, dim), np.float32)
         array = vector_array(vectors + centres[codes[start : start + size]])
         columns = [part["image_id"], ["0" * 64] * size, part["bytes"], [500] * size, [375] * size]
-        columns += [["JPEG"] * size, part["modified"], array]
-        schema = row_schema(recipe, {EMBEDDING: array.type})
+        kinds = [f"{code:02d}" for code in codes[start : start + size]]
+        columns += [["JPEG"] * size, part["modified"], kinds, array]
+        schema = row_schema(recipe, {EMBEDDING: array.type}, [pa.field("kind", pa.string())])
         store.write_shard(pa.table(columns, schema=schema), pa.table({}), f"{number:020x}.parquet")
 
 
@@ -59,14 +64,14 @@ def fit(path: Path, workers: int) -> None:
     store = Store(path)
     codes = codes_of(len(store))
     folds = np.arange(len(codes)) // NUM_CLASSES % NUM_FOLDS
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     times = [time.perf_counter()]
     with connect(None, workers) as pool:
         sums = ridge_sums(store, codes, NUM_CLASSES, folds, pool)
     times.append(time.perf_counter())
     head = RidgeHead().fit_sums(sums, np.arange(NUM_CLASSES))
     times.append(time.perf_counter())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory()
     of_workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     first = store.read_shard(store.shards()[0].name)[EMBEDDING].chunk(0)
     score = head.score(vectors_of(first), codes[: len(first)])
@@ -84,24 +89,51 @@ def fit(path: Path, workers: int) -> None:
     )
 
 
+def train(path: Path) -> None:
+    """Train and test a head in this process, as the command does, and print what it took."""
+    heads.STREAM_BYTES = 0
+    before, start = peak_memory(), time.perf_counter()
+    head = embedder.train(Store(path), "column:kind", "ridge", duplicates=None)
+    seconds = [*head.seconds.values()]
+    metrics = head.metrics()
+    total = time.perf_counter() - start
+    found = {"parts": [*seconds, total - sum(seconds)], "total": total, "before": before}
+    found |= {"peak": peak_memory(), "score": metrics["test"]["accuracy"]}
+    print(json.dumps(found | {"names": [*head.seconds, "metrics"]}))
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def run(*arguments: object) -> dict[str, Any]:
+    """What a new process of this file prints."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--dim", type=int, default=1280)
     parser.add_argument("--workers", type=int, default=1, help="1 works within one process")
     parser.add_argument("--fit", type=Path, help=argparse.SUPPRESS)  # in a child process
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # in a child process
     options = parser.parse_args()
     if options.fit:
         fit(options.fit, options.workers)
+        return
+    if options.train:
+        train(options.train)
         return
     for num_rows in options.rows:
         with tempfile.TemporaryDirectory() as scratch:
             store = Path(scratch) / "store"
             write_store(store, num_rows, options.dim)
-            command = [sys.executable, __file__, "--fit", str(store)]
-            command += ["--workers", str(options.workers)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-        found = json.loads(done.stdout)
+            found = run("--fit", store, "--workers", options.workers)
+            trained = run("--train", store)
         summing, solving = found["parts"]
         of_workers = f", largest worker {found['of_workers'] / 1024:,.0f} MiB"
         of_workers = of_workers if options.workers > 1 else ""
@@ -110,6 +142,13 @@ def main() -> None:
             f"solution {solving:.1f}); peak {found['peak'] / 1024:,.0f} MiB, of which "
             f"{found['before'] / 1024:,.0f} before{of_workers}; alpha {found['alpha']:g}, "
             f"{found['score']:.3f} right"
+        )
+        pairs = zip(trained["names"], trained["parts"], strict=True)
+        steps = ", ".join(f"{name} {seconds:.1f}" for name, seconds in pairs)
+        print(
+            f"          train: {trained['total']:6.1f} s ({steps}); peak "
+            f"{trained['peak'] / 1024:,.0f} MiB, of which {trained['before'] / 1024:,.0f} before; "
+            f"{trained['score']:.3f} of the test rows right"
         )
 
 

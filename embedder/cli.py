@@ -278,7 +278,7 @@ def demo(
                 source, {store: recipe}, RunOptions(), on_progress, console.started()
             )
         console.print_summaries(summaries)
-        console.out.print("\nA linear probe on these features (5-fold cross-validation):\n")
+        console.out.print("\nA linear probe on these features, tested on a fifth of the images:\n")
         metrics = demo_job.linear_probe(Store(store))
         console.print_facts({name: console.interval(metric) for name, metric in metrics.items()})
 

@@ -52,8 +52,15 @@ class Evaluation:
             targets: The labels.
             which: Places among the labelled rows: (n,) integers.
         """
+        return cls.of_logits(model, model.logits(features), targets, which)
+
+    @classmethod
+    def of_logits(
+        cls, model: Model, logits: NDArray[np.float32], targets: Targets, which: NDArray[Any]
+    ) -> "Evaluation":
+        """As `of`, where the model's logits (n, n_known) have been computed already."""
         known = np.searchsorted(targets.classes, model.classes)
-        logits = widened(model.logits(features), known, len(targets.classes))
+        logits = widened(logits, known, len(targets.classes))
         calibrated = probabilities_of(logits, model.temperature, model.is_multilabel)
         if model.thresholds is None:
             chosen = calibrated.argmax(axis=1)[:, None] == np.arange(len(targets.classes))

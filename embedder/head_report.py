@@ -75,6 +75,10 @@ def notes_of(head: Head) -> list[str]:
             f"{head.options.duplicates}) hold {leak['num_images']:,} of the {len(head.ids):,} "
             f"images, the largest {leak['largest']:,}."
         )
+    if head.is_streamed:
+        notes.append(
+            "Features were read in parts: no settings were tried, and there is no learning curve."
+        )
     if "naive" in leak:
         notes.append(
             f"No group stands on both sides of the split. On a split that takes no such care the "
@@ -151,7 +155,7 @@ def _map(head: Head) -> list[MapPoint]:
     random = np.random.default_rng(head.task.seed)
     places = np.sort(random.choice(len(head.test_rows), num_points, replace=False))
     rows = head.test_rows[places]
-    coordinates = map_coordinates(head.task.plain[rows], head.task.seed)
+    coordinates = map_coordinates(head.features_of(rows), head.task.seed)
     labels = head.targets.texts()[rows]
     predicted = _predicted_texts(head.test)[places]
     return [

@@ -28,9 +28,22 @@ from embedder.model import METRICS_FILE, Model
 from embedder.neighbours import DEFAULT_THRESHOLD, near_duplicate_groups
 from embedder.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split, make_split
 from embedder.store import Store
+from embedder.streamed import (
+    STREAMED_HEADS,
+    fit_streamed,
+    make_streamed_split,
+    read_features,
+    read_logits,
+    shape_of,
+)
+from embedder.streaming import vector_column
 from embedder.unlabelled import Helped, check_head, learn, read_unlabelled
 
 PSEUDO_LABELS_FILE = "pseudo_labels.parquet"
+STREAM_BYTES = (
+    2 * 2**30
+)  # of features, as float32: of more, those heads that can read them in parts
+MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 _CURVE = (1, 2, 5, 10, 20, 50, 100)  # labels per class of the learning curve
 
 
@@ -88,7 +101,8 @@ class Head:
         options: How.
         targets: Labels of the labelled rows, of which there are n.
         ids: (n,) str, their images.
-        task: What was learned: their features, codes and groups.
+        task: What was learned: their features, codes and groups; of a store that was streamed,
+            features (0, dim), as they were never all in memory.
         split: Which were trained on.
         fitted: The model's estimator, and how its settings were chosen.
         test_rows: Places of those tested on.
@@ -124,6 +138,17 @@ class Head:
             As `metrics.scores`, or with several labels an image, `metrics.multilabel_scores`.
         """
         return self.test.scores
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether features were read in parts, and `task` has none."""
+        return len(self.task.features) == 0
+
+    def features_of(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features (m, dim) of a few labelled rows, rising, of the pictures as they are."""
+        if self.is_streamed:
+            return read_features(self.store, self.model.column, self.targets.rows[rows])
+        return self.task.plain[rows]
 
     @property
     def parts(self) -> NDArray[np.str_]:
@@ -178,9 +203,10 @@ class Head:
         Returns:
             `labels_per_class`, `accuracy`, `low`, `high` of heads with the settings chosen, each
             trained on so many images of each class, or on all that the class has. A head that
-            cannot be trained on so few has no such point.
+            cannot be trained on so few has no such point. None of several labels an image, of
+            `kfold:K`, and of a store that was streamed.
         """
-        if self.targets.is_multilabel or len(self.split.folds) > 1:
+        if self.targets.is_multilabel or len(self.split.folds) > 1 or self.is_streamed:
             return []
         train = self.split.folds[0][0]
         order = np.random.default_rng(self.task.seed).permutation(train)
@@ -317,6 +343,9 @@ def train(
 ) -> Head:
     """Train a head on frozen features, and test it on images it was not trained on.
 
+    Of more than `STREAM_BYTES` of features the heads `ridge`, `linear` and `mlp` read a part at a
+    time: see `streamed`. Other heads need them in memory, all at once.
+
     Args:
         store: Features.
         labels: As in `labels.read_targets`.
@@ -335,30 +364,37 @@ def train(
         if options.split.startswith("kfold:"):
             raise RecipeError("Unlabelled images need a split with one part to test on, not kfold")
     watch = _Watch()
+    is_streamed = _is_streamed(store, head, options)
     targets = read_targets(store, labels, options.separator)
     ids = store.ids()[targets.rows]
-    features = _features(store, targets, options.column)
-    watch.lap("read")
+    nothing = np.empty((0, shape_of(store, options.column)[1]), np.float32)
     task = Task(
         head=head,
-        features=features,
+        features=nothing if is_streamed else _features(store, targets, options.column),
         codes=targets.codes,
         groups=np.arange(len(ids)),
         classes=targets.classes,
         class_weight=options.class_weight,
         seed=options.seed,
     )
+    watch.lap("read")
     if options.duplicates is not None:
         task = replace(task, groups=near_duplicate_groups(task.plain, options.duplicates))
     watch.lap("near-duplicates")
-    split = make_split(options.split, store, ids, targets.codes, task.groups, options.seed)
-    rows = split.folds[0][0] if len(split.folds) == 1 else np.arange(len(ids))
-    fitted = fit_head(task, rows, split.validation)
+    column = options.column or store.recipe.columns[0]
+    if is_streamed:
+        split = make_streamed_split(options.split, store, ids, task)
+        rows = split.folds[0][0]
+        fitted = fit_streamed(task, split, store, column, targets.rows)
+    else:
+        split = make_split(options.split, store, ids, targets.codes, task.groups, options.seed)
+        rows = split.folds[0][0] if len(split.folds) == 1 else np.arange(len(ids))
+        fitted = fit_head(task, rows, split.validation)
     watch.lap("fit")
     model = Model(
         estimator=fitted.estimator,
         recipe=store.recipe,
-        column=options.column or store.recipe.columns[0],
+        column=column,
         classes=targets.classes[fitted.known],
         temperature=fitted.temperature,
         thresholds=fitted.thresholds,
@@ -366,7 +402,12 @@ def train(
         settings=fitted.settings,
         record=_record(store, labels, options, targets, rows),
     )
-    test_rows, test = judge(task, targets, split, model, None)
+    if is_streamed:
+        test_rows = split.folds[0][1]
+        logits = read_logits(model.estimator, store, column, targets.rows[test_rows])
+        test = Evaluation.of_logits(model, logits, targets, test_rows)
+    else:
+        test_rows, test = judge(task, targets, split, model, None)
     watch.lap("test")
     helped, unhelped = None, None
     if options.unlabelled is not None:
@@ -403,6 +444,38 @@ def compare(ours: Head, theirs: Head) -> dict[str, float]:
     if ours.ids[ours.test_rows].tolist() != theirs.ids[theirs.test_rows].tolist():
         raise RecipeError("Heads must be tested on the same images to be compared")
     return paired_difference(ours.test.is_right, theirs.test.is_right)
+
+
+def _is_streamed(store: Store, head: str, options: TrainOptions) -> bool:
+    """Whether features are read in parts.
+
+    Raises:
+        RecipeError: They are too many for the head, or for what is asked of it, or no vectors.
+    """
+    num_rows, dim = shape_of(store, options.column)
+    num_bytes = num_rows * dim * np.dtype(np.float32).itemsize
+    received = f"Received: {store.path}, with {num_bytes / 2**30:,.1f} GiB of features"
+    if num_bytes <= STREAM_BYTES or head not in STREAMED_HEADS:
+        if num_bytes > MEMORY_BYTES / 2:
+            raise RecipeError(
+                f"The head {head} needs all features in at most half of the memory. Take one of "
+                f"{', '.join(STREAMED_HEADS)}, which read them in parts. {received} and "
+                f"{MEMORY_BYTES / 2**30:,.1f} GiB of memory"
+            )
+        return False
+    vector_column(store, options.column)
+    limit = f"more than {STREAM_BYTES / 2**30:,.1f} GiB of features, which are read in parts"
+    if options.duplicates is not None:
+        raise RecipeError(
+            f"Near-duplicates cannot be looked for in {limit}. Go without, with duplicates=None or "
+            f"--duplicates none. {received}, and duplicates={options.duplicates}"
+        )
+    if options.split.startswith("kfold:"):
+        raise RecipeError(
+            f"There is no cross-validation on {limit}. Test on a share, such as 0.2. {received}, "
+            f"and split={options.split}"
+        )
+    return True
 
 
 def _features(store: Store, targets: Targets, column: str | None) -> NDArray[np.float32]:

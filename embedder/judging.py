@@ -17,6 +17,7 @@ from embedder.labels import Targets, read_labels, read_targets
 from embedder.model import Model
 from embedder.splits import CROSS_VALIDATED, TRAIN, VALIDATION, Split
 from embedder.store import Store
+from embedder.streamed import read_logits
 
 PREDICTIONS_FILE = "predictions.parquet"
 
@@ -158,8 +159,9 @@ def evaluate_model(
         notes.append(f"The model does not know {len(unknown)} of the classes: {unknown[:5]}.")
     ids = store.ids()[targets.rows]
     coarse_of = None if coarse is None else coarse_classes(store, coarse, targets, ids)
-    features = store.vectors(model.column)[targets.rows[which]].astype(np.float32)
-    return Judged(metrics_of(Evaluation.of(model, features, targets, which), coarse_of), notes)
+    logits = read_logits(model.estimator, store, model.column, targets.rows[which])
+    test = Evaluation.of_logits(model, logits, targets, which)
+    return Judged(metrics_of(test, coarse_of), notes)
 
 
 def _trained_on(model_path: Path) -> set[str]:

@@ -3,6 +3,7 @@
 A ridge head needs one pass over the store. A Keras head needs one for each epoch and one more.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from embedder.calibration import fit_temperature, fit_thresholds, log_loss, prob
 from embedder.classifiers import Settings, make_estimator
 from embedder.cluster import connect
 from embedder.errors import RecipeError
-from embedder.fitting import Fitted, Task, accuracy_of, known_classes
+from embedder.fitting import Fitted, Task, known_classes
 from embedder.keras_head import Batch, KerasHead, store_batches
 from embedder.model import logits_of
 from embedder.ridge import NUM_FOLDS, RidgeHead, stratified_folds
@@ -40,14 +41,12 @@ def shape_of(store: Store, column: str | None) -> tuple[int, int]:
     Returns:
         (n_rows, dim); of a feature map all its values, of a feature that is not there 0.
     """
-    shards = store.shards()
-    fields = pq.read_schema(shards[0]) if shards else []
+    num_rows = len(store) * store.recipe.views
     column = column or store.recipe.columns[0]
-    if column not in store.recipe.columns or not shards:
-        return 0, 0
-    kind = fields.field(column).type
-    kind = getattr(kind, "storage_type", kind)
-    return len(store) * store.recipe.views, kind.list_size
+    if num_rows == 0 or column not in store.recipe.columns:
+        return num_rows, 0
+    lists = pq.read_schema(store.shards()[0]).field(column).type
+    return num_rows, int(getattr(lists, "storage_type", lists).list_size)
 
 
 def parts_of(store: Store, column: str, rows: Rows) -> Iterator[NDArray[np.float32]]:
@@ -89,7 +88,7 @@ def make_streamed_split(spec: str, store: Store, ids: NDArray[np.object_], task:
 
     Where nobody else decided it, blocks of neighbouring images of a class are divided, not single
     images, if a class has more than a thousand. Where there is no list of validation rows, a
-    share of the training rows is taken, of at most 20,000.
+    share of the training rows is taken, about 20,000 at most.
 
     Args:
         spec: As in `make_split`; not `kfold:K`.
@@ -106,7 +105,7 @@ def make_streamed_split(spec: str, store: Store, ids: NDArray[np.object_], task:
     if not len(held):
         share = min(_HELD_OUT_SHARE, _HELD_OUT_ROWS / len(train))
         codes = task.codes[train]
-        _, places = grouped_folds(codes, _blocks(codes), round(1 / share), task.seed)[0]
+        _, places = grouped_folds(codes, _blocks(codes), math.ceil(1 / share), task.seed)[0]
         held = train[places]
     if not task.is_multilabel:
         # The head learns from the others only, and has to know each class.
@@ -158,14 +157,13 @@ def fit_streamed(task: Task, split: Split, store: Store, column: str, rows: Rows
     if not task.is_multilabel:
         truth = np.searchsorted(known, truth)
     temperature = fit_temperature(logits, truth)
-    thresholds = None
     if task.is_multilabel:
         thresholds = fit_thresholds(probabilities_of(logits, temperature, True), truth)
-    trial = {
-        "settings": settings,
-        "log_loss": log_loss(logits / temperature, truth),
-        "accuracy": accuracy_of(logits, truth),
-    }
+        is_right = ((logits > 0) == truth).all(axis=1)
+    else:
+        thresholds, is_right = None, logits.argmax(axis=1) == truth
+    loss = log_loss(logits / temperature, truth)
+    trial = {"settings": settings, "log_loss": loss, "accuracy": float(is_right.mean())}
     return Fitted(estimator, settings, known, temperature, thresholds, [trial])
 
 
@@ -186,7 +184,9 @@ def _fit_ridge(task: Task, split: Split, store: Store, column: str, rows: Rows) 
     rest = np.setdiff1d(train, held)
     folds[rows[rest]] = stratified_folds(_strata(task.codes[rest]), NUM_FOLDS)
     folds[rows[held]] = NUM_FOLDS
-    codes, folds, weights = (np.repeat(a, store.recipe.views, axis=0) for a in (codes, folds, weights))
+    codes, folds, weights = (
+        np.repeat(a, store.recipe.views, axis=0) for a in (codes, folds, weights)
+    )
     with connect(None, 1) as pool:
         sums = ridge_sums(store, codes, len(known), folds, pool, weights, column)
     classes = known if task.is_multilabel else task.classes[known]

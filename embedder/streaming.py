@@ -68,7 +68,7 @@ def ridge_sums(
     _check(store, codes, folds)
     num_folds = int(folds.max()) + 1
     path = str(store.path.absolute())
-    column = _column_of(store, column)
+    column = vector_column(store, column)
     parts = (
         _Part(
             *(path, column, names, num_classes, num_folds),
@@ -86,15 +86,21 @@ def ridge_sums(
 def _check(store: Store, codes: Codes, folds: Codes) -> None:
     if not (folds >= 0).any():
         raise RecipeError(f"At least one row must have a fold. Received: none of {len(folds)}")
-    num_rows = {len(store), len(codes), len(folds)}
-    if len(num_rows) > 1:
+    num_rows = len(store) * store.recipe.views
+    if {num_rows} != {len(codes), len(folds)}:
         raise StoreError(
             f"There must be a code and a fold for each row of the store {store.path}, of which "
-            f"there are {len(store)}. Received: {len(codes)} codes, {len(folds)} folds"
+            f"there are {num_rows}. Received: {len(codes)} codes, {len(folds)} folds"
         )
 
 
-def _column_of(store: Store, column: str | None) -> str:
+def vector_column(store: Store, column: str | None) -> str:
+    """Name of a store's feature, or of its only one.
+
+    Raises:
+        RecipeError: There is no such feature, several of which none is named, or it is a feature
+            map.
+    """
     columns = store.recipe.columns
     if column is None and len(columns) == 1:
         column = columns[0]

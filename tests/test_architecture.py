@@ -18,6 +18,7 @@ ORDER = (
     *("plan", "pipeline", "refresh", "cluster", "streaming", "summary", "extract", "verify"),
     *("neighbours", "labels", "splits", "metrics", "evaluation", "classifiers", "fitting"),
     *(
+        "streamed",
         "self_training",
         "unlabelled",
         "judging",

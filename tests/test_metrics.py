@@ -72,15 +72,16 @@ def test_a_resample_may_lack_a_class() -> None:
     assert found["log_loss"]["high"] == pytest.approx(-log(0.9))
 
 
-def test_the_interval_of_accuracy_is_the_binomial_one() -> None:
-    codes = np.arange(200) % 2
-    right = np.arange(200) % 5 != 0  # 160 of 200
+def test_the_interval_of_accuracy_is_the_binomial_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 10_000)  # so that 90 % is told from 95 %
+    codes = np.arange(500) % 2
+    right = np.arange(500) % 5 != 0  # 400 of 500
     of_first = np.where((codes == 0) == right, 0.9, 0.1)
     accuracy = scores(codes, np.stack([of_first, 1 - of_first], axis=1))["accuracy"]
-    margin = 1.96 * (0.8 * 0.2 / 200) ** 0.5
+    margin = 1.96 * (0.8 * 0.2 / 500) ** 0.5
     assert accuracy["value"] == pytest.approx(0.8)
-    assert accuracy["low"] == pytest.approx(0.8 - margin, abs=0.015)
-    assert accuracy["high"] == pytest.approx(0.8 + margin, abs=0.015)
+    assert accuracy["low"] == pytest.approx(0.8 - margin, abs=0.0025)
+    assert accuracy["high"] == pytest.approx(0.8 + margin, abs=0.0025)
 
 
 def test_resamples_are_the_same_however_many_fit_into_memory(
@@ -119,6 +120,21 @@ def test_several_labels_are_scored_one_by_one_and_together() -> None:
     )
     each = [log_loss(codes[:, n], probabilities[:, n]) for n in range(3)]
     assert values["log_loss"] == pytest.approx(np.mean(each))
+
+
+def test_a_label_that_no_image_has_counts_in_no_mean() -> None:
+    random = np.random.default_rng(2)
+    codes = (random.random((60, 3)) > [0.4, 0.7, 1.0]).astype(np.uint8)
+    probabilities = np.clip(codes * 0.4 + random.random((60, 3)) * 0.6, 0.01, 0.99)
+    chosen = probabilities > 0.5
+    assert chosen[:, 2].any()
+    values = values_of(multilabel_scores(codes, probabilities, chosen))
+    assert values["macro_f1"] == pytest.approx(
+        f1_score(codes[:, :2], chosen[:, :2], average="macro")
+    )
+    assert values["mean_average_precision"] == pytest.approx(
+        average_precision_score(codes[:, :2], probabilities[:, :2], average="macro")
+    )
 
 
 def test_the_tree_counts_half_where_only_the_coarse_class_is_right() -> None:

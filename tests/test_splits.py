@@ -32,6 +32,10 @@ def test_a_share_is_tested_on_and_the_rest_trained_on(store: Store) -> None:
     assert same.tolist() == train.tolist()
 
 
+def test_a_share_is_the_nearest_that_folds_can_give(store: Store) -> None:
+    assert len(split_of("0.35", store).folds[0][1]) == 20  # of 60: a third, not a half
+
+
 def test_folds_test_on_every_row_once(store: Store) -> None:
     split = split_of("kfold:4", store)
     assert len(split.folds) == 4
@@ -58,6 +62,18 @@ def test_several_labels_an_image_are_split_too() -> None:
     codes = (np.random.default_rng(0).random((60, 4)) > 0.5).astype(np.uint8)
     folds = grouped_folds(codes, PAIRS, 3, seed=0)
     assert sorted(row for _, test in folds for row in test) == list(range(60))
+
+
+def test_each_set_of_labels_is_in_every_fold_alike() -> None:
+    codes = np.array([[1, 0], [1, 1], [0, 1]], np.uint8)[np.repeat([0, 1, 2], [10, 15, 35])]
+    for _, test in grouped_folds(codes, ALONE, 5, seed=0):
+        both = codes[test].sum(axis=1) == 2
+        assert (both.sum(), (~both & (codes[test][:, 0] == 1)).sum()) == (3, 2)
+
+
+def test_fewer_groups_than_folds_are_refused() -> None:
+    with pytest.raises(RecipeError, match="at least 3 groups.*Received: 60 images in 2 group"):
+        grouped_folds(CODES, ALONE // 30, 3, seed=0)
 
 
 def test_official_lists_are_kept_as_they_are(store: Store, tmp_path: Path) -> None:

@@ -114,4 +114,4 @@ def test_feature_maps_are_told(tmp_path: Path, codes: Any, folds: Any) -> None:
     recipe = Recipe(backbone="maps", weights="0" * 64, image_size=(64, 64), pooling="none")
     store = Store.open_or_create(tmp_path, recipe, {})
     with pytest.raises(RecipeError, match="a vector. Received: embedding, pooling=none"):
-        streaming._column_of(store, None)
+        streaming.vector_column(store, None)
