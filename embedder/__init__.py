@@ -8,7 +8,7 @@ from embedder.extract import extract
 from embedder.store import Store
 
 if TYPE_CHECKING:
-    from embedder.heads import Head
+    from embedder.trained import Head
 
 __all__ = ["EmbedderError", "Store", "extract", "train"]
 
@@ -21,17 +21,18 @@ def train(store: Store, labels: str = "folder", head: str = "logistic", **option
         labels: `folder`, `parent`, `FILE.csv:COLUMN`, `LIST.txt:NUMBER` or `column:NAME`; see
             `labels.read_targets`.
         head: `logistic`, `svm`, `ridge`, `lda`, `knn`, `centroid`, `linear` or `mlp`.
-        **options: Attributes of `heads.TrainOptions`, first of all `split`.
+        **options: Attributes of `trained.TrainOptions`, first of all `split`.
 
     Raises:
         EmbedderError: As in `heads.train`; also where an option is unknown.
     """
     # Extraction needs no scikit-learn, whose import takes half a second on every worker.
     from embedder import heads
+    from embedder.trained import TrainOptions
 
-    known = [field.name for field in fields(heads.TrainOptions)]
+    known = [field.name for field in fields(TrainOptions)]
     if unknown := options.keys() - set(known):
         raise RecipeError(
             f"Unknown option: {', '.join(sorted(unknown))}. There are: {', '.join(known)}"
         )
-    return heads.train(store, labels, head, heads.TrainOptions(**options))
+    return heads.train(store, labels, head, TrainOptions(**options))

@@ -51,8 +51,8 @@ HEADS = {
     "logistic": HeadKind(
         LogisticRegression(max_iter=300, tol=1e-3),
         grid=(
-            *({"scaling": "l2", "C": C} for C in (3.0, 10.0, 30.0)),
-            *({"scaling": "standard", "C": C} for C in (0.003, 0.03)),
+            *({"scaling": "l2", "C": C} for C in (10.0, 30.0, 100.0)),
+            *({"scaling": "standard", "C": C} for C in (0.01, 0.1)),
         ),
         can_multilabel=True,
         is_one_vs_rest=True,

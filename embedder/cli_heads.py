@@ -68,8 +68,9 @@ def train(
     with console.exit_status():
         from embedder import head_report, heads
         from embedder.neighbours import DEFAULT_THRESHOLD
+        from embedder.trained import TrainOptions
 
-        options = heads.TrainOptions(
+        options = TrainOptions(
             split=split,
             duplicates=_parse_duplicates(duplicates, DEFAULT_THRESHOLD),
             class_weight=class_weight,

@@ -8,11 +8,11 @@ import numpy as np
 
 from embedder.errors import EmbedderError
 from embedder.evaluation import Evaluation
-from embedder.heads import Head
 from embedder.metrics import confusion_matrix
 from embedder.model import REPORT_FILE
 from embedder.report import MapPoint, Mistake, Report, map_coordinates, thumbnail_of, write_report
 from embedder.sources import list_images, read_bytes
+from embedder.trained import Head
 from embedder.weights import logger
 
 _NUM_MISTAKES = 24

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from embedder.errors import RecipeError, SourceError
 from embedder.labels import read_fields, read_labels
@@ -99,14 +99,18 @@ def grouped_folds(codes: Codes, groups: Groups, num_folds: int, seed: int) -> Fo
             f"each fold. Received: {len(groups)} images in {num_groups} group(s)"
         )
     strata = codes if codes.ndim == 1 else np.unique(codes, axis=0, return_inverse=True)[1]
-    folder = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    # It warns of classes with fewer rows than folds; those are then missing in some folds.
+    # Of classes with fewer rows than folds scikit-learn warns: they are missing in some folds.
     counts = np.bincount(strata)
     rare = np.isin(strata, np.flatnonzero(counts < num_folds))
     strata = np.where(rare, -1, strata)
     if 0 < rare.sum() < num_folds:
         strata[rare] = strata[~rare][0] if (~rare).any() else 0
-    return [(np.sort(train), np.sort(test)) for train, test in folder.split(codes, strata, groups)]
+    if num_groups == len(groups):  # the other would take a hundred times as long
+        divided = StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(codes, strata)
+    else:
+        folder = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+        divided = folder.split(codes, strata, groups)
+    return [(np.sort(train), np.sort(test)) for train, test in divided]
 
 
 def _official(spec: str, store: Store, ids: NDArray[np.object_]) -> Split:

@@ -22,6 +22,7 @@ ORDER = (
         "self_training",
         "unlabelled",
         "judging",
+        "trained",
         "heads",
         "predict",
         "figures",

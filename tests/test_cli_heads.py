@@ -16,9 +16,10 @@ import embedder
 from embedder import metrics
 from embedder.cli import app
 from embedder.head_report import notes_of, report_of
-from embedder.heads import TrainOptions, train
+from embedder.heads import train
 from embedder.model import Model
 from embedder.store import Store
+from embedder.trained import TrainOptions
 
 SIZE = (64, 96)
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"

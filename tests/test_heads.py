@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from embedder import metrics
-from embedder.calibration import fit_temperature, log_loss
+from embedder.calibration import fit_temperature, log_loss, probabilities_of
 from embedder.classifiers import HEADS, make_estimator
 from embedder.errors import ModelError, RecipeError, StoreError
 from embedder.evaluation import Evaluation, widened
 from embedder.fitting import Task, fit, fit_head
-from embedder.heads import TrainOptions, compare, train
+from embedder.heads import train
 from embedder.judging import evaluate_model
 from embedder.model import Model, logits_of
 from embedder.recipe import Recipe
 from embedder.store import Store
+from embedder.trained import TrainOptions, compare
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +176,29 @@ def test_each_view_is_learnt_with_its_own_images_label() -> None:
     labels = task.classes[task.codes]
     for view in range(3):
         assert estimator.score(task.features[:, view], labels) == 1.0
+
+
+def test_each_round_is_calibrated_without_the_rows_it_is_tested_on(store: Store) -> None:
+    options = TrainOptions(duplicates=None, split="kfold:3")
+    head = train(noise(store), head="ridge", options=options)
+    start = 0
+    for train_rows, test_rows in head.split.folds:
+        own = fit_head(head.task, train_rows, NOBODY)
+        part = head.test.rows(np.arange(start, start + len(test_rows)))
+        expected = probabilities_of(part.logits, own.temperature, False)
+        np.testing.assert_allclose(part.calibrated, expected, rtol=1e-5)
+        np.testing.assert_array_equal(head.test_rows[start : start + len(test_rows)], test_rows)
+        start += len(test_rows)
+
+
+def test_thresholds_are_those_of_the_held_out_rows() -> None:
+    random = np.random.default_rng(5)
+    codes = (random.random((90, 2)) < [0.2, 0.35]).astype(np.uint8)
+    features = random.normal(size=(90, 20)).astype(np.float32)
+    task = Task("ridge", features, codes, np.arange(90), np.array(["cats", "dogs"]))
+    thresholds = fit_head(task, np.arange(90), NOBODY).thresholds
+    assert thresholds is not None
+    assert (thresholds < 0.45).all()  # who knows nothing has the best F1 by giving every label
 
 
 def test_half_precision_features_are_trained_on_in_single(
@@ -432,6 +456,19 @@ def test_a_model_is_evaluated_on_what_it_has_not_seen(zoo: Store, tmp_path: Path
     folds.save(tmp_path / "folds")
     with pytest.raises(RecipeError, match="of which all 60 labelled images were; --include"):
         evaluate_model(tmp_path / "folds", zoo, "parent")
+
+
+def test_validation_images_were_seen_too(zoo: Store, tmp_path: Path) -> None:
+    parts = ("train", "val", "test", "train", "")
+    rows = [f"{i},{parts[n % 5]}" for n, i in enumerate(zoo.ids()) if parts[n % 5]]
+    (tmp_path / "s.csv").write_text("\n".join(["path,part", *rows]))
+    options = TrainOptions(duplicates=None, split=f"{tmp_path}/s.csv:part")
+    head = train(zoo, "parent", "centroid", options)
+    assert head.parts.tolist() == ["train", "validation", "test", "train", ""] * 12
+    head.save(tmp_path / "model")
+    judged = evaluate_model(tmp_path / "model", zoo, "parent")
+    assert judged.notes == ["36 images were trained on, and are left out."]
+    assert judged.metrics["test"]["num_images"] == 24  # those of no part were not seen
 
 
 def test_heads_are_compared_on_the_same_images(zoo: Store) -> None:

@@ -9,9 +9,10 @@ import pytest
 from conftest import add_rows, animal_vectors
 
 from embedder.errors import ModelError, RecipeMismatch
-from embedder.heads import TrainOptions, train
+from embedder.heads import train
 from embedder.model import Model
 from embedder.store import Store
+from embedder.trained import TrainOptions
 
 
 @pytest.fixture

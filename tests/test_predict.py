@@ -11,9 +11,10 @@ from conftest import make_archive
 
 import embedder
 from embedder.errors import RecipeError, RecipeMismatch
-from embedder.heads import TrainOptions, train
+from embedder.heads import train
 from embedder.predict import SCHEMA, predict
 from embedder.store import Store
+from embedder.trained import TrainOptions
 from embedder.verify import verify
 
 SIZE = (64, 96)
