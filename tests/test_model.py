@@ -2,15 +2,20 @@
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import add_rows, animal_vectors
+from scipy.special import softmax
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 
 from embedder.errors import ModelError, RecipeMismatch
 from embedder.heads import train
-from embedder.model import Model
+from embedder.model import Model, logits_of
 from embedder.store import Store
 from embedder.trained import TrainOptions
 
@@ -119,8 +124,47 @@ def test_features_with_more_views_are_of_the_same_recipe(model: Path, zoo: Store
     Model.load(model).check_recipe(zoo.recipe.model_copy(update={"views": 8}), "the store")
 
 
+def test_images_are_predicted_by_their_plain_view(model: Path, zoo: Store) -> None:
+    views = zoo.recipe.model_copy(update={"views": 8})
+    recipe = replace(Model.load(model), recipe=views).logits_recipe(model)
+    assert (recipe.views, recipe.columns) == (1, ("logits",))
+
+
+def test_a_store_without_the_models_feature_is_refused(model: Path, zoo: Store) -> None:
+    other = zoo.recipe.model_copy(update={"layers": ("block1", "block2")})
+    with pytest.raises(RecipeMismatch, match="feature: embedding, not block1, block2"):
+        Model.load(model).check_recipe(other, "the store")
+
+
+def test_each_label_has_its_own_threshold(model: Path) -> None:
+    thresholds = np.array([0.2, 0.6, 0.9])
+    loaded = replace(Model.load(model), thresholds=thresholds)
+    chosen = loaded.chosen(np.array([[0.3, 0.5, 0.8], [0.1, 0.7, 0.95]]))
+    assert chosen.tolist() == [[True, False, False], [False, True, True]]
+    single = replace(loaded, thresholds=None).chosen(np.array([[0.3, 0.5, 0.2]]))
+    assert single.tolist() == [[False, True, False]]
+
+
+def test_logits_of_two_classes_give_the_probabilities_of_the_head() -> None:
+    features = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    names = np.where(features[:, 0] + features[:, 1] > 0, "dogs", "cats")
+    for estimator in (LogisticRegression(), LinearDiscriminantAnalysis()):
+        estimator.fit(features, names)
+        found = softmax(logits_of(estimator, features), axis=1)
+        np.testing.assert_allclose(found, estimator.predict_proba(features), atol=1e-5)
+
+
+def test_a_class_that_no_neighbour_has_is_not_impossible() -> None:
+    features = np.eye(3, dtype=np.float32)
+    neighbours = KNeighborsClassifier(1).fit(features, list("abc"))
+    logits = logits_of(neighbours, features)
+    np.testing.assert_allclose(np.exp(logits), np.where(features == 1, 1, 1e-4), rtol=1e-4)
+
+
 def test_a_model_keeps_its_temperature(model: Path, zoo: Store) -> None:
     loaded = Model.load(model)
+    made = train(zoo, "parent", "ridge", TrainOptions(duplicates=None)).model
+    assert loaded.temperature == made.temperature != 1.0
     features = np.array(zoo.vectors())[:5]
     sharp = loaded.probabilities(features).max(axis=1)
     edit(model, temperature=loaded.temperature * 10)

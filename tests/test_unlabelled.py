@@ -13,9 +13,11 @@ from conftest import ANIMALS, DIM, animal_vectors, rows_of
 from numpy.typing import NDArray
 
 from embedder import metrics, unlabelled
+from embedder.classifiers import make_estimator
 from embedder.errors import RecipeError, RecipeMismatch, StoreError
 from embedder.evaluation import Evaluation
 from embedder.heads import train
+from embedder.model import logits_of
 from embedder.recipe import Recipe
 from embedder.store import FAILURE_SCHEMA, Store, shard_name
 from embedder.trained import Head, TrainOptions
@@ -109,6 +111,7 @@ def test_more_images_of_the_same_clusters_help(
     assert head.model.estimator is head.helped.fitted.estimator is head.fitted.estimator
     assert head.model.temperature == head.fitted.temperature != without.model.temperature
     assert head.model.settings == without.model.settings
+    assert head.model.settings["C"] == head.estimator.steps[-1][1].C
     held = head.model.logits(head.task.plain[head.test_rows])
     np.testing.assert_array_equal(head.test.logits, held)
 
@@ -240,6 +243,28 @@ def test_the_temperature_of_a_helped_head_comes_from_rows_it_has_not_seen(
     assert min(temperatures, key=lambda factor: temperatures[factor]) == 1.0
 
 
+def test_pseudo_labels_leave_each_class_the_weight_of_its_labels(
+    few: Store, pool: Store, alone: TrainOptions
+) -> None:
+    options = with_images(alone, pool, unlabelled_method="label-spreading")
+    head = train(few, "parent", "svm", options)
+    pseudo = pseudo_labels(head)
+    assert len(pseudo) > 0
+    by_id = dict(zip(pool.ids(), pool.vectors(), strict=True))
+    is_trained = head.parts == "train"
+    features = [*head.task.plain[is_trained], *(by_id[row["image_id"]] for row in pseudo)]
+    labels = [*head.targets.texts()[is_trained], *(row["label"] for row in pseudo)]
+    sizes = {name: labels.count(name) for name in ANIMALS}
+    assert len(set(sizes.values())) > 1
+    weights = np.array([len(labels) / 3 / sizes[name] for name in labels])
+    expected = make_estimator("svm", head.model.settings, None, 0, False)
+    expected.fit(np.array(features), np.array(labels), linearsvc__sample_weight=weights)
+    new = animal_vectors(ANIMALS * 5, seed=77)
+    np.testing.assert_allclose(
+        head.model.logits(new), logits_of(expected, new), rtol=1e-3, atol=1e-3
+    )
+
+
 def hurtful(few: Store) -> Store:
     """One heap of bats, which are a little like every class and most like cats."""
     bats = np.zeros((200, DIM))
@@ -257,7 +282,10 @@ def test_images_that_would_hurt_leave_the_head_as_it_was(
     for prefix, num_each, seed in (("few", 6, 0), ("test", 40, 10)):
         ids = names(prefix, num_each)
         add(clear, ids, animal_vectors(animals_of(ids), seed, 0.3))
-    parts = [f"{i},{'train' if i.startswith('few') else 'test'}" for i in clear.ids()]
+    kinds = ("train", "train", "train", "val")
+    parts = [
+        f"{i},{kinds[n % 4] if i.startswith('few') else 'test'}" for n, i in enumerate(clear.ids())
+    ]
     (tmp_path / "split.csv").write_text("\n".join(["path,part", *parts]))
     without = train(clear, "parent", "svm", alone)
     head = train(clear, "parent", "svm", with_images(alone, hurtful(store)))
