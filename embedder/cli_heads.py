@@ -68,7 +68,7 @@ def train(
     with console.exit_status():
         from embedder import head_report, heads
         from embedder.neighbours import DEFAULT_THRESHOLD
-        from embedder.trained import TrainOptions
+        from embedder.trained import TrainOptions, check_model_folder
 
         options = TrainOptions(
             split=split,
@@ -81,6 +81,7 @@ def train(
             unlabelled_method=unlabelled_method,
             seed=seed,
         )
+        check_model_folder(Path(model))
         trained = heads.train(Store(store), labels, head, options)
         trained.save(model)
         facts = {"model": model}
@@ -114,7 +115,7 @@ def evaluate(
 
         result = evaluate_model(model, Store(store), labels, coarse, include_trained)
         if json_out:
-            Path(json_out).write_text(json.dumps(result.metrics, indent=2))
+            console.write_text(json_out, json.dumps(result.metrics, indent=2))
         for note in result.notes:
             console.out.print(note)
         console.print_facts(_metric_facts(result.metrics))

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -63,6 +64,18 @@ class _Messages(logging.Handler):
         if message not in self._shown:
             self._shown.add(message)
             err.print(message)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file that was asked for on the command line.
+
+    Raises:
+        EmbedderError: It cannot be written.
+    """
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise EmbedderError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def started() -> float:

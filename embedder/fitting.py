@@ -1,5 +1,7 @@
 """Fitting a head: its settings chosen, its probabilities calibrated, all on training rows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ from sklearn.base import clone
 
 from embedder.calibration import fit_temperature, fit_thresholds, log_loss, probabilities_of
 from embedder.classifiers import Settings, find_head, make_estimator
+from embedder.errors import RecipeError
 from embedder.evaluation import widened
 from embedder.keras_head import KerasHead
 from embedder.model import logits_of
@@ -93,15 +96,22 @@ def fit_head(task: Task, rows: NDArray[np.int64], validation: NDArray[np.int64])
     held = np.concatenate([test for _, test in folds])
     trials: list[dict[str, Any]] = []
     tried: list[NDArray[np.float32]] = []
+    refusal = None
     for settings in kind.grid:
         estimator = _make(task, settings)
-        logits = np.concatenate([_held_out_logits(task, estimator, *fold) for fold in folds])
+        try:
+            logits = np.concatenate([_held_out_logits(task, estimator, *fold) for fold in folds])
+        except RecipeError as error:  # such as more neighbours than images
+            refusal = error
+            continue
         loss = log_loss(logits / fit_temperature(logits, task.codes[held]), task.codes[held])
         accuracy = _accuracy(task, logits, held)
         trials.append({"settings": settings, "log_loss": loss, "accuracy": accuracy})
         tried.append(logits)
+    if refusal is not None and not trials:
+        raise refusal
     best = int(np.argmin([trial["log_loss"] for trial in trials]))
-    settings, logits = kind.grid[best], tried[best]
+    settings, logits = trials[best]["settings"], tried[best]
     temperature = fit_temperature(logits, task.codes[held])
     thresholds = None
     if task.is_multilabel:
@@ -126,6 +136,9 @@ def fit(task: Task, estimator: Any, rows: NDArray[np.int64]) -> Any:
 
     A Keras head takes one random view an epoch. Classes are learnt by name, or with several labels
     an image, as their indicators.
+
+    Raises:
+        RecipeError: The images are too few, or of too few classes.
     """
     features, codes = task.features[rows], task.codes[rows]
     if not task.is_multilabel:
@@ -134,7 +147,22 @@ def fit(task: Task, estimator: Any, rows: NDArray[np.int64]) -> Any:
         num_views = features.shape[1]
         features = features.reshape(-1, features.shape[-1])
         codes = np.repeat(codes, num_views, axis=0)
-    return estimator.fit(features, codes)
+    with _refusals(task, len(rows)):
+        if not task.is_multilabel and len(np.unique(codes)) < 2:
+            raise ValueError("all of one class")  # which not every head would say
+        return estimator.fit(features, codes)
+
+
+@contextmanager
+def _refusals(task: Task, num_rows: int) -> Iterator[None]:
+    """Say what could not be learnt from, where scikit-learn only says that it could not."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(
+            f"The head {task.head} cannot be trained on so few images, or classes. "
+            f"Received: {num_rows:,} images: {error}"
+        ) from error
 
 
 def _selection_folds(task: Task, rows: NDArray[np.int64], validation: NDArray[np.int64]) -> Folds:
@@ -148,7 +176,8 @@ def _held_out_logits(
     task: Task, estimator: Any, train: NDArray[np.int64], test: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     fitted = fit(task, clone(estimator), train)
-    logits = logits_of(fitted, task.plain[test])
+    with _refusals(task, len(train)):
+        logits = logits_of(fitted, task.plain[test])
     return widened(logits, known_classes(task, train), len(task.classes))
 
 

@@ -15,7 +15,7 @@ from embedder.classifiers import find_head
 from embedder.errors import RecipeError
 from embedder.evaluation import Evaluation
 from embedder.fitting import Task, fit_head
-from embedder.judging import judge
+from embedder.judging import coarse_classes, judge
 from embedder.labels import Targets, read_targets
 from embedder.model import Model
 from embedder.neighbours import near_duplicate_groups
@@ -68,6 +68,9 @@ def train(
     is_streamed = _is_streamed(store, head, options)
     targets = read_targets(store, labels, options.separator)
     ids = store.ids()[targets.rows]
+    coarse_of = None
+    if options.coarse is not None:
+        coarse_of = coarse_classes(store, options.coarse, targets, ids)
     nothing = np.empty((0, shape_of(store, options.column)[1]), np.float32)
     task = Task(
         head=head,
@@ -130,6 +133,7 @@ def train(
         fitted=fitted,
         test_rows=test_rows,
         test=test,
+        coarse_of=coarse_of,
         seconds=watch.seconds,
         helped=helped,
         unhelped=unhelped,

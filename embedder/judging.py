@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder.classifiers import make_estimator
-from embedder.errors import RecipeError
+from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
 from embedder.fitting import Fitted, Task, fit, fit_head, known_classes
 from embedder.labels import Targets, read_labels, read_targets
@@ -20,6 +21,7 @@ from embedder.store import Store
 from embedder.streamed import read_logits
 
 PREDICTIONS_FILE = "predictions.parquet"
+PSEUDO_LABELS_FILE = "pseudo_labels.parquet"
 
 
 def judge(
@@ -96,7 +98,9 @@ def coarse_classes(
                 f"the class {targets.classes[code]}, which is of {name}"
                 + (f", others of {names[int(code)]}" if name is not None else "")
             )
-    return np.unique([names[c] for c in range(len(targets.classes))], return_inverse=True)[1]
+    # A class that no image has is of a coarse class of its own: nothing tells of another.
+    own = [names.get(c, f"\0{c}") for c in range(len(targets.classes))]
+    return np.unique(own, return_inverse=True)[1]
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ def evaluate_model(
             f"--include-trained tests on them all the same"
         )
     if unknown := sorted(set(targets.classes) - set(model.classes)):
-        notes.append(f"The model does not know {len(unknown)} of the classes: {unknown[:5]}.")
+        names = ", ".join(unknown[:5])
+        notes.append(f"The model does not know {len(unknown)} of the classes, such as {names}.")
     ids = store.ids()[targets.rows]
     coarse_of = None if coarse is None else coarse_classes(store, coarse, targets, ids)
     logits = read_logits(model.estimator, store, model.column, targets.rows[which])
@@ -165,7 +170,20 @@ def evaluate_model(
 
 
 def _trained_on(model_path: Path) -> set[str]:
-    """Checksums of the images that a model has seen."""
-    table = pq.read_table(model_path / PREDICTIONS_FILE, columns=["sha256", "part"])
+    """Checksums of the images that a model has learnt from, with a label or a pseudo-label.
+
+    Raises:
+        ModelError: The model does not tell.
+    """
+    file, pseudo = model_path / PREDICTIONS_FILE, model_path / PSEUDO_LABELS_FILE
+    try:
+        table = pq.read_table(file, columns=["sha256", "part"])
+        also = pq.read_table(pseudo, columns=["sha256"]) if pseudo.exists() else None
+    except (OSError, pa.ArrowException) as error:
+        raise ModelError(
+            f"A model must tell what it was trained on. {file.name} cannot be read: {error}. "
+            f"--include-trained tests on all images"
+        ) from error
     rows = zip(table["sha256"].to_pylist(), table["part"].to_pylist(), strict=True)
-    return {sha256 for sha256, part in rows if part in (TRAIN, VALIDATION, CROSS_VALIDATED)}
+    trained = {sha256 for sha256, part in rows if part in (TRAIN, VALIDATION, CROSS_VALIDATED)}
+    return trained | set(also["sha256"].to_pylist() if also is not None else [])

@@ -16,6 +16,7 @@ TRAIN, VALIDATION, TEST, UNUSED = "train", "validation", "test", ""
 CROSS_VALIDATED = "cross-validated"
 _NAMES = {"train": TRAIN, "training": TRAIN, "val": VALIDATION, "validation": VALIDATION}
 _NAMES |= {"valid": VALIDATION, "dev": VALIDATION, "test": TEST, "testing": TEST}
+_FINE_FOLDS = 20
 _RULE = (
     "`split` must be a share between 0 and 1, kfold:K, a folder with train.txt and test.txt (and "
     "val.txt), FILE.csv:COLUMN or column:NAME."
@@ -57,10 +58,10 @@ def make_split(
     """Divide labelled rows into those to train on and those to test on.
 
     Args:
-        spec: A share to test on, such as `0.2`; `kfold:K`, every row tested on once; or an official
-            split: a folder with the lists train.txt, test.txt and perhaps val.txt, of which the
-            first field of each line is the path, `FILE.csv:COLUMN` or `column:NAME` with train,
-            val or test for each image.
+        spec: A share to test on, such as `0.2`, to the nearest 1/K or 5 %; `kfold:K`, every row
+            tested on once; or an official split: a folder with the lists train.txt, test.txt and
+            perhaps val.txt, of which the first field of each line is the path, `FILE.csv:COLUMN`
+            or `column:NAME` with train, val or test for each image.
         store: Where the columns are.
         ids: (n,) image ids of the labelled rows.
         codes: (n,) or (n, n_classes), as in `labels.Targets`.
@@ -82,8 +83,14 @@ def make_split(
         raise RecipeError(
             f"The share to test on must be above 0 and at most 0.5. Received: split={spec}"
         )
-    folds = grouped_folds(codes, groups, max(2, round(1 / share)), seed)[:1]
-    return Split(spec, folds, np.zeros(0, np.int64))
+    # Of 1/K one of K folds is tested on; of another share so many of twenty as come nearest.
+    num_folds, num_tested = round(1 / share), 1
+    if abs(1 / share - num_folds) > 0.01:
+        num_folds, num_tested = _FINE_FOLDS, max(1, round(share * _FINE_FOLDS))
+    tested = [test for _, test in grouped_folds(codes, groups, num_folds, seed)[:num_tested]]
+    test = np.sort(np.concatenate(tested))
+    train = np.setdiff1d(np.arange(len(codes)), test)
+    return Split(spec, [(train, test)], np.zeros(0, np.int64))
 
 
 def grouped_folds(codes: Codes, groups: Groups, num_folds: int, seed: int) -> Folds:
@@ -134,7 +141,7 @@ def _official(spec: str, store: Store, ids: NDArray[np.object_]) -> Split:
 
 def _parts(spec: str, store: Store) -> dict[str, str]:
     folder = Path(spec)
-    if folder.is_dir():
+    if spec and folder.is_dir():
         parts: dict[str, str] = {}
         lists = [path for path in sorted(folder.glob("*.txt")) if path.stem.lower() in _NAMES]
         for path in lists:

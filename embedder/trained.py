@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
 from embedder.fitting import Fitted, Task
-from embedder.judging import PREDICTIONS_FILE, coarse_classes, judge, metrics_of, refit
+from embedder.judging import PREDICTIONS_FILE, PSEUDO_LABELS_FILE, judge, metrics_of, refit
 from embedder.labels import Targets, texts_of
 from embedder.metrics import Scores, paired_difference
-from embedder.model import METRICS_FILE, Model
+from embedder.model import METRICS_FILE, MODEL_FILE, REPORT_FILE, Model
 from embedder.neighbours import DEFAULT_THRESHOLD
 from embedder.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split, make_split
 from embedder.store import Store
 from embedder.streamed import read_features
 from embedder.unlabelled import Helped
 
-PSEUDO_LABELS_FILE = "pseudo_labels.parquet"
+_FILES = {MODEL_FILE, METRICS_FILE, REPORT_FILE, PREDICTIONS_FILE, PSEUDO_LABELS_FILE}
+_FILES |= {"head.skops", "head.keras"}
 _CURVE = (1, 2, 5, 10, 20, 50, 100)  # labels per class of the learning curve
 
 
@@ -68,6 +69,8 @@ class TrainOptions:
                 f"`duplicates` must be a cosine above 0 and at most 1. "
                 f"Received: duplicates={self.duplicates}"
             )
+        if self.seed < 0:
+            raise RecipeError(f"`seed` must be at least 0. Received: seed={self.seed}")
         if self.class_weight not in (None, "balanced"):
             raise RecipeError(
                 f"`class_weight` must be balanced. Received: class_weight={self.class_weight!r}"
@@ -90,6 +93,7 @@ class Head:
         fitted: The model's estimator, and how its settings were chosen.
         test_rows: Places of those tested on.
         test: What was predicted for them.
+        coarse_of: (n_classes,) the coarse class of each class, as a number, if `coarse` is given.
         seconds: What took how long.
         helped: What unlabelled images did, if there were any.
         unhelped: What the head without them predicts for the test rows.
@@ -105,6 +109,7 @@ class Head:
     fitted: Fitted
     test_rows: NDArray[np.int64]
     test: Evaluation
+    coarse_of: NDArray[np.int64] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     helped: Helped | None = None
     unhelped: Evaluation | None = None
@@ -203,7 +208,7 @@ class Head:
             rows = np.sort(order[rank < size])
             try:
                 evaluation = self._refitted(rows) if size < largest else self.test
-            except ValueError:  # so few images are not enough for this head
+            except RecipeError:  # so few images are not enough for this head
                 continue
             accuracy = evaluation.scores["accuracy"]
             curve.append(
@@ -223,17 +228,6 @@ class Head:
             model = refit(self.task, self.model, self.targets, rows)
         features = self.task.plain[self.test_rows]
         return Evaluation.of(model, features, self.targets, self.test_rows)
-
-    @cached_property
-    def coarse_of(self) -> NDArray[np.int64] | None:
-        """(n_classes,) the coarse class of each class, as a number, if `coarse` is given.
-
-        Raises:
-            RecipeError: Images of one class are of several coarse classes.
-        """
-        if self.options.coarse is None:
-            return None
-        return coarse_classes(self.store, self.options.coarse, self.targets, self.ids)
 
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
@@ -276,16 +270,18 @@ class Head:
             ModelError: The folder holds something else, or cannot be written.
         """
         path = Path(folder)
-        if path.exists() and (not path.is_dir() or _holds_something_else(path)):
-            raise ModelError(
-                f"A model must be written to an empty folder, over an older model, or to one that "
-                f"does not exist. Received: {path}, which holds something else"
-            )
-        self.model.save(path)
-        (path / METRICS_FILE).write_text(json.dumps(self.metrics(), indent=2))
-        pq.write_table(self.predictions(), path / PREDICTIONS_FILE)
-        if self.helped is not None:
-            pq.write_table(self.helped.pseudo_labels(), path / PSEUDO_LABELS_FILE)
+        check_model_folder(path)
+        metrics = json.dumps(self.metrics(), indent=2)
+        try:
+            for older in path.iterdir() if path.is_dir() else ():
+                older.unlink()
+            self.model.save(path)
+            (path / METRICS_FILE).write_text(metrics)
+            pq.write_table(self.predictions(), path / PREDICTIONS_FILE)
+            if self.helped is not None:
+                pq.write_table(self.helped.pseudo_labels(), path / PSEUDO_LABELS_FILE)
+        except OSError as error:
+            raise ModelError(f"The model {path} cannot be written: {error}") from error
 
     def predictions(self) -> pa.Table:
         """One row for each labelled image: what it was for, and what was predicted for it.
@@ -329,6 +325,19 @@ def compare(ours: Head, theirs: Head) -> dict[str, float]:
     return paired_difference(ours.test.is_right, theirs.test.is_right)
 
 
-def _holds_something_else(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()}
-    return bool(names) and "model.json" not in names
+def check_model_folder(path: Path) -> None:
+    """Refuse a folder that holds anything but a model.
+
+    Raises:
+        ModelError: It does.
+    """
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if (
+        (path.exists() and not path.is_dir())
+        or not names <= _FILES
+        or (names and MODEL_FILE not in names)
+    ):
+        raise ModelError(
+            f"A model must be written to an empty folder, over an older model, or to one that "
+            f"does not exist. Received: {path}, which holds something else"
+        )

@@ -1,18 +1,22 @@
 """Prediction: on images as on their features, with every image a row."""
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_archive
 
 import embedder
-from embedder.errors import RecipeError, RecipeMismatch
+from embedder.errors import RecipeError, RecipeMismatch, StoreError
 from embedder.heads import train
-from embedder.predict import SCHEMA, predict
+from embedder.model import Model
+from embedder.predict import SCHEMA, predict, prediction_table
 from embedder.store import Store
 from embedder.trained import TrainOptions
 from embedder.verify import verify
@@ -124,6 +128,31 @@ def test_of_a_store_with_views_the_plain_one_is_predicted(world: Path, tmp_path:
 def test_what_makes_no_sense_is_refused(world: Path, tmp_path: Path, out: str, top_k: int) -> None:
     with pytest.raises(RecipeError, match=r"a file in a folder that exists|at least 1"):
         predict(world / "logistic", world / "features", tmp_path / out, top_k=top_k)
+
+
+def test_probabilities_are_calibrated_and_several_labels_have_no_one_class(world: Path) -> None:
+    model = replace(Model.load(world / "logistic"), temperature=2.0)
+    ids, logits = pa.array(["a.jpg", "b.jpg"]), np.array([[3.0, -1.0], [-2.0, 2.0]])
+    single = prediction_table(model, ids, ids, logits, 1).to_pylist()
+    assert [row["class"] for row in single] == ["cats", "dogs"]
+    sure = [1 / (1 + np.exp(-2.0))] * 2  # a margin of 4, halved
+    assert [row["probability"] for row in single] == pytest.approx(sure, rel=1e-6)
+    several = replace(model, thresholds=np.array([0.5, 0.3]))
+    rows = prediction_table(several, ids, ids, logits, 2).to_pylist()
+    assert [row["class"] for row in rows] == [None, None]
+    assert [row["classes"] for row in rows] == [["cats", "dogs"], ["dogs"]]
+    assert rows[0]["probability"] == pytest.approx(1 / (1 + np.exp(-1.5)), rel=1e-6)
+
+
+def test_a_damaged_store_leaves_no_half_of_a_file(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "features", tmp_path / "features")
+    shard = next((tmp_path / "features/embeddings").glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (tmp_path / "p.parquet").write_text("older")
+    with pytest.raises(StoreError, match="is damaged"):
+        predict(world / "logistic", tmp_path / "features", tmp_path / "p.parquet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "p.parquet"]
+    assert (tmp_path / "p.parquet").read_text() == "older"
 
 
 def test_worker_processes_apply_the_head_too(world: Path, tmp_path: Path) -> None:

@@ -32,8 +32,13 @@ def test_a_share_is_tested_on_and_the_rest_trained_on(store: Store) -> None:
     assert same.tolist() == train.tolist()
 
 
-def test_a_share_is_the_nearest_that_folds_can_give(store: Store) -> None:
-    assert len(split_of("0.35", store).folds[0][1]) == 20  # of 60: a third, not a half
+@pytest.mark.parametrize(
+    ("share", "num_tested"), [("0.4", 24), ("0.5", 30), ("0.1", 6), ("0.35", 21)]
+)
+def test_a_share_is_what_was_asked_for(store: Store, share: str, num_tested: int) -> None:
+    ((train, test),) = split_of(share, store).folds
+    assert len(test) == num_tested
+    assert sorted([*train, *test]) == list(range(60))
 
 
 def test_folds_test_on_every_row_once(store: Store) -> None:
@@ -107,6 +112,7 @@ def test_a_column_can_say_what_an_image_is_for(store: Store, tmp_path: Path) -> 
     [
         ("half", "must be a share between 0 and 1, kfold:K, a folder with train.txt.*'half'"),
         ("kfold:1", "must be a share.*'kfold:1'"),
+        ("", "must be a share.*''"),
         ("0.7", "above 0 and at most 0.5. Received: split=0.7"),
         ("0", "above 0 and at most 0.5. Received: split=0"),
         ("kfold:61", "at least 61 groups.*Received: 60 images in 60 group"),

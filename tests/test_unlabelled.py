@@ -265,6 +265,20 @@ def test_pseudo_labels_leave_each_class_the_weight_of_its_labels(
     )
 
 
+def test_where_no_label_would_be_sure_enough_nothing_is_added(
+    few: Store, pool: Store, alone: TrainOptions, tmp_path: Path
+) -> None:
+    blind = another(few, "blind")
+    vectors = np.random.default_rng(1).normal(size=few.vectors().shape)
+    add(blind, few.ids().tolist(), vectors)
+    head = train(blind, "parent", "svm", with_images(alone, pool))
+    entry = head.help()
+    assert entry["verdict"].startswith("nothing was added: no row got a label")
+    assert (len(entry["rounds"]), entry["threshold"]) == (1, 1.0)
+    head.save(tmp_path / "model")
+    assert "Infinity" not in (tmp_path / "model/metrics.json").read_text()  # which is not JSON
+
+
 def hurtful(few: Store) -> Store:
     """One heap of bats, which are a little like every class and most like cats."""
     bats = np.zeros((200, DIM))
