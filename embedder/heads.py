@@ -85,7 +85,7 @@ def train(
     if options.duplicates is not None:
         task = replace(task, groups=near_duplicate_groups(task.plain, options.duplicates))
     watch.lap("near-duplicates")
-    column = options.column or store.recipe.columns[0]
+    column = store.recipe.column(options.column)
     if is_streamed:
         split = make_streamed_split(options.split, store, ids, task)
         rows = split.folds[0][0]

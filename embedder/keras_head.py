@@ -442,14 +442,7 @@ def store_batches(
         RecipeError: The store has no such feature, or several of which none is named.
         StoreError: A shard cannot be read.
     """
-    columns = store.recipe.columns
-    if column is None and len(columns) == 1:
-        column = columns[0]
-    if column not in columns:
-        raise RecipeError(
-            f"`column` must be one of the store's features: {', '.join(columns)}. "
-            f"Received: {column}"
-        )
+    column = store.recipe.column(column)
     num_views = store.recipe.views  # rows of an image, one after the other
     names = random.permutation([path.name for path in store.shards()])
     for start in range(0, len(names), _SHARDS_AT_ONCE):

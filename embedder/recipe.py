@@ -112,6 +112,21 @@ class Recipe(BaseModel):
             return (LOGITS,)
         return self.layers if len(self.layers) > 1 else (EMBEDDING,)
 
+    def column(self, name: str | None) -> str:
+        """The feature of this name, or the only one.
+
+        Raises:
+            RecipeError: There is no such feature, or several of which none is named.
+        """
+        if name is None and len(self.columns) == 1:
+            return self.columns[0]
+        if name not in self.columns:
+            raise RecipeError(
+                f"`column` must be one of the store's features: {', '.join(self.columns)}. "
+                f"Received: {name}"
+            )
+        return name
+
     @property
     def of_features(self) -> "Recipe":
         """The recipe of the features that a head's logits are made of."""

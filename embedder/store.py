@@ -256,14 +256,7 @@ class Store:
                 is named.
             StoreError: The store has no rows.
         """
-        columns = self.recipe.columns
-        if column is None and len(columns) == 1:
-            column = columns[0]
-        if column not in columns:
-            raise RecipeError(
-                f"`column` must be one of the store's features: {', '.join(columns)}. "
-                f"Received: {column}"
-            )
+        column = self.recipe.column(column)
         arrays = [
             vectors_of(chunk)
             for table in self._tables(column, view)

@@ -101,15 +101,13 @@ def vector_column(store: Store, column: str | None) -> str:
         RecipeError: There is no such feature, several of which none is named, or it is a feature
             map.
     """
-    columns = store.recipe.columns
-    if column is None and len(columns) == 1:
-        column = columns[0]
-    if column not in columns or store.recipe.pooling == "none":
+    name = store.recipe.column(column)
+    if store.recipe.pooling == "none":
         raise RecipeError(
-            f"`column` must be one of the store's features, {', '.join(columns)}, and a vector. "
-            f"Received: {column}, pooling={store.recipe.pooling}"
+            f"A head needs features of one vector an image. Received: {name}, a feature map of "
+            f"pooling={store.recipe.pooling}"
         )
-    return column
+    return name
 
 
 def _shards(store: Store) -> Iterator[tuple[list[str], slice]]:
