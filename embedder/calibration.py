@@ -1,6 +1,6 @@
 """Calibration: logits to probabilities that mean what they say."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,34 @@ def probabilities_of(
     scaled = logits.astype(np.float64) / temperature
     result: NDArray[np.float64] = expit(scaled) if is_multilabel else softmax(scaled, axis=1)
     return result
+
+
+class Calibration(NamedTuple):
+    """What held-out logits tell of a head.
+
+    Attributes:
+        temperature: See `fit_temperature`.
+        thresholds: See `fit_thresholds`; None where each image has one label.
+        scores: Held-out `log_loss` at that temperature, and `accuracy`: of all labels of an image,
+            where it can have several.
+    """
+
+    temperature: float
+    thresholds: NDArray[np.float64] | None
+    scores: dict[str, float]
+
+
+def calibrate(logits: NDArray[np.floating], codes: NDArray[np.integer]) -> Calibration:
+    """Calibrate a head by logits (n, n_classes) of rows that it was not trained on."""
+    temperature, thresholds = fit_temperature(logits, codes), None
+    if codes.ndim == 2:
+        thresholds = fit_thresholds(probabilities_of(logits, temperature, True), codes)
+        is_right = ((logits > 0) == codes.astype(bool)).all(axis=1)
+    else:
+        is_right = logits.argmax(axis=1) == codes
+    loss = log_loss(logits / temperature, codes)
+    scores = {"log_loss": loss, "accuracy": float(is_right.mean())}
+    return Calibration(temperature, thresholds, scores)
 
 
 def fit_temperature(logits: NDArray[np.floating], codes: NDArray[np.integer]) -> float:

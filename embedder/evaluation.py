@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.calibration import probabilities_of
-from embedder.labels import Targets
+from embedder.labels import Targets, texts_of
 from embedder.metrics import (
     Scores,
     hierarchical_scores,
@@ -97,6 +97,11 @@ class Evaluation:
     def predicted(self) -> NDArray[np.int64]:
         """(n,) the most probable class."""
         return np.asarray(self.calibrated.argmax(axis=1))
+
+    @property
+    def predicted_texts(self) -> NDArray[np.str_]:
+        """(n,) str, the predicted class; several labels are joined."""
+        return texts_of(self.chosen if self.is_multilabel else self.predicted, self.classes)
 
     @property
     def is_right(self) -> NDArray[np.bool_]:

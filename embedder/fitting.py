@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 
-from embedder.calibration import fit_temperature, fit_thresholds, log_loss, probabilities_of
+from embedder.calibration import Calibration, calibrate
 from embedder.classifiers import Settings, find_head, make_estimator
 from embedder.errors import RecipeError
 from embedder.evaluation import widened
@@ -95,7 +95,7 @@ def fit_head(task: Task, rows: NDArray[np.int64], validation: NDArray[np.int64])
     folds = _selection_folds(task, rows, validation)
     held = np.concatenate([test for _, test in folds])
     trials: list[dict[str, Any]] = []
-    tried: list[NDArray[np.float32]] = []
+    tried: list[Calibration] = []
     refusal = None
     for settings in kind.grid:
         estimator = _make(task, settings)
@@ -104,20 +104,21 @@ def fit_head(task: Task, rows: NDArray[np.int64], validation: NDArray[np.int64])
         except RecipeError as error:  # such as more neighbours than images
             refusal = error
             continue
-        loss = log_loss(logits / fit_temperature(logits, task.codes[held]), task.codes[held])
-        accuracy = _accuracy(task, logits, held)
-        trials.append({"settings": settings, "log_loss": loss, "accuracy": accuracy})
-        tried.append(logits)
+        tried.append(calibrate(logits, task.codes[held]))
+        trials.append({"settings": settings, **tried[-1].scores})
     if refusal is not None and not trials:
         raise refusal
     best = int(np.argmin([trial["log_loss"] for trial in trials]))
-    settings, logits = trials[best]["settings"], tried[best]
-    temperature = fit_temperature(logits, task.codes[held])
-    thresholds = None
-    if task.is_multilabel:
-        thresholds = fit_thresholds(probabilities_of(logits, temperature, True), task.codes[held])
+    settings, calibration = trials[best]["settings"], tried[best]
     fitted = fit(task, _make(task, settings), rows)
-    return Fitted(fitted, settings, known_classes(task, rows), temperature, thresholds, trials)
+    return Fitted(
+        fitted,
+        settings,
+        known_classes(task, rows),
+        calibration.temperature,
+        calibration.thresholds,
+        trials,
+    )
 
 
 def known_classes(task: Task, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -179,9 +180,3 @@ def _held_out_logits(
     with _refusals(task, len(train)):
         logits = logits_of(fitted, task.plain[test])
     return widened(logits, known_classes(task, train), len(task.classes))
-
-
-def _accuracy(task: Task, logits: NDArray[np.float32], rows: NDArray[np.int64]) -> float:
-    if task.is_multilabel:
-        return float(((logits > 0) == task.codes[rows].astype(bool)).all(axis=1).mean())
-    return float((logits.argmax(axis=1) == task.codes[rows]).mean())

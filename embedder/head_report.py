@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from embedder.errors import EmbedderError
-from embedder.evaluation import Evaluation
 from embedder.metrics import confusion_matrix
 from embedder.model import REPORT_FILE
 from embedder.report import MapPoint, Mistake, Report, map_coordinates, thumbnail_of, write_report
@@ -123,7 +122,7 @@ def _split_note(head: Head) -> str:
     chosen = (
         f"{held:,} of them to choose settings and to calibrate"
         if held
-        else ("settings chosen and calibrated by cross-validation among them")
+        else "settings chosen and calibrated by cross-validation among them"
     )
     kind = "the official split" if head.split.is_official else "a random split"
     return (
@@ -157,17 +156,11 @@ def _map(head: Head) -> list[MapPoint]:
     rows = head.test_rows[places]
     coordinates = map_coordinates(head.features_of(rows), head.task.seed)
     labels = head.targets.texts()[rows]
-    predicted = _predicted_texts(head.test)[places]
+    predicted = head.test.predicted_texts[places]
     return [
         MapPoint(head.ids[row], str(label), str(guess), float(x), float(y))
         for row, label, guess, (x, y) in zip(rows, labels, predicted, coordinates, strict=True)
     ]
-
-
-def _predicted_texts(test: Evaluation) -> Any:
-    if not test.is_multilabel:
-        return test.classes[test.predicted]
-    return np.array([";".join(test.classes[row]) for row in test.chosen])
 
 
 def _tables(head: Head) -> dict[str, list[dict[str, str]]]:

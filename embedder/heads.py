@@ -64,17 +64,18 @@ def train(
         check_head(head, options.separator is not None)
         if options.split.startswith("kfold:"):
             raise RecipeError("Unlabelled images need a split with one part to test on, not kfold")
+    column = vector_column(store, options.column)
     watch = _Watch()
-    is_streamed = _is_streamed(store, head, options)
+    is_streamed = _is_streamed(store, column, head, options)
     targets = read_targets(store, labels, options.separator)
     ids = store.ids()[targets.rows]
     coarse_of = None
     if options.coarse is not None:
         coarse_of = coarse_classes(store, options.coarse, targets, ids)
-    nothing = np.empty((0, shape_of(store, options.column)[1]), np.float32)
+    nothing = np.empty((0, shape_of(store, column)[1]), np.float32)
     task = Task(
         head=head,
-        features=nothing if is_streamed else _features(store, targets, options.column),
+        features=nothing if is_streamed else _features(store, targets, column),
         codes=targets.codes,
         groups=np.arange(len(ids)),
         classes=targets.classes,
@@ -85,7 +86,6 @@ def train(
     if options.duplicates is not None:
         task = replace(task, groups=near_duplicate_groups(task.plain, options.duplicates))
     watch.lap("near-duplicates")
-    column = store.recipe.column(options.column)
     if is_streamed:
         split = make_streamed_split(options.split, store, ids, task)
         rows = split.folds[0][0]
@@ -140,13 +140,13 @@ def train(
     )
 
 
-def _is_streamed(store: Store, head: str, options: TrainOptions) -> bool:
+def _is_streamed(store: Store, column: str, head: str, options: TrainOptions) -> bool:
     """Whether features are read in parts.
 
     Raises:
-        RecipeError: They are too many for the head, or for what is asked of it, or no vectors.
+        RecipeError: They are too many for the head, or for what is asked of it.
     """
-    num_rows, dim = shape_of(store, options.column)
+    num_rows, dim = shape_of(store, column)
     num_bytes = num_rows * dim * np.dtype(np.float32).itemsize
     received = f"Received: {store.path}, with {num_bytes / 2**30:,.1f} GiB of features"
     if num_bytes <= STREAM_BYTES or head not in STREAMED_HEADS:
@@ -157,7 +157,6 @@ def _is_streamed(store: Store, head: str, options: TrainOptions) -> bool:
                 f"{MEMORY_BYTES / 2**30:,.1f} GiB of memory"
             )
         return False
-    vector_column(store, options.column)
     limit = f"more than {STREAM_BYTES / 2**30:,.1f} GiB of features, which are read in parts"
     if options.duplicates is not None:
         raise RecipeError(
@@ -172,13 +171,8 @@ def _is_streamed(store: Store, head: str, options: TrainOptions) -> bool:
     return True
 
 
-def _features(store: Store, targets: Targets, column: str | None) -> NDArray[np.float32]:
+def _features(store: Store, targets: Targets, column: str) -> NDArray[np.float32]:
     features = store.vectors(column, view=None)
-    if features.ndim > 2:
-        raise RecipeError(
-            f"A head needs features of one vector an image. Received: a feature map of shape "
-            f"{features.shape[1:]}; extract with --pooling avg"
-        )
     num_views = store.recipe.views
     if num_views > 1:
         features = features.reshape(-1, num_views, features.shape[1])

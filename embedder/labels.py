@@ -35,18 +35,18 @@ class Targets:
         """Whether an image can have several labels."""
         return self.codes.ndim == 2
 
-    def texts(self, separator: str = ";") -> NDArray[np.str_]:
+    def texts(self) -> NDArray[np.str_]:
         """What each row is called: str (n,); several labels are joined."""
-        return texts_of(self.codes, self.classes, separator)
+        return texts_of(self.codes, self.classes)
 
 
 def texts_of(
-    codes: NDArray[np.integer] | NDArray[np.bool_], classes: NDArray[np.str_], separator: str = ";"
+    codes: NDArray[np.integer] | NDArray[np.bool_], classes: NDArray[np.str_]
 ) -> NDArray[np.str_]:
-    """What `Targets.codes` say, as text: str (n,)."""
+    """What `Targets.codes` say, as text: str (n,); several labels are joined by `;`."""
     if codes.ndim == 1:
         return np.asarray(classes[codes.astype(np.int64)], dtype=np.str_)
-    return np.array([separator.join(classes[row.astype(bool)]) for row in codes], dtype=np.str_)
+    return np.array([";".join(classes[row.astype(bool)]) for row in codes], dtype=np.str_)
 
 
 def read_targets(

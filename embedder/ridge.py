@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
@@ -183,19 +184,14 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         scores = self.decision_function(X)
         if self.multilabel_:
-            return _softmax(np.stack([-scores, scores], axis=-1))[..., 1]
-        return _softmax(np.stack([-scores, scores], axis=-1) if scores.ndim == 1 else scores)
+            return np.asarray(softmax(np.stack([-scores, scores], axis=-1), axis=-1)[..., 1])
+        both = np.stack([-scores, scores], axis=-1) if scores.ndim == 1 else scores
+        return np.asarray(softmax(both, axis=-1))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = self.class_weight is None
         return tags
-
-
-def _softmax(scores: NDArray[Any]) -> NDArray[Any]:
-    exponentials: NDArray[Any] = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    exponentials /= exponentials.sum(axis=-1, keepdims=True)
-    return exponentials
 
 
 class _Equations:

@@ -105,7 +105,7 @@ def grouped_folds(codes: Codes, groups: Groups, num_folds: int, seed: int) -> Fo
             f"Labelled images must be of at least {num_folds} groups of near-duplicates, one for "
             f"each fold. Received: {len(groups)} images in {num_groups} group(s)"
         )
-    strata = codes if codes.ndim == 1 else np.unique(codes, axis=0, return_inverse=True)[1]
+    strata = strata_of(codes)
     # Of classes with fewer rows than folds scikit-learn warns: they are missing in some folds.
     counts = np.bincount(strata)
     rare = np.isin(strata, np.flatnonzero(counts < num_folds))
@@ -118,6 +118,11 @@ def grouped_folds(codes: Codes, groups: Groups, num_folds: int, seed: int) -> Fo
         folder = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
         divided = folder.split(codes, strata, groups)
     return [(np.sort(train), np.sort(test)) for train, test in divided]
+
+
+def strata_of(codes: Codes) -> NDArray[np.integer]:
+    """What is to be spread evenly, (n,): classes, or with several labels an image, sets of them."""
+    return codes if codes.ndim == 1 else np.unique(codes, axis=0, return_inverse=True)[1]
 
 
 def _official(spec: str, store: Store, ids: NDArray[np.object_]) -> Split:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedder.calibration import fit_temperature, fit_thresholds, log_loss, probabilities_of
+from embedder.calibration import calibrate
 from embedder.classifiers import Settings, make_estimator
 from embedder.cluster import connect
 from embedder.errors import RecipeError
@@ -19,7 +19,7 @@ from embedder.fitting import Fitted, Task, known_classes
 from embedder.keras_head import Batch, KerasHead, store_batches
 from embedder.model import logits_of
 from embedder.ridge import NUM_FOLDS, RidgeHead, stratified_folds
-from embedder.splits import Split, grouped_folds, make_split
+from embedder.splits import Split, grouped_folds, make_split, strata_of
 from embedder.store import Store, vectors_of
 from embedder.streaming import ridge_sums
 
@@ -119,11 +119,7 @@ def make_streamed_split(spec: str, store: Store, ids: NDArray[np.object_], task:
 
 
 def _blocks(codes: NDArray[np.integer]) -> NDArray[np.int64]:
-    return stratified_folds(_strata(codes), _NUM_BLOCKS)
-
-
-def _strata(codes: NDArray[np.integer]) -> NDArray[np.integer]:
-    return codes if codes.ndim == 1 else np.unique(codes, axis=0, return_inverse=True)[1]
+    return stratified_folds(strata_of(codes), _NUM_BLOCKS)
 
 
 # Fitting. ----------------------------------------------------------------------------------
@@ -156,14 +152,8 @@ def fit_streamed(task: Task, split: Split, store: Store, column: str, rows: Rows
     truth = task.codes[split.validation]
     if not task.is_multilabel:
         truth = np.searchsorted(known, truth)
-    temperature = fit_temperature(logits, truth)
-    if task.is_multilabel:
-        thresholds = fit_thresholds(probabilities_of(logits, temperature, True), truth)
-        is_right = ((logits > 0) == truth).all(axis=1)
-    else:
-        thresholds, is_right = None, logits.argmax(axis=1) == truth
-    loss = log_loss(logits / temperature, truth)
-    trial = {"settings": settings, "log_loss": loss, "accuracy": float(is_right.mean())}
+    temperature, thresholds, scores = calibrate(logits, truth)
+    trial = {"settings": settings, **scores}
     return Fitted(estimator, settings, known, temperature, thresholds, [trial])
 
 
@@ -182,7 +172,7 @@ def _fit_ridge(task: Task, split: Split, store: Store, column: str, rows: Rows) 
     if task.class_weight == "balanced":
         weights[rows[train]] = (len(own) / len(known) / np.bincount(own))[own]
     rest = np.setdiff1d(train, held)
-    folds[rows[rest]] = stratified_folds(_strata(task.codes[rest]), NUM_FOLDS)
+    folds[rows[rest]] = stratified_folds(strata_of(task.codes[rest]), NUM_FOLDS)
     folds[rows[held]] = NUM_FOLDS
     codes, folds, weights = (
         np.repeat(a, store.recipe.views, axis=0) for a in (codes, folds, weights)

@@ -105,7 +105,7 @@ def vector_column(store: Store, column: str | None) -> str:
     if store.recipe.pooling == "none":
         raise RecipeError(
             f"A head needs features of one vector an image. Received: {name}, a feature map of "
-            f"pooling={store.recipe.pooling}"
+            f"pooling={store.recipe.pooling}; extract with --pooling avg"
         )
     return name
 

@@ -17,7 +17,7 @@ from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
 from embedder.fitting import Fitted, Task
 from embedder.judging import PREDICTIONS_FILE, PSEUDO_LABELS_FILE, judge, metrics_of, refit
-from embedder.labels import Targets, texts_of
+from embedder.labels import Targets
 from embedder.metrics import Scores, paired_difference
 from embedder.model import METRICS_FILE, MODEL_FILE, REPORT_FILE, Model
 from embedder.neighbours import DEFAULT_THRESHOLD
@@ -293,13 +293,8 @@ class Head:
         """
         predicted: list[str | None] = [None] * len(self.ids)
         probability: list[float | None] = [None] * len(self.ids)
-        if self.targets.is_multilabel:
-            names = texts_of(self.test.chosen, self.targets.classes)
-        else:
-            names = self.targets.classes[self.test.predicted]
-        for row, name, p in zip(
-            self.test_rows, names, self.test.calibrated.max(axis=1), strict=True
-        ):
+        names, probabilities = self.test.predicted_texts, self.test.calibrated.max(axis=1)
+        for row, name, p in zip(self.test_rows, names, probabilities, strict=True):
             predicted[row], probability[row] = str(name), float(p)
         return pa.table(
             {
