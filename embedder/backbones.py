@@ -205,11 +205,11 @@ def build(recipe: Recipe) -> "keras.Model":
     keras = import_keras()
     row = row_of(recipe)
     pixels = keras.Input((*recipe.image_size, 3), dtype="uint8", name="pixels")
-    with _dtype_policy(recipe.precision):
+    with dtype_policy(recipe.precision):
         network = load_network(recipe)
-        tapped = keras.Model(network.inputs, _tapped(network, recipe))
+        tapped = keras.Model(network.inputs, tapped_tensors(network, recipe))
         maps = tapped(row.preprocess(keras.ops.cast(pixels, "float32")))
-    outputs = {column: _pool(maps[column], recipe.pooling, column) for column in recipe.columns}
+    outputs = {column: pool(maps[column], recipe.pooling, column) for column in recipe.columns}
     model = keras.Model(pixels, outputs, name=network.name)
     model.trainable = False
     return model
@@ -279,11 +279,11 @@ def layer_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
     """
     _, row = find_backbone(backbone)
     return {
-        name: tuple(tensor.shape[1:]) for name, tensor in _layer_outputs(row.make(row.image_size))
+        name: tuple(tensor.shape[1:]) for name, tensor in layer_outputs(row.make(row.image_size))
     }
 
 
-def _layer_outputs(network: "keras.Model") -> "Iterator[tuple[str, keras.KerasTensor]]":
+def layer_outputs(network: "keras.Model") -> "Iterator[tuple[str, keras.KerasTensor]]":
     """What `--layer` can name: layers with one output, by names that do not depend on the process.
 
     Keras names a layer without a name by counting, such as `conv2d_7`, and counts on through a
@@ -305,12 +305,12 @@ def _layer_outputs(network: "keras.Model") -> "Iterator[tuple[str, keras.KerasTe
             yield name, output
 
 
-def _tapped(network: "keras.Model", recipe: Recipe) -> "dict[str, keras.KerasTensor]":
+def tapped_tensors(network: "keras.Model", recipe: Recipe) -> "dict[str, keras.KerasTensor]":
     """The tensors that become the recipe's columns."""
     if not recipe.layers:
         is_own = recipe.weights_source.endswith(".keras")
         return {EMBEDDING: _before_the_classifier(network) if is_own else network.outputs[0]}
-    outputs = dict(_layer_outputs(network))
+    outputs = dict(layer_outputs(network))
     for layer in recipe.layers:
         if layer not in outputs:
             near = difflib.get_close_matches(layer, outputs, n=3) or list(outputs)[-3:]
@@ -336,7 +336,7 @@ def _before_the_classifier(network: "keras.Model") -> "keras.KerasTensor":
     return output
 
 
-def _pool(features: "keras.KerasTensor", pooling: str, name: str) -> "keras.KerasTensor":
+def pool(features: "keras.KerasTensor", pooling: str, name: str) -> "keras.KerasTensor":
     """Pool over all axes but the first and the last: positions of a map, or tokens."""
     keras = import_keras()
     ops = keras.ops
@@ -355,7 +355,7 @@ def _pool(features: "keras.KerasTensor", pooling: str, name: str) -> "keras.Kera
 
 
 @contextmanager
-def _dtype_policy(precision: str) -> Iterator[None]:
+def dtype_policy(precision: str) -> Iterator[None]:
     """Layers made within compute in this precision, and keep their weights in float32."""
     keras = import_keras()
     before = keras.config.dtype_policy()

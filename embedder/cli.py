@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from embedder import backbones as backbone_table
-from embedder import cli_heads, console
+from embedder import cli_heads, cli_tuning, console
 from embedder import demo as demo_job
 from embedder import doctor as doctor_job
 from embedder import verify as verify_job
@@ -286,6 +286,8 @@ def demo(
 app.command()(cli_heads.train)
 app.command()(cli_heads.evaluate)
 app.command()(cli_heads.predict)
+app.command()(cli_tuning.finetune)
+app.command()(cli_tuning.compare)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands on heads: train, evaluate, predict. They import what they need when they run."""
+"""The commands on heads: train, evaluate, predict, export. Each imports what it needs to run."""
 
 import shlex
 from pathlib import Path
@@ -178,6 +178,42 @@ def predict(
                 "predicted": f"{result.num_predicted:,} images",
                 "failed": f"{result.num_failed:,} images",
                 "predictions": str(result.path),
+            }
+        )
+
+
+def export(
+    model: ModelPath,
+    out: Annotated[str, typer.Argument(help="Folder to write.")],
+    file_format: Annotated[
+        str, typer.Option("--format", help="keras, saved-model, onnx, openvino or litert.")
+    ],
+    source: Annotated[
+        str | None, typer.Option(help="Images to compare on; those of the training, if not given.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="How many of them to compare on.")] = 16,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Write MODEL as one network from pixels to probabilities, which runs without this package."""
+    with console.exit_status(quiet):
+        from embedder import exporting
+
+        with console.progress(quiet) as on_progress:
+            exported = exporting.export(
+                model, out, file_format, source=source, num_images=images, watch=on_progress
+            )
+        if quiet:
+            return
+        differences = ", ".join(
+            f"{value:.1e} of {name}" for name, value in exported.differences.items()
+        )
+        console.print_facts(
+            {
+                "exported": str(exported.path / exported.file),
+                "size": console.size(exported.num_bytes),
+                "compared on": f"{exported.num_images:,} images, as `predict` has them",
+                "differences": f"{differences}, at most",
+                "how to use it": str(exported.path / exporting.DESCRIPTION_FILE),
             }
         )
 

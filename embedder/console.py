@@ -212,6 +212,14 @@ def print_facts(facts: dict[str, str]) -> None:
         out.print(Text(f"{name:<{width}}", style="bold"), value, sep="  ")
 
 
+def print_table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
+    """Show rows of texts under their heads."""
+    table = Table(*heads, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
 def print_reasons(reasons: Counter[tuple[str, str]]) -> None:
     """Show the most frequent failures, by stage and reason."""
     table = Table("failures", "stage", "reason", box=None, pad_edge=False)

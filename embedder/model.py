@@ -19,6 +19,7 @@ from embedder.recipe import Recipe
 MODEL_FILE = "model.json"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
+BACKBONE_FILES = ("backbone.weights.h5", "backbone.keras")  # of a backbone that was tuned
 _FORMAT = 1
 _LEAST_PROBABILITY = 1e-4  # of a class that none of the nearest neighbours has
 # What a head may hold besides what skops trusts of scikit-learn and NumPy: our own estimators.
@@ -128,7 +129,7 @@ class Model:
                 "format": _FORMAT,
                 "recipe": self.recipe.model_dump(mode="json"),
                 "fingerprint": self.recipe.fingerprint,
-                "weights_source": self.recipe.weights_source,
+                "weights_source": self._weights_source_in(path),
                 "column": self.column,
                 "head": head,
                 "classes": self.classes.tolist(),
@@ -139,6 +140,11 @@ class Model:
             (path / MODEL_FILE).write_text(json.dumps(content, indent=2))
         except OSError as error:
             raise ModelError(f"The model {path} cannot be written: {error}") from error
+
+    def _weights_source_in(self, folder: Path) -> str:
+        """Where the weights are; of a file in the model's own folder its name, so it can move."""
+        source = Path(self.recipe.weights_source)
+        return source.name if source.parent == folder.absolute() else str(source)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Model":
@@ -157,7 +163,10 @@ class Model:
                     f"{content['format']}"
                 )
             head, thresholds = content.pop("head"), content.pop("thresholds")
-            recipe = Recipe(**content.pop("recipe"), weights_source=content.pop("weights_source"))
+            source = content.pop("weights_source")
+            if (path / source).is_file():
+                source = str((path / source).absolute())
+            recipe = Recipe(**content.pop("recipe"), weights_source=source)
             return cls(
                 estimator=_load_head(path, head),
                 recipe=recipe,

@@ -232,7 +232,7 @@ class _Failure(NamedTuple):
     error: str
 
 
-class _Image(NamedTuple):
+class LoadedImage(NamedTuple):
     """An image after reading and decoding, or the failure that came instead."""
 
     num_bytes: int | None
@@ -243,13 +243,14 @@ class _Image(NamedTuple):
     decode_cpu_seconds: float
 
 
-def _load_image(path: bytes, recipe: Recipe) -> _Image:
+def load_image(path: bytes, recipe: Recipe) -> LoadedImage:
+    """Read and decode one image; what goes wrong is its outcome."""
     begin = time.perf_counter()
     try:
         encoded = read_bytes(path)
     except ReadError as error:
         failure = _Failure("read", str(error))
-        return _Image(None, None, failure, time.perf_counter() - begin, 0.0, 0.0)
+        return LoadedImage(None, None, failure, time.perf_counter() - begin, 0.0, 0.0)
     sha256 = hashlib.sha256(encoded).hexdigest()
     read, cpu = time.perf_counter(), time.thread_time()
     outcome: DecodedImage | _Failure
@@ -258,7 +259,7 @@ def _load_image(path: bytes, recipe: Recipe) -> _Image:
     except DecodeError as error:
         outcome = _Failure("decode", str(error))
     end, cpu = time.perf_counter(), time.thread_time() - cpu
-    return _Image(len(encoded), sha256, outcome, read - begin, end - read, cpu)
+    return LoadedImage(len(encoded), sha256, outcome, read - begin, end - read, cpu)
 
 
 def extract_shard(
@@ -340,17 +341,17 @@ class _Loading:
 
 def _load_images(
     refs: pa.Table, recipe: Recipe, toolbox: Toolbox, loading: _Loading
-) -> Iterator[_Image]:
+) -> Iterator[LoadedImage]:
     """Images in the refs' order, read and decoded by the toolbox's threads ahead of need."""
     lookahead = max(_MIN_LOOKAHEAD, 4 * toolbox.engine.batch_size)
     # An image with several views waits with all their pixels; every thread still has one in work.
     lookahead = min(lookahead, max(lookahead // recipe.views, toolbox.num_threads + 1))
-    ahead: deque[Future[_Image]] = deque()
+    ahead: deque[Future[LoadedImage]] = deque()
     try:
         with toolbox.feeding:
             loading.started = time.time()
             for path in refs["path"]:
-                ahead.append(toolbox.decoders.submit(_load_image, path.as_py(), recipe))
+                ahead.append(toolbox.decoders.submit(load_image, path.as_py(), recipe))
                 if len(ahead) == lookahead:
                     yield _take(ahead.popleft(), loading)
         while ahead:
@@ -360,7 +361,7 @@ def _load_images(
             future.cancel()
 
 
-def _take(future: Future[_Image], loading: _Loading) -> _Image:
+def _take(future: Future[LoadedImage], loading: _Loading) -> LoadedImage:
     loading.num_ready += future.done()
     begin = time.perf_counter()
     image = future.result()
@@ -406,7 +407,7 @@ class _ShardInWork:
         self._buffer: NDArray[np.uint8] | None = None  # holds the pixels of the batch
         self._in_flight: deque[Future[_EmbeddedBatch]] = deque()
 
-    def add(self, position: int, image: _Image) -> None:
+    def add(self, position: int, image: LoadedImage) -> None:
         """Add an image's views to the batch, or its failure to the failures."""
         outcome = image.outcome
         row = _Row(position, 0, image.num_bytes, image.sha256, 0, 0, "")

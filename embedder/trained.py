@@ -19,7 +19,7 @@ from embedder.fitting import Fitted, Task
 from embedder.judging import PREDICTIONS_FILE, PSEUDO_LABELS_FILE, judge, metrics_of, refit
 from embedder.labels import Targets
 from embedder.metrics import Scores, paired_difference
-from embedder.model import METRICS_FILE, MODEL_FILE, REPORT_FILE, Model
+from embedder.model import BACKBONE_FILES, METRICS_FILE, MODEL_FILE, REPORT_FILE, Model
 from embedder.neighbours import DEFAULT_THRESHOLD
 from embedder.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split, make_split
 from embedder.store import Store
@@ -27,7 +27,7 @@ from embedder.streamed import read_features
 from embedder.unlabelled import Helped
 
 _FILES = {MODEL_FILE, METRICS_FILE, REPORT_FILE, PREDICTIONS_FILE, PSEUDO_LABELS_FILE}
-_FILES |= {"head.skops", "head.keras"}
+_FILES |= {"head.skops", "head.keras", *BACKBONE_FILES}
 _CURVE = (1, 2, 5, 10, 20, 50, 100)  # labels per class of the learning curve
 
 
@@ -97,6 +97,7 @@ class Head:
         seconds: What took how long.
         helped: What unlabelled images did, if there were any.
         unhelped: What the head without them predicts for the test rows.
+        tuning: How its backbone was fine-tuned, as in `metrics.json`; None of a frozen one.
     """
 
     model: Model
@@ -113,6 +114,7 @@ class Head:
     seconds: dict[str, float] = field(default_factory=dict)
     helped: Helped | None = None
     unhelped: Evaluation | None = None
+    tuning: dict[str, Any] | None = None
 
     @property
     def estimator(self) -> Any:
@@ -176,6 +178,8 @@ class Head:
             if 0 < straddles.sum() < len(straddles):
                 found["without_them"] = self.test.rows(~straddles).scores["accuracy"]
             return found
+        if self.is_streamed:  # no head can be fitted on another split
+            return found
         everyone = np.arange(len(group))
         naive = make_split(
             self.options.split, self.store, self.ids, self.task.codes, everyone, self.task.seed
@@ -236,6 +240,7 @@ class Head:
             "near_duplicates": self.leak,
             "selection": self.fitted.trials,
             **({} if self.helped is None else {"unlabelled": self.help()}),
+            **({} if self.tuning is None else {"tuning": self.tuning}),
             "learning_curve": self.learning_curve,
             "seconds": self.seconds,
         }
@@ -274,7 +279,8 @@ class Head:
         metrics = json.dumps(self.metrics(), indent=2)
         try:
             for older in path.iterdir() if path.is_dir() else ():
-                older.unlink()
+                if str(older.absolute()) != self.model.recipe.weights_source:
+                    older.unlink()
             self.model.save(path)
             (path / METRICS_FILE).write_text(metrics)
             pq.write_table(self.predictions(), path / PREDICTIONS_FILE)
@@ -330,7 +336,7 @@ def check_model_folder(path: Path) -> None:
     if (
         (path.exists() and not path.is_dir())
         or not names <= _FILES
-        or (names and MODEL_FILE not in names)
+        or (names.difference(BACKBONE_FILES) and MODEL_FILE not in names)
     ):
         raise ModelError(
             f"A model must be written to an empty folder, over an older model, or to one that "

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "embedder"
 ORDER = (
     *("errors", "recipe", "torch_pickle", "sources", "views", "decode", "weights", "model_files"),
     *("lite", "networks", "hub", "backbones", "engines", "store", "sums"),
-    *("ridge", "centroid", "keras_head", "calibration", "model"),
+    *("ridge", "centroid", "keras_head", "calibration", "model", "folding"),
+    *("augmentation", "blocks", "tunable", "training", "channels", "strategies", "scratch"),
     *("plan", "pipeline", "refresh", "cluster", "streaming", "summary", "extract", "verify"),
     *("neighbours", "labels", "splits", "metrics", "evaluation", "classifiers", "fitting"),
     *(
@@ -22,17 +23,34 @@ ORDER = (
         "self_training",
         "unlabelled",
         "judging",
+        "comparison",
+        "tuning_data",
         "trained",
+        "tuned",
+        "finetuning",
         "heads",
         "predict",
+        "formats",
+        "exporting",
         "figures",
         "report",
         "head_report",
     ),
-    *("demo", "conformance", "doctor", "job_file", "console", "cli_heads", "cli", "__main__"),
+    *(
+        "demo",
+        "conformance",
+        "doctor",
+        "job_file",
+        "console",
+        "cli_heads",
+        "cli_tuning",
+        "cli",
+        "__main__",
+    ),
 )
 
 DOORS = {
+    "ai_edge_litert": {"formats"},
     "PIL": {"decode", "doctor", "report"},  # doctor writes the pictures that decode then reads
     "bokeh": {"figures"},
     "dask": {"cluster"},
@@ -42,7 +60,14 @@ DOORS = {
     "h5py": {"model_files"},
     "jinja2": {"report"},
     "keras_hub": {"hub"},
-    "keras": {"backbones", "hub", "keras_head", "lite", "model_files", "networks", "weights"},
+    "keras": {
+        *("backbones", "exporting", "folding", "formats", "hub", "keras_head", "lite"),
+        *("model_files", "networks", "weights"),
+        # The second pass trains Keras networks.
+        *("augmentation", "blocks", "tunable", "training", "channels", "strategies", "scratch"),
+        *("tuned", "finetuning"),
+    },
+    "onnxruntime": {"formats"},
     "openvino": {"engines"},
     "psutil": {"console"},
     "pydantic": {"recipe"},
@@ -52,10 +77,10 @@ DOORS = {
     # Estimators are written where they belong: scikit-learn is a contract as much as a library.
     "sklearn": {
         *("ridge", "centroid", "keras_head", "splits", "metrics", "classifiers", "fitting"),
-        *("self_training", "unlabelled", "report"),
+        *("folding", "self_training", "unlabelled", "report", "tuning_data"),
     },
-    "tensorflow": {"engines"},
-    "typer": {"cli", "cli_heads", "console"},
+    "tensorflow": {"engines", "formats", "training", "channels"},
+    "typer": {"cli", "cli_heads", "cli_tuning", "console"},
 }
 
 

@@ -1,0 +1,98 @@
+"""Augmentation in the graph: what is done to training batches, on the device, by Keras's layers."""
+
+from typing import TYPE_CHECKING, Any
+
+from embedder.errors import RecipeError
+from embedder.weights import import_keras
+
+if TYPE_CHECKING:
+    import keras
+
+# Of pictures alone, and of pictures with their labels.
+_OF_PICTURES = ("flip", "vertical-flip", "crop", "rotation", "colour")
+_OF_LABELS = ("mixup", "cutmix")  # arXiv 1710.09412 and 1905.04899
+AUGMENTATIONS = (*_OF_PICTURES, *_OF_LABELS)
+_SHIFT = 0.1  # share of the side
+_ZOOM = 0.25  # how much of the side is cut away at most
+_TURN = 15 / 360  # of a full turn, to either side
+_JITTER = 0.2  # brightness and contrast, to either side; saturation is halved at most
+
+
+def check_augmentations(names: tuple[str, ...]) -> None:
+    """Check that there are such augmentations.
+
+    Raises:
+        RecipeError: There is none of a name.
+    """
+    if unknown := [name for name in names if name not in AUGMENTATIONS]:
+        raise RecipeError(
+            f"`augment` must be of {', '.join(AUGMENTATIONS)}. Received: {', '.join(unknown)}"
+        )
+
+
+class Augmenter:
+    """Augments batches of pictures and their targets.
+
+    Attributes:
+        layers: Keras's layers, whose random states belong to the state of a training.
+    """
+
+    def __init__(self, names: tuple[str, ...], seed: int) -> None:
+        """Make the layers.
+
+        Args:
+            names: Of `AUGMENTATIONS`, in any order; they are done in theirs.
+            seed: Of all that is random.
+        """
+        check_augmentations(names)
+        layers = import_keras().layers
+        makers: dict[str, list[Any]] = {
+            "flip": [lambda **k: layers.RandomFlip("horizontal", **k)],
+            "vertical-flip": [lambda **k: layers.RandomFlip("vertical", **k)],
+            "crop": [
+                lambda **k: layers.RandomTranslation(_SHIFT, _SHIFT, **k),
+                lambda **k: layers.RandomZoom((-_ZOOM, 0.0), **k),
+            ],
+            "rotation": [lambda **k: layers.RandomRotation(_TURN, **k)],
+            "colour": [
+                lambda **k: layers.RandomBrightness(_JITTER, value_range=(0, 255), **k),
+                lambda **k: layers.RandomContrast(_JITTER, value_range=(0, 255), **k),
+                lambda **k: layers.RandomSaturation((0.25, 0.75), value_range=(0, 255), **k),
+            ],
+            "mixup": [lambda **k: layers.MixUp(alpha=0.2, **k)],
+            "cutmix": [lambda **k: layers.CutMix(factor=1.0, **k)],
+        }
+        chosen = [name for name in AUGMENTATIONS if name in names]
+        self._of_pictures = self._make(makers, [n for n in chosen if n in _OF_PICTURES], seed)
+        self._of_labels = self._make(makers, [n for n in chosen if n in _OF_LABELS], seed)
+        self.layers: list[keras.Layer] = self._of_pictures + self._of_labels
+
+    @staticmethod
+    def _make(makers: dict[str, list[Any]], names: list[str], seed: int) -> "list[keras.Layer]":
+        # In float32 whatever the network computes in: a pixel of 0 to 255 wants all of its bits.
+        return [
+            maker(seed=seed + number, dtype="float32")
+            for name in names
+            for number, maker in enumerate(makers[name], start=10 * AUGMENTATIONS.index(name))
+        ]
+
+    def __call__(self, pixels: Any, targets: Any) -> tuple[Any, Any]:
+        """Augment one batch.
+
+        Args:
+            pixels: float32 (batch, height, width, 3), 0 to 255.
+            targets: float32 (batch, n_classes).
+
+        Returns:
+            Both, of the same shapes; pixels again within 0 to 255. A mixed image has a share of
+            each of its classes.
+        """
+        ops = import_keras().ops
+        for layer in self._of_pictures:
+            pixels = layer(pixels, training=True)
+        if self._of_pictures:
+            pixels = ops.clip(pixels, 0.0, 255.0)
+        for layer in self._of_labels:
+            mixed = layer({"images": pixels, "labels": targets}, training=True)
+            pixels, targets = mixed["images"], mixed["labels"]
+        return pixels, targets

@@ -1,0 +1,116 @@
+"""A network as blocks: where it can be cut in two, and which layers are tuned alike."""
+
+import re
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embedder.backbones import layer_outputs
+from embedder.errors import RecipeError
+from embedder.weights import import_keras, leaf_layers
+
+if TYPE_CHECKING:
+    import keras
+
+_WIDE = re.compile(r".*?\d+[a-z]?(?=_|$)")  # such as `conv5` or `block6a`
+_NARROW = re.compile(r".*?\d+[a-z]?_block\d+_|.*?\d+[a-z]?_")  # such as `conv5_block1_`
+MAX_GROUPS = 8  # of layers with a learning rate each; more make more optimizers and gain nothing
+
+
+def block_name(layer_name: str) -> str:
+    """The block that a layer's name begins with.
+
+    `conv5` of `conv5_block1_out`, `stage6` of `stage6_block1_expand_conv`, `block6a` of
+    `block6a_se_reduce`; the first word where there is no number, such as `stem`.
+    """
+    found = _WIDE.match(layer_name)
+    return found.group() if found else layer_name.partition("_")[0]
+
+
+def layer_groups(network: "keras.Model") -> "dict[str, list[keras.Layer]]":
+    """Layers with weights, from the bottom to the top, in at most `MAX_GROUPS` groups of blocks.
+
+    Returns:
+        By the name of the group's first block.
+    """
+    layers = [layer for layer in leaf_layers(network) if layer.weights]
+    blocks = [list(found) for _, found in groupby(layers, lambda layer: block_name(layer.name))]
+    groups = np.array_split(np.arange(len(blocks)), min(MAX_GROUPS, len(blocks)))
+    return {
+        block_name(blocks[group[0]][0].name): [layer for i in group for layer in blocks[i]]
+        for group in groups
+    }
+
+
+def layers_of(network: "keras.Model", block: str) -> "list[keras.Layer]":
+    """Layers whose name is `block`, or begins with it: `conv5` does not name `conv50_relu`.
+
+    Raises:
+        RecipeError: There are none.
+    """
+    begins = re.compile(rf"{re.escape(block)}(?![0-9a-zA-Z])")
+    layers = [layer for layer in network.layers if begins.match(layer.name)]
+    if not layers:
+        names = dict.fromkeys(block_name(layer.name) for layer in network.layers)
+        raise RecipeError(
+            f"A block must be the name of layers of {network.name}, or their beginning, such as "
+            f"{', '.join(list(names)[-8:])}. Received: {block}"
+        )
+    return layers
+
+
+def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None) -> str:
+    """The layer after which a network is cut, so that a block and all above it can be trained.
+
+    Args:
+        network: From preprocessed pixels to its last feature map.
+        top: The tensor that features are made of.
+        block: The lowest block to train; None for the one that brings the last layer with weights
+            below `top` to its resolution: most of the weights are there, a fifth of the work is.
+
+    Returns:
+        Name of a layer, as `--layer` has it: the last one below the block whose output is all that
+        the layers above it need.
+
+    Raises:
+        RecipeError: There is no such block, or nothing below it to cut at.
+    """
+    below = import_keras().Model(network.inputs, top)
+    start = _last_resolution(below) if block is None else layers_of(below, block)[0]
+    order = below.layers[: below.layers.index(start)]
+    names = {id(output): name for name, output in layer_outputs(network)}
+    for layer in reversed(order):
+        name = names.get(id(layer.output))
+        if name is not None and can_cut(layer.output, top):
+            return name
+    raise RecipeError(
+        f"The network must have a place below the block where it can be cut in two. "
+        f"Received: {network.name}, with none below {start.name}"
+    )
+
+
+def can_cut(output: "keras.KerasTensor", top: "keras.KerasTensor") -> bool:
+    """Whether `top` can be computed from `output` alone."""
+    try:
+        import_keras().Model(output, top)
+    except ValueError:  # another path leads around it
+        return False
+    return True
+
+
+def _last_resolution(network: "keras.Model") -> "keras.Layer":
+    """First layer of the block in which the last layer with weights gets its resolution."""
+    layers = network.layers
+    maps = [layer for layer in layers if layer.weights and len(layer.output.shape) == 4]
+    if not maps:
+        raise RecipeError(
+            f"The network must have feature maps for a place to cut it to be found, or the block "
+            f"must be named. Received: {network.name}"
+        )
+    resolution = maps[-1].output.shape[1:3]
+    place = layers.index(next(x for x in maps if x.output.shape[1:3] == resolution))
+    block = _NARROW.match(layers[place].name)
+    while block and layers[place - 1].name.startswith(block.group()):
+        place -= 1
+    return layers[place]

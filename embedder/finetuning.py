@@ -1,0 +1,364 @@
+"""Fine-tuning: a model's backbone and head trained further, and compared with what it was."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder import hub, scratch
+from embedder.augmentation import Augmenter
+from embedder.backbones import layer_outputs, load_network, tapped_tensors
+from embedder.blocks import find_cut
+from embedder.engines import best_training_precision
+from embedder.errors import ModelError, RecipeError, Unfinished
+from embedder.extract import Progress, RunOptions, run_extraction
+from embedder.folding import fold
+from embedder.model import METRICS_FILE, Model
+from embedder.recipe import EMBEDDING, Recipe
+from embedder.store import Store
+from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups
+from embedder.trained import Head, check_model_folder
+from embedder.training import Epoch, Examples, train
+from embedder.tunable import FEATURES, Tunable, make_tunable
+from embedder.tuned import Tuning, judge_tuned, save_backbone, tuned_recipe
+from embedder.tuning_data import (
+    Labelled,
+    decode_pixels,
+    find_paths,
+    read_activations,
+    read_labelled,
+    targets_of,
+    weights_of,
+    within,
+)
+from embedder.weights import import_keras, logger
+
+if TYPE_CHECKING:
+    import keras
+
+_REQUEST_FILE = "request.json"
+_DEFAULT_VIEWS = 4
+_DEFAULT_AUGMENT = ("flip",)
+_TOLERANCE = 1e-3  # of a probability, before the first step: float32 sums in another order
+_NUM_CHECKED = 64
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned model.
+
+    Attributes:
+        path: Its folder.
+        metrics: As in its `metrics.json`.
+        head: With what its report is made of; None where it had been made before.
+    """
+
+    path: Path
+    metrics: dict[str, Any]
+    head: Head | None
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What is called while a model is fine-tuned.
+
+    Attributes:
+        run: During extractions, as `extract.run_extraction`'s `on_progress`.
+        epoch: After each epoch.
+    """
+
+    run: Callable[[Progress], None] = lambda _: None
+    epoch: Callable[[Epoch], None] = lambda _: None
+
+
+def finetune(
+    model_path: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: TuneOptions | None = None,
+    run_options: RunOptions | None = None,
+    activations: str | os.PathLike[str] | None = None,
+    watch: Watcher | None = None,
+) -> Tuned:
+    """Train a model's backbone and head further, and test it on the images the model was tested on.
+
+    The tuned model is written as `train` writes one, its backbone's weights beside its head, so
+    that `predict`, `evaluate` and `export` take it. Features of all images of the source are
+    extracted again, with the tuned backbone, into the store `OUT.features`. What is needed to go on
+    after a kill is in `OUT.tuning`, and goes at the end.
+
+    Args:
+        model_path: Folder of the model: a head on frozen features, or a tuned model.
+        source: Its images, as `extract` takes them.
+        out: Folder to write.
+        options: How.
+        run_options: How images are extracted.
+        activations: Store of the activations at the cut, to make or to take; None for one that
+            goes at the end.
+        watch: What is called meanwhile.
+
+    Raises:
+        RecipeError: The request makes no sense.
+        ModelError: The model cannot be read, or OUT holds something else.
+        SourceError: The source cannot be listed.
+        Unfinished: Training diverged, or images are no longer what they were.
+    """
+    options, run_options = options or TuneOptions(), run_options or RunOptions()
+    model, folder = Model.load(model_path), Path(out)
+    labelled = read_labelled(model_path, model, options.seed)
+    request = _request(model, labelled, options)
+    if (done := _done_before(folder, request)) is not None:
+        return Tuned(folder, done, None)
+    check_model_folder(folder)
+    _check_backbone(model.recipe)
+    paths = find_paths(source, labelled)
+    work, features = (folder.with_name(f"{folder.name}.{name}") for name in ("tuning", "features"))
+    _open(work, request)
+    job = _Job(model, labelled, options, run_options, work, watch or Watcher())
+    tunable, examples = job.prepare(source, paths, activations)
+    epochs = job.train(tunable, examples)
+    recipe = save_backbone(tunable.network, job.recipe, options, folder)
+    _drop_older_features(features, recipe)
+    run_extraction(source, {str(features): recipe}, run_options, job.watch.run)
+    job.lap("features")
+    tuning = Tuning(
+        model=Path(model_path),
+        options=options,
+        request=request,
+        epochs=epochs,
+        num_tuned=job.num_tuned,
+        num_weights=tunable.network.count_params(),
+        seconds=job.seconds,
+    )
+    head = judge_tuned(tunable.head, model, labelled, Store(features), tuning)
+    head.save(folder)
+    shutil.rmtree(work)
+    return Tuned(folder, head.metrics(), head)
+
+
+def _check_backbone(recipe: Recipe) -> None:
+    if recipe.backbone.startswith(hub.PREFIX):
+        raise RecipeError(
+            f"Backbones of `embedder backbones` and `.keras` files can be fine-tuned, presets of "
+            f"KerasHub cannot. Received: {recipe.backbone}"
+        )
+
+
+def _drop_older_features(path: Path, recipe: Recipe) -> None:
+    """Delete features of weights that this fine-tuning has written over."""
+    if not path.is_dir():
+        return
+    older = Store(path).recipe
+    if older.weights_source == recipe.weights_source and older.weights != recipe.weights:
+        shutil.rmtree(path)
+
+
+def _request(model: Model, labelled: Labelled, options: TuneOptions) -> dict[str, Any]:
+    """What decides the result: another one begins anew."""
+    images = [labelled.sha256.tolist(), labelled.codes.tolist(), labelled.train.tolist()]
+    return {
+        "model": model.head_sha256,
+        "recipe": model.recipe.fingerprint,
+        "images": hashlib.sha256(json.dumps(images).encode()).hexdigest(),
+        "options": asdict(options),
+    }
+
+
+def _done_before(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """Metrics of a model that the same request made."""
+    try:
+        metrics: dict[str, Any] = json.loads((folder / METRICS_FILE).read_bytes())
+        made_by = Model.load(folder).record["tuning"]["request"]
+    except (OSError, ValueError, KeyError, ModelError):
+        return None
+    return metrics if made_by == json.loads(json.dumps(request)) else None
+
+
+def _open(work: Path, request: dict[str, Any]) -> None:
+    """Make the folder of a training, or leave the one that the same request began."""
+    file = work / _REQUEST_FILE
+    content = json.dumps(request)
+    if file.is_file() and file.read_text() == content:
+        logger.info("continuing what is in %s", work)
+        return
+    if work.is_dir() and not file.is_file() and any(work.iterdir()):
+        raise RecipeError(
+            f"{work} is where a training is kept until it is done, and must be of embedder. "
+            f"Received: a folder that holds something else"
+        )
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    file.write_text(content)
+
+
+class _Job:
+    """One fine-tuning, step by step, each timed."""
+
+    def __init__(
+        self,
+        model: Model,
+        labelled: Labelled,
+        options: TuneOptions,
+        run_options: RunOptions,
+        work: Path,
+        watch: Watcher,
+    ) -> None:
+        self.model, self.labelled, self.options = model, labelled, options
+        self.run_options, self.work, self.watch = run_options, work, watch
+        self.recipe = tuned_recipe(model, options)
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+        self.num_tuned = 0
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._last, 3)
+        self._last = now
+
+    def prepare(
+        self,
+        source: str | os.PathLike[str],
+        paths: list[bytes],
+        activations: str | os.PathLike[str] | None,
+    ) -> tuple[Tunable, Examples]:
+        """The network, its head, and what it learns from."""
+        options, labelled = self.options, self.labelled
+        network = None
+        if options.strategy == SCRATCH:
+            network = scratch.make_network(self.recipe.image_size, options.seed)
+        cut = self._cut(network)
+        precision = options.precision
+        if precision == "auto":
+            precision = best_training_precision()
+        tunable = make_tunable(
+            self.recipe, EMBEDDING, network, cut, options.auxiliary, precision=precision
+        )
+        tunable = self._with_heads(tunable)
+        inputs: NDArray[Any]
+        if not options.is_cached:
+            file = self.work / "pixels.npy"
+            inputs = decode_pixels(paths, labelled, self.recipe, file, lambda _: None)
+            self.lap("decode")
+        else:
+            recipe = self._activations_recipe(cut)
+            store = os.fspath(activations or self.work / "activations")
+            run_extraction(source, {store: recipe}, self.run_options, self.watch.run)
+            inputs = read_activations(Store(store), labelled, self.work / "activations.npy")
+            self.lap("activations")
+        targets = targets_of(labelled, self.model)
+        examples = Examples(
+            inputs=inputs,
+            targets=targets[labelled.learned],
+            weights=weights_of(targets, labelled.train, options.class_weight)[labelled.learned],
+            train=within(labelled, labelled.train),
+            validation=within(labelled, labelled.validation),
+            are_pixels=not options.is_cached,
+        )
+        if options.kind.keeps_head:
+            self._check_head(tunable, examples)
+        return tunable, examples
+
+    def _cut(self, network: "keras.Model | None") -> str | None:
+        """Where the network is cut; None for training from pixels on."""
+        options = self.options
+        if options.strategy == "head":
+            return FEATURES
+        if not options.kind.is_cut:
+            return None
+        network = network or load_network(self.recipe)
+        top = tapped_tensors(network, self.recipe)[EMBEDDING]
+        return find_cut(network, top, options.cut)
+
+    def _activations_recipe(self, cut: str | None) -> Recipe:
+        """The recipe of what is below the cut, as the model's features are made."""
+        views = self.options.views or _DEFAULT_VIEWS
+        changes: dict[str, Any] = {"views": views, "precision": "float32"}
+        if cut != FEATURES:
+            changes |= {"layers": (cut,), "pooling": "none", "l2_normalise": False}
+        return self.recipe.model_copy(update=changes)
+
+    def _with_heads(self, tunable: Tunable) -> Tunable:
+        """Add the model's own head, or a new one, and the auxiliary one."""
+        options, num_classes = self.options, len(self.model.classes)
+        dim = tunable.upper.output["features"].shape[-1]
+        if options.kind.keeps_head:
+            head = fold(self.model)
+        else:
+            hidden, dropout = options.usual("hidden"), options.usual("dropout")
+            head = _new_head(dim, num_classes, hidden, dropout, options.seed)
+        auxiliary = None
+        if options.auxiliary is not None:
+            width = tunable.upper.output["auxiliary"].shape[-1]
+            auxiliary = _new_head(width, num_classes, 0, 0.0, options.seed + 1)
+        return replace(tunable, head=head, auxiliary_head=auxiliary)
+
+    def _check_head(self, tunable: Tunable, examples: Examples) -> None:
+        """Refuse to start from another place than where the model is."""
+        ops = import_keras().ops
+        pixels = ops.cast(examples.inputs[:_NUM_CHECKED, 0], "float32")
+        features = tunable.upper(tunable.below_the_cut(pixels), training=False)["features"]
+        ours = ops.softmax(tunable.head(features, training=False))
+        if self.model.is_multilabel:
+            ours = ops.sigmoid(tunable.head(features, training=False))
+        theirs = self.model.probabilities(np.asarray(features, np.float32))
+        difference = float(np.abs(np.asarray(ours) - theirs).max())
+        if difference > _TOLERANCE:
+            raise Unfinished(
+                f"Before the first step the network must predict what the model predicts, to "
+                f"within {_TOLERANCE}. Received: probabilities that differ by {difference:.2g}"
+            )
+
+    def train(self, tunable: Tunable, examples: Examples) -> list[Epoch]:
+        """Train the network."""
+        options = self.options
+        above = tunable.upper
+        if options.strategy == "partial" and not options.blocks:
+            above = self._above_default_cut(tunable)
+        groups = plan_groups(tunable, examples, options, above)
+        self.num_tuned = num_tuned(groups)
+        augment = () if options.is_cached else options.augment
+        augmenter = Augmenter(_DEFAULT_AUGMENT if augment is None else augment, options.seed)
+        epochs = train(
+            tunable,
+            groups,
+            examples,
+            options.schedule(self.model.is_multilabel),
+            augmenter,
+            self.work / "checkpoint.npz",
+            self.watch.epoch,
+        )
+        self.lap("train")
+        # Of all epochs, those before a kill too.
+        self.seconds["train"] = round(sum(epoch.seconds for epoch in epochs), 3)
+        return epochs
+
+    def _above_default_cut(self, tunable: Tunable) -> "keras.Model":
+        network = tunable.network
+        top = tapped_tensors(network, self.recipe)[EMBEDDING]
+        cut = find_cut(network, top, None)
+        return import_keras().Model(dict(layer_outputs(network))[cut], top)
+
+
+def _new_head(
+    dim: int, num_classes: int, hidden: int, dropout: float, seed: int
+) -> "keras.Sequential":
+    """A classifier from random weights: logits of features (batch, dim)."""
+    keras = import_keras()
+    first, second, third = np.random.default_rng(seed).integers(2**31, size=3).tolist()
+    glorot = keras.initializers.GlorotUniform
+    layers = [keras.Input((dim,))]
+    if hidden:
+        layers.append(keras.layers.Dense(hidden, "relu", kernel_initializer=glorot(first)))
+    if dropout:
+        layers.append(keras.layers.Dropout(dropout, seed=second))
+    layers.append(keras.layers.Dense(num_classes, kernel_initializer=glorot(third)))
+    return keras.Sequential(layers)

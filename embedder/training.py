@@ -1,0 +1,429 @@
+"""The training of a tunable network: epochs, early stopping, and going on after a kill."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder.augmentation import Augmenter
+from embedder.calibration import calibrate
+from embedder.errors import RecipeError, Unfinished
+from embedder.tunable import Tunable
+from embedder.weights import import_keras
+
+if TYPE_CHECKING:
+    import keras
+
+_MOMENTUM = 0.9  # of SGD, which is hardly ever wanted without
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variables that are trained alike.
+
+    Attributes:
+        name: Of the group's block.
+        variables: What is trained.
+        rate: Factor of the learning rate.
+        from_epoch: First epoch in which they are trained, from 1.
+        masks: For each variable 1 where it may change and 0 where it must not, broadcast to its
+            shape; None where all of it may.
+    """
+
+    name: str
+    variables: "list[keras.Variable]"
+    rate: float = 1.0
+    from_epoch: int = 1
+    masks: list[NDArray[np.float32] | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is learned from.
+
+    Attributes:
+        inputs: uint8 (n, n_views, height, width, 3) RGB, or activations at the cut (n, n_views,
+            ...); an array in memory or a file that is mapped. Training sees a random view in each
+            epoch, validation the first.
+        targets: float32 (n, n_classes), 1 for an image's classes.
+        weights: float32 (n,), of each image's loss.
+        train: Places to learn from.
+        validation: Places to stop by; may be empty.
+        are_pixels: Whether inputs are pixels.
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    are_pixels: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How training goes.
+
+    Attributes:
+        epochs: The most there can be.
+        batch_size: Images of a step.
+        learning_rate: Of the head, at its highest: it rises from 0 over a share of `warmup` of a
+            group's steps, and falls to 0 by a cosine (arXiv 1608.03983, without restarts).
+        optimizer: Name of a Keras optimizer.
+        weight_decay: Apart from the gradient, in units of the learning rate, of kernels.
+        warmup: Share of the steps, 0 to below 1.
+        label_smoothing: Share of a target that is spread over all classes, 0 to below 1.
+        loss_weights: Of the main and the auxiliary head's losses.
+        ema: Momentum of the average of the weights that is judged and kept, 0 to below 1; None to
+            keep the weights themselves.
+        patience: Epochs without a lower validation loss after which training stops.
+        seed: Of order, views and dropout.
+        is_multilabel: Whether an image can have several labels.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    warmup: float = 0.1
+    label_smoothing: float = 0.0
+    loss_weights: tuple[float, float] = (1.0, 1.0)
+    ema: float | None = None
+    patience: int = 5
+    seed: int = 0
+    is_multilabel: bool = False
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to.
+
+    Attributes:
+        number: From 1; 0 is what training starts from.
+        loss: Mean over its training batches.
+        validation_loss: Log-loss at its best temperature, as the finished model is calibrated.
+        validation_accuracy: 0 to 1.
+        seconds: Of training and validation.
+    """
+
+    number: int
+    loss: float | None
+    validation_loss: float | None
+    validation_accuracy: float | None
+    seconds: float
+
+
+def train(
+    tunable: Tunable,
+    groups: list[Group],
+    examples: Examples,
+    schedule: Schedule,
+    augmenter: Augmenter,
+    checkpoint: Path | None = None,
+    watch: Callable[[Epoch], None] = lambda _: None,
+) -> list[Epoch]:
+    """Train until the validation loss no longer falls; the weights of its lowest are kept.
+
+    After each epoch all that decides the rest is written to `checkpoint`, in one rename; where
+    there is such a file, training goes on from it. The order of the images, the views and the
+    random states of layers are part of it, so that a training that was killed ends as if it had
+    not been, up to the rounding of sums in another order.
+
+    Args:
+        tunable: Network and heads; its weights change.
+        groups: What is trained, and how.
+        examples: What is learned from.
+        schedule: How.
+        augmenter: What is done to training batches of pixels.
+        checkpoint: File to continue from and to write; None for none.
+        watch: Called after each epoch.
+
+    Returns:
+        All epochs, those before a kill too.
+
+    Raises:
+        Unfinished: The loss is not finite, or the checkpoint is of another training.
+    """
+    trainer = _Trainer(tunable, groups, examples, schedule, augmenter)
+    if checkpoint is not None and checkpoint.exists():
+        trainer.restore(checkpoint)
+    else:
+        trainer.judge_start()
+        watch(trainer.epochs[0])
+    while not trainer.is_finished:
+        trainer.run_epoch()
+        if checkpoint is not None:
+            trainer.save(checkpoint)
+        watch(trainer.epochs[-1])
+    trainer.take_best()
+    return trainer.epochs
+
+
+class _Trainer:
+    """A training between two epochs."""
+
+    def __init__(
+        self,
+        tunable: Tunable,
+        groups: list[Group],
+        examples: Examples,
+        schedule: Schedule,
+        augmenter: Augmenter,
+    ) -> None:
+        self._tunable, self._examples, self._schedule = tunable, examples, schedule
+        self._groups, self._augmenter = groups, augmenter
+        self._steps_per_epoch = -(-len(examples.train) // schedule.batch_size)
+        self._optimizers = [self._optimizer(group) for group in groups]
+        models = [tunable.upper, *tunable.heads, *augmenter.layers]
+        found = {id(v): v for model in models for v in model.variables}
+        self._variables = list(found.values())
+        trained = [variable for group in groups for variable in group.variables]
+        self._averages = [] if schedule.ema is None else [_copy_of(v) for v in trained]
+        self._trained = trained
+        self._best: list[NDArray[Any]] = []
+        self._logits = _logits_function(tunable, examples.are_pixels)
+        self._step: Any = None
+        self._active = 0
+        self.epochs: list[Epoch] = []
+
+    def _optimizer(self, group: Group) -> "keras.Optimizer":
+        """An optimizer for one group: Keras has one learning rate for each optimizer."""
+        keras, schedule = import_keras(), self._schedule
+        num_epochs = schedule.epochs + 1 - group.from_epoch
+        steps = max(1, num_epochs * self._steps_per_epoch)
+        warmup = round(schedule.warmup * steps)
+        peak = schedule.learning_rate * group.rate
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.0 if warmup else peak,
+            max(1, steps - warmup),
+            warmup_target=peak if warmup else None,
+            warmup_steps=warmup,
+        )
+        try:
+            kind = type(keras.optimizers.get(schedule.optimizer))
+        except ValueError:
+            raise RecipeError(
+                f"`optimizer` must be the name of a Keras optimizer, such as adamw, rmsprop or "
+                f"sgd. Received: optimizer={schedule.optimizer}"
+            ) from None
+        extra = {"momentum": _MOMENTUM} if kind is keras.optimizers.SGD else {}
+        optimizer = kind(rate, weight_decay=schedule.weight_decay or None, **extra)
+        if schedule.weight_decay:
+            masks = group.masks or [None] * len(group.variables)
+            pairs = zip(group.variables, masks, strict=True)
+            # A decay would change what a mask keeps, and biases and scales are not to fade.
+            kept = [v for v, mask in pairs if mask is not None or len(v.shape) < 2]
+            optimizer.exclude_from_weight_decay(var_list=kept)
+        optimizer.build(group.variables)
+        return optimizer
+
+    @property
+    def is_finished(self) -> bool:
+        if len(self.epochs) > self._schedule.epochs:
+            return True
+        losses = [x.validation_loss for x in self.epochs if x.validation_loss is not None]
+        return len(losses) - 1 - _place_of_least(losses) >= self._schedule.patience
+
+    def judge_start(self) -> None:
+        """Take what training starts from as its epoch 0: what is no better is not kept."""
+        began = time.perf_counter()
+        validation = self._validate()
+        self.epochs = [Epoch(0, None, *validation, round(time.perf_counter() - began, 2))]
+
+    def run_epoch(self) -> None:
+        number, began = len(self.epochs), time.perf_counter()
+        active = sum(group.from_epoch <= number for group in self._groups)
+        if active != self._active:  # a block more is trained from here on
+            self._active, self._step = active, self._make_step(number)
+        total, num_images = 0.0, 0
+        for inputs, targets, weights in self._batches(number):
+            total += float(self._step(inputs, targets, weights)) * len(targets)
+            num_images += len(targets)
+        loss = total / num_images
+        if not np.isfinite(loss):
+            raise Unfinished(
+                f"Training diverged: its loss in epoch {number} is {loss}. Run it anew with a "
+                f"lower learning rate than {self._schedule.learning_rate}"
+            )
+        validation = self._validate()
+        seconds = round(time.perf_counter() - began, 2)
+        self.epochs.append(Epoch(number, loss, *validation, seconds))
+
+    def _batches(self, number: int) -> Iterator[tuple[NDArray[Any], ...]]:
+        examples = self._examples
+        random = np.random.default_rng([self._schedule.seed, number])
+        order = random.permutation(examples.train)
+        views = random.integers(examples.inputs.shape[1], size=len(order))
+        for start in range(0, len(order), self._schedule.batch_size):
+            part = slice(start, start + self._schedule.batch_size)
+            rows = order[part]
+            yield examples.inputs[rows, views[part]], examples.targets[rows], examples.weights[rows]
+
+    def _make_step(self, number: int) -> Any:
+        import tensorflow as tf
+
+        keras, schedule, tunable = import_keras(), self._schedule, self._tunable
+        pairs = zip(self._groups, self._optimizers, strict=True)
+        active = [(g, o) for g, o in pairs if g.from_epoch <= number]
+        variables = [variable for group, _ in active for variable in group.variables]
+        masks = [m for g, _ in active for m in (g.masks or [None] * len(g.variables))]
+        positions = {id(v): i for i, v in enumerate(self._trained)}
+        averages = [self._averages[positions[id(v)]] for v in variables] if self._averages else []
+        momentum = schedule.ema or 0.0
+        kind = "BinaryCrossentropy" if schedule.is_multilabel else "CategoricalCrossentropy"
+        entropy = getattr(keras.losses, kind)(
+            from_logits=True, label_smoothing=schedule.label_smoothing, reduction=None
+        )
+
+        def loss_of(inputs: Any, targets: Any, weights: Any) -> Any:
+            activations = inputs
+            if self._examples.are_pixels:
+                pixels, targets = self._augmenter(tf.cast(inputs, tf.float32), targets)
+                activations = tunable.below_the_cut(pixels)
+            losses = [
+                tf.reduce_mean(weights * entropy(targets, logits))
+                for logits in tunable.logits(activations, training=True)
+            ]
+            return tf.add_n([w * x for w, x in zip(schedule.loss_weights, losses, strict=False)])
+
+        def step(inputs: Any, targets: Any, weights: Any) -> Any:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                # By hand: what is not trained costs nothing on the way back, and the scales of
+                # frozen normalisations, which Keras counts as not trainable, can be trained.
+                tape.watch([variable.value for variable in variables])
+                loss = loss_of(inputs, targets, weights)
+            gradients = tape.gradient(
+                loss,
+                [variable.value for variable in variables],
+                unconnected_gradients=tf.UnconnectedGradients.ZERO,
+            )
+            masked = iter(g if m is None else g * m for g, m in zip(gradients, masks, strict=True))
+            for group, optimizer in active:
+                optimizer.apply([next(masked) for _ in group.variables], group.variables)
+            for average, variable in zip(averages, variables, strict=False):
+                # In this form what has not changed is not rounded either.
+                average.assign_add((1.0 - momentum) * (variable - average))
+            return loss
+
+        return compiled(step)
+
+    def _validate(self) -> tuple[float | None, float | None]:
+        """Loss and accuracy on the validation images; remembers the best weights."""
+        rows = self._examples.validation
+        if not len(rows):
+            return None, None
+        raw = self._swap_averages()
+        loss, accuracy = _judge(self._logits, self._examples, rows, self._schedule)
+        losses = [x.validation_loss for x in self.epochs if x.validation_loss is not None]
+        if all(loss < other for other in losses):
+            self._best = [np.array(variable) for variable in self._variables]
+        self._assign(self._trained, raw)
+        return loss, accuracy
+
+    def _swap_averages(self) -> list[NDArray[Any]]:
+        raw = [np.array(v) for v in self._trained] if self._averages else []
+        self._assign(self._trained, self._averages)
+        return raw
+
+    @staticmethod
+    def _assign(variables: "list[keras.Variable]", values: Any) -> None:
+        for variable, value in zip(variables, values, strict=False):
+            variable.assign(value)
+
+    def take_best(self) -> None:
+        """Put the weights that are kept into the network."""
+        if self._best:
+            self._assign(self._variables, self._best)
+        else:
+            self._swap_averages()
+
+    @property
+    def _state(self) -> "list[keras.Variable]":
+        kept = [v for optimizer in self._optimizers for v in optimizer.variables]
+        return [*self._variables, *self._averages, *kept]
+
+    def save(self, path: Path) -> None:
+        """Write all that decides the rest of the training, in one rename."""
+        arrays = {f"state_{i}": np.array(v) for i, v in enumerate(self._state)}
+        arrays |= {f"best_{i}": value for i, value in enumerate(self._best)}
+        arrays["epochs"] = np.array(json.dumps([asdict(epoch) for epoch in self.epochs]))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise Unfinished(f"The checkpoint {path} cannot be written: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def restore(self, path: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            Unfinished: It is damaged or of another training.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+        except (OSError, ValueError) as error:
+            raise Unfinished(f"The checkpoint {path} cannot be read: {error}") from error
+        state = [arrays.get(f"state_{i}") for i in range(len(self._state))]
+        fits = all(
+            array is not None and array.shape == tuple(variable.shape)
+            for array, variable in zip(state, self._state, strict=True)
+        )
+        if not fits or f"state_{len(state)}" in arrays:
+            raise Unfinished(f"The checkpoint {path} is of another network. Delete it")
+        self._assign(self._state, state)
+        num_best = sum(name.startswith("best_") for name in arrays)
+        self._best = [arrays[f"best_{i}"] for i in range(num_best)]
+        self.epochs = [Epoch(**epoch) for epoch in json.loads(str(arrays["epochs"]))]
+
+
+def _place_of_least(losses: list[float]) -> int:
+    return int(np.argmin(losses)) if losses else -1
+
+
+def _copy_of(variable: "keras.Variable") -> "keras.Variable":
+    return import_keras().Variable(np.array(variable), trainable=False, dtype="float32")
+
+
+def compiled(function: Any) -> Any:
+    """One graph for batches of any size; Keras's layers need no rewriting of Python for it."""
+    import tensorflow as tf
+
+    # XLA is ten times slower on CPU for depthwise convolutions.
+    return tf.function(function, reduce_retracing=True, jit_compile=False, autograph=False)
+
+
+def _logits_function(tunable: Tunable, are_pixels: bool) -> Any:
+    import tensorflow as tf
+
+    def logits(inputs: Any) -> Any:
+        if are_pixels:
+            inputs = tunable.below_the_cut(tf.cast(inputs, tf.float32))
+        return tunable.logits(inputs)[0]
+
+    return compiled(logits)
+
+
+def _judge(
+    logits_of: Any, examples: Examples, rows: NDArray[np.int64], schedule: Schedule
+) -> tuple[float, float]:
+    """Log-loss at its best temperature and accuracy on examples, seen in their first view."""
+    batches = np.split(rows, range(schedule.batch_size, len(rows), schedule.batch_size))
+    logits = np.concatenate([np.asarray(logits_of(examples.inputs[b, 0])) for b in batches])
+    targets = examples.targets[rows]
+    codes = targets.astype(np.int64) if schedule.is_multilabel else targets.argmax(axis=1)
+    scores = calibrate(logits, codes).scores
+    return scores["log_loss"], scores["accuracy"]

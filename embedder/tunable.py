@@ -1,0 +1,148 @@
+"""A backbone and a head as one network that can be trained."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from embedder.backbones import (
+    dtype_policy,
+    layer_outputs,
+    load_network,
+    pool,
+    row_of,
+    tapped_tensors,
+)
+from embedder.blocks import can_cut
+from embedder.errors import RecipeError
+from embedder.recipe import Recipe
+from embedder.weights import import_keras, leaf_layers
+
+if TYPE_CHECKING:
+    import keras
+
+FEATURES = "features"  # as a cut: above the pooling
+_AUXILIARY = "auxiliary"
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A network from pixels, or from activations at a cut, to logits.
+
+    Attributes:
+        network: The whole backbone, from preprocessed pixels on; its weights are what is saved.
+        preprocess: Brings float32 RGB (batch, height, width, 3), 0 to 255, to what it takes.
+        lower: Its part below the cut, never trained and always in inference mode; None without a
+            cut.
+        upper: The rest, from preprocessed pixels or from activations at the cut, to features.
+        head: From features (batch, dim) to logits (batch, n_classes).
+        auxiliary_head: From the pooled output of an earlier layer to logits of its own, in
+            training only (deep supervision, arXiv 1409.5185); None for none.
+    """
+
+    network: "keras.Model"
+    preprocess: Any
+    lower: "keras.Model | None"
+    upper: "keras.Model"
+    head: "keras.Sequential"
+    auxiliary_head: "keras.Sequential | None" = None
+
+    @property
+    def heads(self) -> "list[keras.Sequential]":
+        """The head and, where there is one, the auxiliary head."""
+        return [self.head] if self.auxiliary_head is None else [self.head, self.auxiliary_head]
+
+    def below_the_cut(self, pixels: Any) -> Any:
+        """Activations at the cut, of float32 RGB (batch, height, width, 3) of 0 to 255."""
+        x = self.preprocess(pixels)
+        return x if self.lower is None else self.lower(x, training=False)
+
+    def logits(self, activations: Any, training: bool = False) -> list[Any]:
+        """Logits of each head, float32 (batch, n_classes), the main one's first."""
+        outputs = self.upper(activations, training=training)
+        ops = import_keras().ops
+        found = [self.head(ops.cast(outputs[FEATURES], "float32"), training=training)]
+        if self.auxiliary_head is not None:
+            found.append(self.auxiliary_head(outputs[_AUXILIARY], training=training))
+        return found
+
+
+def make_tunable(
+    recipe: Recipe,
+    column: str,
+    network: "keras.Model | None" = None,
+    cut: str | None = None,
+    auxiliary: str | None = None,
+    precision: str = "float32",
+) -> Tunable:
+    """Make a recipe's backbone trainable; its heads are still to be added.
+
+    BatchNormalization is frozen, layer by layer: calling the network with `training=False` does
+    not keep it in inference mode once `fit` trains it (keras#20285), and a few hundred images must
+    not replace the statistics of a million. `thaw_normalisation` undoes it.
+
+    Args:
+        recipe: What its features are made with.
+        column: Which feature, where there are several.
+        network: The backbone, in place of the recipe's own.
+        cut: Layer after which the network is cut, or `FEATURES`; None to train from pixels on.
+        auxiliary: Layer above the cut whose pooled output is given too.
+        precision: What it computes in, as in `Recipe`; its weights stay float32.
+
+    Raises:
+        RecipeError: A layer does not exist, or is not where it must be.
+        WeightsError: The weights are not at hand.
+    """
+    keras = import_keras()
+    with dtype_policy(precision):
+        network = network or load_network(recipe)
+    for layer in leaf_layers(network):
+        if is_normalisation(layer):
+            layer.trainable = False
+    top = tapped_tensors(network, recipe)[column]
+    features = pool(top, recipe.pooling, column)
+    if recipe.l2_normalise:
+        features = keras.layers.UnitNormalization()(features)
+    outputs = {FEATURES: keras.layers.Identity(dtype="float32")(features)}
+    named = dict(layer_outputs(network)) | {FEATURES: features}
+    below = keras.Model(network.inputs, top)
+    bottom = network.inputs
+    if cut is not None:
+        bottom = _named(named, cut, "cut")
+        if not can_cut(bottom, outputs[FEATURES]):
+            raise RecipeError(f"The network cannot be cut in two there. Received: cut={cut}")
+    if auxiliary is not None:
+        tensor = _named(named, auxiliary, "auxiliary")
+        is_below = all(tensor is not layer.output for layer in below.layers)
+        if is_below or (cut is not None and not can_cut(bottom, tensor)):
+            raise RecipeError(
+                f"The auxiliary output must be of a layer above the cut and below the features. "
+                f"Received: auxiliary={auxiliary}"
+            )
+        outputs[_AUXILIARY] = pool(tensor, "avg", _AUXILIARY)
+    return Tunable(
+        network=network,
+        preprocess=row_of(recipe).preprocess,
+        lower=None if cut is None else keras.Model(network.inputs, bottom),
+        upper=keras.Model(bottom, outputs),
+        head=keras.Sequential(),  # still to come
+    )
+
+
+def _named(outputs: "dict[str, keras.KerasTensor]", layer: str, option: str) -> "keras.KerasTensor":
+    if layer not in outputs:
+        raise RecipeError(
+            f"`{option}` must name a layer, as `embedder backbones NAME --layers` lists them, such "
+            f"as {', '.join(list(outputs)[-5:])}. Received: {option}={layer}"
+        )
+    return outputs[layer]
+
+
+def is_normalisation(layer: "keras.Layer") -> bool:
+    """Whether it is BatchNormalization, whose statistics training would change."""
+    return isinstance(layer, import_keras().layers.BatchNormalization)
+
+
+def thaw_normalisation(layers: "list[keras.Layer]") -> None:
+    """Let BatchNormalization among these layers learn from batches, statistics and all."""
+    for layer in layers:
+        if is_normalisation(layer):
+            layer.trainable = True

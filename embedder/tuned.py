@@ -1,0 +1,246 @@
+"""A tuned backbone and head as a model: saved, calibrated, tested, and compared with the head."""
+
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder import comparison, scratch
+from embedder.backbones import load_network
+from embedder.calibration import calibrate
+from embedder.errors import Unfinished
+from embedder.evaluation import Evaluation
+from embedder.fitting import Fitted, Task
+from embedder.judging import coarse_classes
+from embedder.keras_head import KerasHead
+from embedder.labels import Targets
+from embedder.model import BACKBONE_FILES, Model
+from embedder.recipe import EMBEDDING, Recipe
+from embedder.splits import Split
+from embedder.store import Store
+from embedder.strategies import SCRATCH, TuneOptions
+from embedder.streamed import read_logits
+from embedder.trained import Head, TrainOptions
+from embedder.training import Epoch
+from embedder.tuning_data import Labelled, targets_of
+from embedder.weights import digest_of
+
+if TYPE_CHECKING:
+    import keras
+
+_ARRAYS_FILE, _NETWORK_FILE = BACKBONE_FILES
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a model was fine-tuned.
+
+    Attributes:
+        model: Folder of the model it started from.
+        options: How.
+        request: What decides the result.
+        epochs: What they came to.
+        num_tuned: Weights that could change, the heads' too.
+        num_weights: Of the backbone.
+        seconds: What took how long.
+    """
+
+    model: Path
+    options: TuneOptions
+    request: dict[str, Any]
+    epochs: list[Epoch]
+    num_tuned: int
+    num_weights: int
+    seconds: dict[str, float]
+
+
+def tuned_recipe(model: Model, options: TuneOptions) -> Recipe:
+    """The recipe of the features that are tuned, with the weights that tuning starts from."""
+    recipe = model.recipe
+    changes: dict[str, Any] = {"views": 1}
+    if len(recipe.layers) > 1:
+        changes["layers"] = (model.column,)
+    if not options.kind.keeps_head:
+        changes["pooling"] = options.pooling or recipe.pooling
+    if options.strategy == SCRATCH:
+        changes |= {"layers": (), "l2_normalise": False}
+    return recipe.model_copy(update=changes)
+
+
+def save_backbone(
+    network: "keras.Model", recipe: Recipe, options: TuneOptions, folder: Path
+) -> Recipe:
+    """Write a tuned backbone into a model's folder, in place of what is there.
+
+    Returns:
+        The recipe of its features.
+    """
+    is_scratch = options.strategy == SCRATCH
+    if is_scratch or recipe.weights_source.endswith(".keras"):
+        # A new one: that which was trained may compute in another precision.
+        plain = scratch.make_network(recipe.image_size, 0) if is_scratch else load_network(recipe)
+        plain.set_weights(network.get_weights())
+        network, file = plain, folder / _NETWORK_FILE
+    else:
+        file = folder / _ARRAYS_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    for older in folder.iterdir():  # a model that names the weights before is none without them
+        older.unlink()
+    (network.save if file.suffix == ".keras" else network.save_weights)(file)
+    source = {"weights": digest_of(file), "weights_source": str(file.absolute())}
+    return recipe.model_copy(update=source)
+
+
+def judge_tuned(
+    head: "keras.Sequential", model: Model, labelled: Labelled, store: Store, tuning: Tuning
+) -> Head:
+    """Make a model of a tuned head and the features under it, and test it.
+
+    Args:
+        head: From features (n, dim) to logits (n, n_known).
+        model: What tuning started from.
+        labelled: What it learned from, and what it is tested on.
+        store: Features of the tuned backbone.
+        tuning: How it came to be.
+
+    Raises:
+        Unfinished: The store lacks an image.
+        RecipeError: As in `judging.coarse_classes`.
+    """
+    targets, place_of = _targets(labelled, store)
+    train, validation, test = (
+        np.sort(place_of[rows]) for rows in (labelled.learned, labelled.validation, labelled.test)
+    )
+    estimator = _estimator(head, model, tuning.options.seed)
+    held = read_logits(estimator, store, EMBEDDING, targets.rows[validation])
+    known: NDArray[Any] = targets_of(labelled, model)[np.argsort(place_of)][validation]
+    known = known.astype(np.int64) if model.is_multilabel else known.argmax(axis=1)
+    calibration = calibrate(held, known)
+    options = replace(TrainOptions(**model.record["options"]), unlabelled=None)
+    tuned = Model(
+        estimator=estimator,
+        recipe=store.recipe,
+        column=EMBEDDING,
+        classes=model.classes,
+        temperature=calibration.temperature,
+        thresholds=calibration.thresholds,
+        head="mlp" if estimator.hidden else "linear",
+        settings={},
+        record=model.record | _record(model, store, tuning, len(train)),
+    )
+    logits = read_logits(estimator, store, EMBEDDING, targets.rows[test])
+    evaluation = Evaluation.of_logits(tuned, logits, targets, test)
+    ids = store.ids()[targets.rows]
+    task = Task(
+        head=tuned.head,
+        features=np.empty((0, head.input_shape[1]), np.float32),
+        codes=targets.codes,
+        groups=labelled.groups[np.argsort(place_of)],
+        classes=targets.classes,
+        class_weight=tuning.options.class_weight,
+        seed=tuning.options.seed,
+    )
+    coarse = options.coarse
+    return Head(
+        model=tuned,
+        store=store,
+        options=options,
+        targets=targets,
+        ids=ids,
+        task=task,
+        split=Split(options.split, [(train, test)], validation, _is_official(options.split)),
+        fitted=Fitted(
+            estimator,
+            {},
+            np.searchsorted(targets.classes, model.classes),
+            calibration.temperature,
+            calibration.thresholds,
+            trials=[],
+        ),
+        test_rows=test,
+        test=evaluation,
+        coarse_of=None if coarse is None else coarse_classes(store, coarse, targets, ids),
+        seconds=tuning.seconds,
+        tuning=_facts(evaluation, ids[test], tuning),
+    )
+
+
+def _targets(labelled: Labelled, store: Store) -> tuple[Targets, NDArray[np.int64]]:
+    """Labels of a store's rows, in its order, and the place in it of each labelled image."""
+    row_of = {image: row for row, image in enumerate(store.ids())}
+    lost = [image for image in labelled.ids if image not in row_of]
+    if lost:
+        raise Unfinished(
+            f"{lost[0]} could be embedded before, and now is not in {store.path}, as "
+            f"{len(lost):,} images in all"
+        )
+    rows = np.array([row_of[image] for image in labelled.ids], np.int64)
+    order = np.argsort(rows)
+    place_of = np.empty(len(rows), np.int64)
+    place_of[order] = np.arange(len(rows))
+    changed = np.flatnonzero(store.sha256()[rows] != labelled.sha256)
+    if len(changed):
+        raise Unfinished(
+            f"Images must not change while a model is fine-tuned. Received: other bytes of "
+            f"{labelled.ids[changed[0]]}, as of {len(changed):,} images in all"
+        )
+    num_unlabelled = len(row_of) - len(rows)
+    targets = Targets(labelled.classes, labelled.codes[order], rows[order], num_unlabelled)
+    return targets, place_of
+
+
+def _estimator(head: "keras.Sequential", model: Model, seed: int) -> KerasHead:
+    units = [x.units for x in head.layers if type(x).__name__ == "Dense"]
+    dropout = [x.rate for x in head.layers if type(x).__name__ == "Dropout"]
+    estimator = KerasHead(
+        hidden=tuple(units[:-1]), dropout=dropout[-1] if dropout else 0.0, seed=seed
+    )
+    estimator.network_ = head
+    estimator.n_features_in_ = head.input_shape[1]
+    estimator.is_multilabel_ = model.is_multilabel
+    known = model.classes
+    estimator.classes_ = np.arange(len(known)) if model.is_multilabel else known
+    return estimator
+
+
+def _is_official(split: str) -> bool:
+    """Whether somebody else decided a split, which is then no share."""
+    try:
+        float(split)
+    except ValueError:
+        return True
+    return False
+
+
+def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> dict[str, Any]:
+    return {
+        "provenance": model.record["provenance"]
+        | {
+            "store": str(store.path),
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "num_trained_on": num_trained_on,
+        },
+        "tuning": {"model": str(tuning.model), "request": tuning.request},
+    }
+
+
+def _facts(test: Evaluation, ids: NDArray[np.object_], tuning: Tuning) -> dict[str, Any]:
+    """What `metrics.json` says of a fine-tuning."""
+    before = comparison.read_tested(tuning.model)
+    right = dict(zip(ids, test.is_right, strict=True))
+    ours = np.array([right[image] for image in before.ids], dtype=bool)
+    found = comparison.judge(ours, before.is_right, sum(tuning.seconds.values()))
+    return {
+        "strategy": tuning.options.strategy,
+        "model": str(tuning.model),
+        "options": asdict(tuning.options),
+        "epochs": [asdict(epoch) for epoch in tuning.epochs],
+        "num_weights": tuning.num_weights,
+        "num_tuned": tuning.num_tuned,
+        "accuracy_before": float(before.is_right.mean()),
+        "against_before": asdict(found),
+        "verdict": found.verdict,
+    }
