@@ -115,7 +115,7 @@ def _scores(
         for total, (layer, kernel), gradient in zip(totals, kernels, found, strict=True):
             values = np.asarray(gradient, np.float64)
             if criterion == "taylor":
-                total += _sum_of(layer, values * np.array(kernel)) ** 2
+                total += _sum_of(layer, values * kernel.numpy()) ** 2
             else:
                 total += _sum_of(layer, values**2)
     return totals

@@ -323,12 +323,12 @@ class _Trainer:
         loss, accuracy = _judge(self._logits, self._examples, rows, self._schedule)
         losses = [x.validation_loss for x in self.epochs if x.validation_loss is not None]
         if all(loss < other for other in losses):
-            self._best = [np.array(variable) for variable in self._variables]
+            self._best = [variable.numpy() for variable in self._variables]
         self._assign(self._trained, raw)
         return loss, accuracy
 
     def _swap_averages(self) -> list[NDArray[Any]]:
-        raw = [np.array(v) for v in self._trained] if self._averages else []
+        raw = [v.numpy() for v in self._trained] if self._averages else []
         self._assign(self._trained, self._averages)
         return raw
 
@@ -351,7 +351,7 @@ class _Trainer:
 
     def save(self, path: Path) -> None:
         """Write all that decides the rest of the training, in one rename."""
-        arrays = {f"state_{i}": np.array(v) for i, v in enumerate(self._state)}
+        arrays = {f"state_{i}": v.numpy() for i, v in enumerate(self._state)}
         arrays |= {f"best_{i}": value for i, value in enumerate(self._best)}
         arrays["epochs"] = np.array(json.dumps([asdict(epoch) for epoch in self.epochs]))
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -395,7 +395,7 @@ def _place_of_least(losses: list[float]) -> int:
 
 
 def _copy_of(variable: "keras.Variable") -> "keras.Variable":
-    return import_keras().Variable(np.array(variable), trainable=False, dtype="float32")
+    return import_keras().Variable(variable.numpy(), trainable=False, dtype="float32")
 
 
 def compiled(function: Any) -> Any:
