@@ -36,6 +36,8 @@ def layer_groups(network: "keras.Model") -> "dict[str, list[keras.Layer]]":
     """
     layers = [layer for layer in leaf_layers(network) if layer.weights]
     blocks = [list(found) for _, found in groupby(layers, lambda layer: block_name(layer.name))]
+    if not blocks:
+        return {}
     groups = np.array_split(np.arange(len(blocks)), min(MAX_GROUPS, len(blocks)))
     return {
         block_name(blocks[group[0]][0].name): [layer for i in group for layer in blocks[i]]

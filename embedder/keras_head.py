@@ -7,7 +7,6 @@ to be right. All training goes one way, through batches: `KerasHead.fit` cuts th
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -22,7 +21,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 
 from embedder.errors import RecipeError, WeightsError
-from embedder.model_files import load_keras_model
+from embedder.model_files import load_keras_model, save_network
 from embedder.store import Store, vectors_of
 from embedder.weights import import_keras
 
@@ -346,10 +345,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the network to a `.keras` file; `to_json` has the rest."""
         checks.check_is_fitted(self)
-        with warnings.catch_warnings():
-            # TensorFlow's variables are older than NumPy 2.
-            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
-            self.network_.save(path)
+        save_network(self.network_, Path(path))
 
     def to_json(self) -> dict[str, Any]:
         """What `load` needs besides the network, in values of JSON."""

@@ -6,6 +6,7 @@ Keras's own layers. No code of a file is ever run.
 
 import json
 import re
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,14 @@ _TRUSTED_MODULES = ("keras", "keras_hub", "builtins")
 _CLASSES_WITH_CODE = {
     *("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "__lambda__"),
 }
+
+
+def save_network(network: "keras.Model", path: Path) -> None:
+    """Write a network to a `.keras` file, or its weights to a `.weights.h5` file."""
+    with warnings.catch_warnings():
+        # TensorFlow's variables are older than NumPy 2.
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        (network.save if path.suffix == ".keras" else network.save_weights)(path)
 
 
 # HDF5 ----------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ STRATEGIES = {
     "partial": Strategy(True, False, 6, 1e-3),
     "norm": Strategy(True, False, 6, 5e-3, rate_decay=0.8),
     "bias": Strategy(True, False, 6, 5e-3, rate_decay=0.8),
-    "cut": Strategy(False, True, 20, 1e-3, hidden=128, dropout=0.5),
+    "cut": Strategy(False, True, 20, 1e-3, rate_decay=0.5, hidden=128, dropout=0.5),
     SCRATCH: Strategy(False, False, 15, 1e-3, optimizer="adam", hidden=128, dropout=0.5),
 }
 

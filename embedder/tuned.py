@@ -18,6 +18,7 @@ from embedder.judging import coarse_classes
 from embedder.keras_head import KerasHead
 from embedder.labels import Targets
 from embedder.model import BACKBONE_FILES, Model
+from embedder.model_files import save_network
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.splits import Split
 from embedder.store import Store
@@ -89,7 +90,7 @@ def save_backbone(
     folder.mkdir(parents=True, exist_ok=True)
     for older in folder.iterdir():  # a model that names the weights before is none without them
         older.unlink()
-    (network.save if file.suffix == ".keras" else network.save_weights)(file)
+    save_network(network, file)
     source = {"weights": digest_of(file), "weights_source": str(file.absolute())}
     return recipe.model_copy(update=source)
 

@@ -26,9 +26,9 @@ def make_tiny() -> Tunable:
     pixels = keras.Input((HEIGHT, WIDTH, 3))
     x = pixels
     for number, filters in enumerate((4, 6), start=1):
-        x = layers.Conv2D(
-            filters, 3, kernel_initializer=zeros(number), name=f"block{number}_conv"
-        )(x)
+        x = layers.Conv2D(filters, 3, kernel_initializer=zeros(number), name=f"block{number}_conv")(
+            x
+        )
         x = layers.BatchNormalization(name=f"block{number}_bn", trainable=False)(x)
         x = layers.ReLU()(x)
     features = layers.GlobalAveragePooling2D()(x)
@@ -157,7 +157,7 @@ def test_a_group_is_trained_from_its_epoch_on() -> None:
     assert seen == [True, True, True, False, False]
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -172,10 +172,10 @@ def test_a_training_that_was_killed_ends_as_if_it_had_not_been(
 
     def kill(epoch: Epoch) -> None:
         if epoch.number == 2:
-            raise Killed
+            raise KilledError
 
     checkpoint, first, second = tmp_path / "checkpoint.npz", make_tiny(), make_tiny()
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(first, groups_of(first), schedule, augment=augment, checkpoint=checkpoint, watch=kill)
     seen: list[int] = []
     again = run(
@@ -211,7 +211,9 @@ def test_what_is_no_better_than_the_start_is_not_kept() -> None:
     trained = state_of(tiny)
     # A rate at which everything that was learned is lost in the first steps.
     epochs = run(
-        tiny, groups_of(tiny), replace(PLAIN, epochs=9, learning_rate=50.0, batch_size=6, patience=2)
+        tiny,
+        groups_of(tiny),
+        replace(PLAIN, epochs=9, learning_rate=50.0, batch_size=6, patience=2),
     )
     least = min(range(len(epochs)), key=lambda i: epochs[i].validation_loss or 0.0)
     assert least == 0

@@ -1,0 +1,273 @@
+"""Fine-tuning: a tuned model is a model, its test images stay unseen, and nothing else changes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_archive
+from numpy.typing import NDArray
+
+import embedder
+from embedder.augmentation import Augmenter
+from embedder.backbones import load_network
+from embedder.comparison import compare, read_tested
+from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
+from embedder.finetuning import Tuned, finetune
+from embedder.heads import train
+from embedder.judging import evaluate_model
+from embedder.model import Model
+from embedder.predict import predict
+from embedder.store import Store
+from embedder.strategies import TuneOptions, num_tuned, plan_groups
+from embedder.trained import TrainOptions
+from embedder.training import Examples
+from embedder.training import train as train_network
+from embedder.tunable import make_tunable
+from embedder.weights import import_keras
+
+SIZE = (64, 96)
+NUM_IMAGES = 40
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `photos`, their `features`, and `model`, a logistic head on them."""
+    folder = tmp_path_factory.mktemp("world")
+    make_archive(folder / "photos", NUM_IMAGES)
+    store = embedder.extract(folder / "photos", folder / "features", image_size=SIZE)
+    train(store, "folder", "logistic", TrainOptions(duplicates=None)).save(folder / "model")
+    return folder
+
+
+def tune(world: Path, out: Path, strategy: str, **options: Any) -> Tuned:
+    values = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3} | options
+    return finetune(
+        world / "model", world / "photos", out, TuneOptions(strategy=strategy, **values)
+    )
+
+
+def weights_of(model: Path) -> dict[str, list[NDArray[Any]]]:
+    """Weights of a model's backbone, by layer."""
+    network = load_network(Model.load(model).recipe)
+    return {layer.name: layer.get_weights() for layer in network.layers if layer.weights}
+
+
+def changed_layers(world: Path, out: Path) -> set[str]:
+    ours, theirs = weights_of(out), weights_of(world / "model")
+    return {
+        name
+        for name, arrays in ours.items()
+        if not all(np.array_equal(a, b) for a, b in zip(arrays, theirs[name], strict=True))
+    }
+
+
+@pytest.fixture(scope="module")
+def norm(world: Path) -> Tuned:
+    """A model whose normalisations are tuned."""
+    return tune(world, world / "norm", "norm", seed=1)
+
+
+def test_a_tuned_model_is_a_model(world: Path, norm: Tuned, tmp_path: Path) -> None:
+    assert {path.name for path in norm.path.iterdir()} == {
+        *("backbone.weights.h5", "head.keras", "metrics.json", "model.json"),
+        "predictions.parquet",
+    }
+    features = Store(world / "norm.features")
+    assert len(features) == NUM_IMAGES
+    assert features.recipe == Model.load(norm.path).recipe
+    assert features.recipe.fingerprint != Store(world / "features").recipe.fingerprint
+    predict(norm.path, features.path, tmp_path / "of-features.parquet")
+    predict(norm.path, world / "photos", tmp_path / "of-photos.parquet")
+    ours, theirs = (
+        pq.read_table(tmp_path / name).sort_by("image_id")
+        for name in ("of-photos.parquet", "of-features.parquet")
+    )
+    assert ours["class"].equals(theirs["class"])
+    np.testing.assert_allclose(ours["probability"], theirs["probability"], atol=1e-5)
+    assert not (world / "norm.tuning").exists()
+
+
+def test_it_is_tested_on_the_images_that_the_head_was_tested_on(world: Path, norm: Tuned) -> None:
+    ours, theirs = (
+        pq.read_table(path / "predictions.parquet").sort_by("image_id").to_pydict()
+        for path in (norm.path, world / "model")
+    )
+    for column in ("image_id", "sha256", "label"):
+        assert ours[column] == theirs[column]
+    was = np.array(theirs["part"])
+    parts = np.array(ours["part"])
+    assert ((parts == "test") == (was == "test")).all()
+    assert (parts[was == "train"] == "validation").sum() > 0
+    test = evaluate_model(norm.path, Store(world / "norm.features"), "folder")
+    assert test.metrics["test"]["num_images"] == (was == "test").sum()
+    assert test.metrics["test"]["accuracy"] == norm.metrics["test"]["accuracy"]
+    assert norm.metrics["tuning"]["accuracy_before"] == read_tested(world / "model").is_right.mean()
+    rows = compare([world / "model", norm.path])
+    assert [tested.kind for tested, _ in rows] == ["frozen + logistic", "norm"]
+    assert rows[1][1] is not None
+    assert rows[1][1].verdict == norm.metrics["tuning"]["verdict"]
+
+
+def test_the_same_again_does_nothing(world: Path, norm: Tuned) -> None:
+    before = {path: path.stat().st_mtime_ns for path in norm.path.iterdir()}
+    again = tune(world, world / "norm", "norm", seed=1)
+    assert again.head is None
+    assert again.metrics == json.loads((norm.path / "metrics.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in norm.path.iterdir()} == before
+
+
+def test_a_model_can_move_with_its_backbone(world: Path, norm: Tuned, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(norm.path, moved)
+    assert Model.load(moved).recipe.weights_source == str(moved / "backbone.weights.h5")
+    with h5py.File(moved / "backbone.weights.h5", "a") as file:
+        file.attrs["changed"] = 1
+    with pytest.raises(WeightsError, match="The recipe was made with weights"):
+        load_network(Model.load(moved).recipe)
+
+
+def test_partial_changes_a_few_channels_and_nothing_else(world: Path) -> None:
+    recipe = Model.load(world / "model").recipe
+    tunable = make_tunable(recipe, "embedding")
+    keras = import_keras()
+    head = keras.Sequential([keras.Input((1280,)), keras.layers.Dense(2)])
+    tunable = replace(tunable, head=head)
+    random = np.random.default_rng(0)
+    examples = Examples(
+        inputs=random.integers(0, 256, (8, 1, *SIZE, 3), dtype=np.uint8),
+        targets=np.eye(2, dtype=np.float32)[np.arange(8) % 2],
+        weights=np.ones(8, np.float32),
+        train=np.arange(8),
+        validation=np.arange(0),
+        are_pixels=True,
+    )
+    options = TuneOptions(strategy="partial", blocks=("stage6_block2",), fraction=0.05, epochs=1)
+    groups = plan_groups(tunable, examples, options, tunable.upper)
+    schedule = options.schedule(is_multilabel=False)
+    train_network(tunable, groups, examples, schedule, Augmenter((), 0))
+    before = load_network(recipe)
+    num_changed = 0
+    for ours, theirs in zip(tunable.network.layers, before.layers, strict=True):
+        pairs = zip(ours.get_weights(), theirs.get_weights(), strict=True)
+        differences = [new != old for new, old in pairs]
+        if not (ours.name.startswith("stage6_block2") and ours.name.endswith("_conv")):
+            assert not any(difference.any() for difference in differences), ours.name
+            continue
+        (difference,) = differences
+        channels = difference.any(axis=(0, 1, 3) if "depthwise" in ours.name else (0, 1, 2))
+        assert channels.sum() == max(1, round(0.05 * len(channels)))
+        num_changed += int(difference.sum())
+    # One step leaves weights alone whose input is never above 0.
+    assert 0.5 * num_tuned(groups[1:]) < num_changed <= num_tuned(groups[1:])
+
+
+@pytest.mark.parametrize("strategy", ["cut", "head"])
+def test_from_activations_it_is_as_from_pixels(world: Path, tmp_path: Path, strategy: str) -> None:
+    same: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e-2, "hidden": 8, "dropout": 0.5}
+    cached = tune(world, tmp_path / "cached", strategy, views=1, **same)
+    pixels = tune(world, tmp_path / "pixels", strategy, from_pixels=True, augment=(), **same)
+    ours, theirs = weights_of(cached.path), weights_of(pixels.path)
+    assert changed_layers(world, cached.path) == changed_layers(world, pixels.path)
+    for name in ours:
+        for a, b in zip(ours[name], theirs[name], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    heads = [Model.load(tuned.path).estimator.network_.get_weights() for tuned in (cached, pixels)]
+    for a, b in zip(*heads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_what_is_above_a_cut_is_trained_with_two_outputs(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cut"
+    tuned = tune(
+        world,
+        out,
+        "cut",
+        cut="stage7",
+        auxiliary="stage7_block1_project_bn",
+        views=2,
+        epochs=4,
+        learning_rate=1e-2,
+        pooling="flatten",
+    )
+    changed = changed_layers(world, out)
+    assert all(name.startswith(("stage7", "head")) for name in changed)
+    model = Model.load(out)
+    assert model.recipe.pooling == "flatten"
+    assert model.estimator.hidden == (128,)
+    assert model.estimator.n_features_in_ == 2 * 3 * 1280
+    assert tuned.metrics["tuning"]["options"]["loss_weights"] == (1.0, 10.0)
+
+
+def test_scratch_is_a_network_of_its_own(world: Path, tmp_path: Path) -> None:
+    tuned = tune(world, tmp_path / "scratch", "scratch", class_weight="balanced", epochs=2)
+    model = Model.load(tuned.path)
+    assert model.recipe.weights_source.endswith("backbone.keras")
+    assert [layer.name for layer in load_network(model.recipe).layers if layer.weights] == [
+        "block1_conv",
+        "block2_conv",
+        "block3_conv",
+    ]
+    predict(tuned.path, world / "photos", tmp_path / "p.parquet")
+    assert pq.read_metadata(tmp_path / "p.parquet").num_rows == NUM_IMAGES
+
+
+def test_after_a_kill_it_goes_on_with_the_same_epoch(world: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "embedder", "finetune", str(world / "model")]
+    command += [str(world / "photos"), str(tmp_path / "out"), "--strategy", "scratch"]
+    command += ["--epochs", "5", "--batch-size", "1", "--no-report"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch 2:"):  # so the third is under way
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    assert not (tmp_path / "out").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    numbers = [int(n) for n in re.findall(r"^epoch (\d+):", again.stderr, re.MULTILINE)]
+    assert numbers[0] == 3
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [epoch["number"] for epoch in metrics["tuning"]["epochs"]] == [0, 1, 2, *numbers]
+    assert "verdict" in again.stdout
+
+
+def test_what_makes_no_sense_is_refused_and_nothing_started(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    few = make_archive(tmp_path / "few", 4)
+    with pytest.raises(RecipeError, match="SOURCE must hold the images.*lacks 36 of 40"):
+        finetune(world / "model", few, out)
+    store = Store(world / "features")
+    options = TrainOptions(duplicates=None, split="kfold:2")
+    train(store, "folder", "logistic", options).save(tmp_path / "kfold")
+    with pytest.raises(RecipeError, match="tested on images of its own"):
+        finetune(tmp_path / "kfold", world / "photos", out)
+    train(store, "folder", "knn", TrainOptions(duplicates=None)).save(tmp_path / "knn")
+    with pytest.raises(RecipeError, match="knn"):
+        finetune(tmp_path / "knn", world / "photos", out)
+    out.mkdir()
+    (out / "diary.txt").write_text("mine")
+    with pytest.raises(ModelError, match="holds something else"):
+        finetune(world / "model", world / "photos", out)
+    assert (out / "diary.txt").read_text() == "mine"
+
+
+def test_other_bytes_than_the_head_was_trained_on_are_refused(world: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(world / "photos", photos)
+    table = pq.read_table(world / "model" / "predictions.parquet").to_pydict()
+    image = next(i for i, p in zip(table["image_id"], table["part"], strict=True) if p == "train")
+    other = next(i for i in table["image_id"] if i != image and i[-3:] == image[-3:])
+    shutil.copyfile(photos / other, photos / image)
+    with pytest.raises(Unfinished, match="must be the image that the model was trained on"):
+        finetune(world / "model", photos, tmp_path / "out", TuneOptions(epochs=1))
+    assert not (tmp_path / "out").exists()
