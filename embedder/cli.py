@@ -286,6 +286,7 @@ def demo(
 app.command()(cli_heads.train)
 app.command()(cli_heads.evaluate)
 app.command()(cli_heads.predict)
+app.command()(cli_heads.export)
 app.command()(cli_tuning.finetune)
 app.command()(cli_tuning.compare)
 

@@ -44,7 +44,7 @@ def report_of(head: Head) -> Report:
     if head.coarse_of is not None:
         metrics |= test.hierarchical(head.coarse_of)
     return Report(
-        title=f"{head.model.head} on {head.model.recipe.backbone}",
+        title=_title(head),
         metrics=metrics,
         notes=notes_of(head),
         classes=classes,
@@ -59,11 +59,25 @@ def report_of(head: Head) -> Report:
     )
 
 
+def _title(head: Head) -> str:
+    backbone = head.model.recipe.backbone
+    if head.tuning is None:
+        return f"{head.model.head} on {backbone}"
+    return f"{backbone}, fine-tuned: {head.tuning['strategy']}"
+
+
 def notes_of(head: Head) -> list[str]:
     """What a reader must know to believe the figures, a sentence each."""
     split, leak, test = head.split, head.leak, head.test
     provenance = head.model.record["provenance"]
     notes = [_split_note(head)]
+    if head.tuning is not None:
+        tuning = head.tuning
+        notes.append(
+            f"Fine-tuned by {tuning['strategy']} from {tuning['model']}: accuracy "
+            f"{tuning['accuracy_before']:.3f} to {test.scores['accuracy']['value']:.3f} on the "
+            f"same images, {tuning['num_tuned']:,} weights trained. In words: {tuning['verdict']}."
+        )
     if provenance["num_unlabelled"]:
         notes.append(f"{provenance['num_unlabelled']:,} rows of the store have no label.")
     if head.options.duplicates is None:
@@ -74,7 +88,7 @@ def notes_of(head: Head) -> list[str]:
             f"{head.options.duplicates}) hold {leak['num_images']:,} of the {len(head.ids):,} "
             f"images, the largest {leak['largest']:,}."
         )
-    if head.is_streamed:
+    if head.is_streamed and head.tuning is None:
         notes.append(
             "Features were read in parts: no settings were tried, and there is no learning curve."
         )
@@ -174,6 +188,17 @@ def _tables(head: Head) -> dict[str, list[dict[str, str]]]:
         for trial in head.fitted.trials
     ]
     tables = {"How settings were chosen": trials} if len(trials) > 1 else {}
+    if head.tuning is not None:
+        tables["How it was fine-tuned"] = [
+            {
+                "epoch": str(epoch["number"]),
+                "loss": _number(epoch["loss"]),
+                "validation log-loss": _number(epoch["validation_loss"]),
+                "validation accuracy": _number(epoch["validation_accuracy"]),
+                "seconds": f"{epoch['seconds']:.1f}",
+            }
+            for epoch in head.tuning["epochs"]
+        ]
     if head.helped is not None:
         training = head.helped.training
         tables["What unlabelled images did"] = [
@@ -191,6 +216,10 @@ def _tables(head: Head) -> dict[str, list[dict[str, str]]]:
             for number, judged in enumerate(training.rounds)
         ]
     return tables
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _setting_texts(settings: dict[str, Any]) -> list[str]:

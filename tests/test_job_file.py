@@ -116,10 +116,14 @@ def test_a_step_that_fails_ends_the_job_with_its_status(archive: Path, tmp_path:
 
 def test_the_textile_job_runs_the_whole_way(archive: Path, tmp_path: Path) -> None:
     settings = ("--set", f"images={archive}", "--set", f"out={tmp_path}/out")
+    settings += ("--set", "epochs=1", "--set", "cut_epochs=1")
     done = CliRunner().invoke(app, ["run", str(JOBS / "textile.toml"), *settings])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "out/model/report.html").stat().st_size > 1e6
+    for model in ("model", "gradual", "cut"):
+        assert (tmp_path / "out" / model / "report.html").stat().st_size > 1e6
     assert pq.read_metadata(tmp_path / "out/predictions.parquet").num_rows == 20
+    assert (tmp_path / "out/export/labels.txt").read_text() == "cats\ndogs\n"
+    assert "frozen + logistic" in done.output
 
 
 def test_the_grocery_job_runs_the_whole_way(tmp_path: Path) -> None:
