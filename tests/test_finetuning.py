@@ -271,3 +271,57 @@ def test_other_bytes_than_the_head_was_trained_on_are_refused(world: Path, tmp_p
     with pytest.raises(Unfinished, match="must be the image that the model was trained on"):
         finetune(world / "model", photos, tmp_path / "out", TuneOptions(epochs=1))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_vgg16_with_flatten_and_a_dense_layer_goes_the_whole_way(tmp_path: Path) -> None:
+    make_archive(tmp_path / "photos", 16)
+    store = embedder.extract(
+        tmp_path / "photos", tmp_path / "features", backbone="vgg16", weights="random"
+    )
+    train(store, "folder", "logistic", TrainOptions(duplicates=None)).save(tmp_path / "model")
+    options = TuneOptions(strategy="head", pooling="flatten", views=2, epochs=2)
+    tuned = finetune(tmp_path / "model", tmp_path / "photos", tmp_path / "out", options)
+    assert tuned.metrics["tuning"]["num_tuned"] == 7 * 7 * 512 * 2 + 2
+    assert tuned.metrics["tuning"]["options"]["optimizer"] is None  # RMSprop is usual
+    predict(tuned.path, tmp_path / "photos", tmp_path / "p.parquet")
+    assert pq.read_metadata(tmp_path / "p.parquet").num_rows == 16
+
+
+@pytest.mark.slow
+def test_resnet50_cut_at_conv5_with_two_outputs_goes_the_whole_way(tmp_path: Path) -> None:
+    make_archive(tmp_path / "photos", 16)
+    store = embedder.extract(
+        tmp_path / "photos", tmp_path / "features", backbone="resnet50", weights="random"
+    )
+    train(store, "folder", "logistic", TrainOptions(duplicates=None)).save(tmp_path / "model")
+    options = TuneOptions(
+        strategy="cut", cut="conv5", auxiliary="conv5_block1_out", views=2, epochs=2
+    )
+    tuned = finetune(tmp_path / "model", tmp_path / "photos", tmp_path / "out", options)
+    network = load_network(Model.load(tuned.path).recipe)
+    before = load_network(store.recipe)
+    for ours, theirs in zip(network.layers, before.layers, strict=True):
+        if not ours.name.startswith("conv5"):
+            for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+                assert np.array_equal(a, b), ours.name
+    assert Model.load(tuned.path).estimator.hidden == (128,)
+    predict(tuned.path, tmp_path / "photos", tmp_path / "p.parquet")
+    assert pq.read_metadata(tmp_path / "p.parquet").num_rows == 16
+
+
+def test_several_labels_an_image_are_tuned_in_half_precision(world: Path, tmp_path: Path) -> None:
+    names = [path.relative_to(world / "photos") for path in (world / "photos").rglob("*.*g")]
+    lines = [f"{name},{'dark;' if i % 3 else ''}{name.parent}" for i, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,labels", *lines]))
+    options = TrainOptions(duplicates=None, separator=";")
+    labels = f"{tmp_path}/labels.csv:labels"
+    train(Store(world / "features"), labels, "logistic", options).save(tmp_path / "model")
+    tuning = TuneOptions(strategy="scratch", epochs=1, precision="bfloat16")
+    tuned = finetune(tmp_path / "model", world / "photos", tmp_path / "out", tuning)
+    model = Model.load(tuned.path)
+    assert model.classes.tolist() == ["cats", "dark", "dogs"]
+    assert model.is_multilabel
+    assert 0 < tuned.metrics["test"]["mean_average_precision"] <= 1
+    network = load_network(model.recipe)
+    assert {layer.dtype_policy.name for layer in network.layers} == {"float32"}
