@@ -51,6 +51,9 @@ def finetune(
     activations: Annotated[
         str | None, typer.Option(help="Of head and cut: store to keep activations in, or to take.")
     ] = None,
+    unlabelled: Annotated[
+        str | None, typer.Option(help="Images that help without labels: folder, manifest, ...")
+    ] = None,
     block: Annotated[
         list[str] | None, typer.Option(help="Of partial: a block to choose channels in.")
     ] = None,
@@ -123,6 +126,7 @@ def finetune(
                 options,
                 RunOptions(engine=engine, workers=workers),
                 activations,
+                unlabelled,
                 watch,
             )
         if report and tuned.head is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder import hub, scratch
@@ -21,7 +22,9 @@ from embedder.engines import best_training_precision
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.extract import Progress, RunOptions, run_extraction
 from embedder.folding import fold
+from embedder.judging import PSEUDO_LABELS_FILE
 from embedder.model import METRICS_FILE, Model
+from embedder.pseudo_labelled import add_pseudo_labels
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store import Store
 from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups
@@ -86,6 +89,7 @@ def finetune(
     options: TuneOptions | None = None,
     run_options: RunOptions | None = None,
     activations: str | os.PathLike[str] | None = None,
+    unlabelled: str | None = None,
     watch: Watcher | None = None,
 ) -> Tuned:
     """Train a model's backbone and head further, and test it on the images the model was tested on.
@@ -103,6 +107,8 @@ def finetune(
         run_options: How images are extracted.
         activations: Store of the activations at the cut, to make or to take; None for one that
             goes at the end.
+        unlabelled: Images without labels, as `extract` takes them, that get pseudo-labels from the
+            model where its guard finds that they help it; None for none.
         watch: What is called meanwhile.
 
     Raises:
@@ -114,15 +120,26 @@ def finetune(
     options, run_options = options or TuneOptions(), run_options or RunOptions()
     model, folder = Model.load(model_path), Path(out)
     labelled = read_labelled(model_path, model, options.seed)
-    request = _request(model, labelled, options)
+    request = _request(model, labelled, options) | {"unlabelled": unlabelled}
     if (done := _done_before(folder, request)) is not None:
         return Tuned(folder, done, None)
     check_model_folder(folder)
     _check_backbone(model.recipe)
+    if unlabelled is not None and options.is_cached:
+        raise RecipeError(
+            f"Unlabelled images need training from pixels, --from-pixels. "
+            f"Received: {options.strategy} from activations"
+        )
     paths = find_paths(source, labelled)
     work, features = (folder.with_name(f"{folder.name}.{name}") for name in ("tuning", "features"))
     _open(work, request)
     job = _Job(model, labelled, options, run_options, work, watch or Watcher())
+    more = None
+    if unlabelled is not None:
+        sources = (source, paths), unlabelled
+        more = add_pseudo_labels(model, labelled, sources, work, run_options)
+        job.labelled, paths = more.labelled, more.paths
+        job.lap("pseudo-labels")
     tunable, examples = job.prepare(source, paths, activations)
     epochs = job.train(tunable, examples)
     recipe = save_backbone(tunable.network, job.recipe, options, folder)
@@ -137,9 +154,12 @@ def finetune(
         num_tuned=job.num_tuned,
         num_weights=tunable.network.count_params(),
         seconds=job.seconds,
+        pseudo_labels=None if more is None else more.facts(),
     )
     head = judge_tuned(tunable.head, model, labelled, Store(features), tuning)
     head.save(folder)
+    if more is not None:  # so that `evaluate` knows that they have been seen
+        pq.write_table(more.helped.pseudo_labels(), folder / PSEUDO_LABELS_FILE)
     shutil.rmtree(work)
     return Tuned(folder, head.metrics(), head)
 

@@ -47,6 +47,7 @@ class Tuning:
         num_tuned: Weights that could change, the heads' too.
         num_weights: Of the backbone.
         seconds: What took how long.
+        pseudo_labels: What unlabelled images came to; None where there were none.
     """
 
     model: Path
@@ -56,6 +57,7 @@ class Tuning:
     num_tuned: int
     num_weights: int
     seconds: dict[str, float]
+    pseudo_labels: dict[str, Any] | None = None
 
 
 def tuned_recipe(model: Model, options: TuneOptions) -> Recipe:
@@ -111,7 +113,7 @@ def judge_tuned(
         Unfinished: The store lacks an image.
         RecipeError: As in `judging.coarse_classes`.
     """
-    targets, place_of = _targets(labelled, store)
+    targets, place_of = labelled_targets(labelled, store)
     train, validation, test = (
         np.sort(place_of[rows]) for rows in (labelled.learned, labelled.validation, labelled.test)
     )
@@ -169,8 +171,12 @@ def judge_tuned(
     )
 
 
-def _targets(labelled: Labelled, store: Store) -> tuple[Targets, NDArray[np.int64]]:
-    """Labels of a store's rows, in its order, and the place in it of each labelled image."""
+def labelled_targets(labelled: Labelled, store: Store) -> tuple[Targets, NDArray[np.int64]]:
+    """Labels of a store's rows, in its order, and the place in it of each labelled image.
+
+    Raises:
+        Unfinished: The store lacks an image, or has other bytes of it.
+    """
     row_of = {image: row for row, image in enumerate(store.ids())}
     lost = [image for image in labelled.ids if image not in row_of]
     if lost:
@@ -241,6 +247,7 @@ def _facts(test: Evaluation, ids: NDArray[np.object_], tuning: Tuning) -> dict[s
         "epochs": [asdict(epoch) for epoch in tuning.epochs],
         "num_weights": tuning.num_weights,
         "num_tuned": tuning.num_tuned,
+        **({} if tuning.pseudo_labels is None else {"pseudo_labels": tuning.pseudo_labels}),
         "accuracy_before": float(before.is_right.mean()),
         "against_before": asdict(found),
         "verdict": found.verdict,

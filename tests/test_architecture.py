@@ -27,6 +27,7 @@ ORDER = (
         "tuning_data",
         "trained",
         "tuned",
+        "pseudo_labelled",
         "finetuning",
         "heads",
         "predict",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,23 @@ import embedder
 from embedder.augmentation import Augmenter
 from embedder.backbones import load_network
 from embedder.comparison import compare, read_tested
+from embedder.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
 from embedder.finetuning import Tuned, finetune
 from embedder.heads import train
 from embedder.judging import evaluate_model
 from embedder.model import Model
 from embedder.predict import predict
+from embedder.pseudo_labelled import extended
+from embedder.self_training import PseudoLabels
 from embedder.store import Store
 from embedder.strategies import TuneOptions, num_tuned, plan_groups
 from embedder.trained import TrainOptions
 from embedder.training import Examples
 from embedder.training import train as train_network
 from embedder.tunable import make_tunable
+from embedder.tuning_data import decode_pixels, find_paths, read_labelled, targets_of, within
+from embedder.unlabelled import Unlabelled
 from embedder.weights import import_keras
 
 SIZE = (64, 96)
@@ -325,3 +331,50 @@ def test_several_labels_an_image_are_tuned_in_half_precision(world: Path, tmp_pa
     assert 0 < tuned.metrics["test"]["mean_average_precision"] <= 1
     network = load_network(model.recipe)
     assert {layer.dtype_policy.name for layer in network.layers} == {"float32"}
+
+
+def test_unlabelled_images_get_pseudo_labels_if_they_help(world: Path, tmp_path: Path) -> None:
+    make_archive(tmp_path / "more", 12, first_seed=500)
+    shutil.copy(next((world / "photos").rglob("*.jpg")), tmp_path / "more" / "known.jpg")
+    options = TuneOptions(strategy="scratch", epochs=1)
+    tuned = finetune(
+        world / "model",
+        world / "photos",
+        tmp_path / "out",
+        options,
+        unlabelled=str(tmp_path / "more"),
+    )
+    found = tuned.metrics["tuning"]["pseudo_labels"]
+    assert found["num_images"] == 12  # not the one that has a label
+    pseudo = pq.read_table(tmp_path / "out" / "pseudo_labels.parquet")
+    assert pseudo.num_rows == found["num_pseudo_labels"]
+    assert set(pseudo["label"].to_pylist()) <= {"cats", "dogs"}
+    with pytest.raises(RecipeError, match="need training from pixels"):
+        finetune(
+            world / "model",
+            world / "photos",
+            tmp_path / "cut",
+            TuneOptions(strategy="cut"),
+            unlabelled=str(tmp_path / "more"),
+        )
+
+
+def test_pseudo_labels_are_learned_from_beside_the_labels(world: Path, tmp_path: Path) -> None:
+    model = Model.load(world / "model")
+    labelled = read_labelled(world / "model", model, 0)
+    more = make_archive(tmp_path / "more", 6, first_seed=500)
+    paths = sorted(more.rglob("*.*g"))
+    ids = np.array([str(path.relative_to(more)) for path in paths], dtype=object)
+    checksums = np.array([sha256(path.read_bytes()).hexdigest() for path in paths], dtype=object)
+    images = Unlabelled(ids, checksums, np.zeros((6, 1280), np.float32))
+    rows = np.array([1, 4])
+    pseudo = PseudoLabels(rows, np.array(["dogs", "cats"]), np.ones(2), np.ones(2, np.int64))
+    longer = extended(labelled, images, pseudo)
+    assert longer.train.tolist() == [*labelled.train.tolist(), NUM_IMAGES, NUM_IMAGES + 1]
+    assert longer.test.tolist() == labelled.test.tolist()
+    assert longer.codes[-2:].tolist() == [1, 0]
+    where = find_paths(world / "photos", labelled) + [os.fsencode(paths[row]) for row in rows]
+    pixels = decode_pixels(where, longer, model.recipe, tmp_path / "pixels.npy", lambda _: None)
+    expected = decode_rgb(paths[4].read_bytes(), model.recipe).pixels
+    assert np.array_equal(pixels[within(longer, longer.train[-1:])[0], 0], expected)
+    assert targets_of(longer, model)[-1].tolist() == [1.0, 0.0]
