@@ -175,18 +175,24 @@ def _print_tuned(metrics: dict[str, Any], path: Path, is_new: bool) -> None:
 
 def compare(
     models: Annotated[list[str], typer.Argument(help="Models; the first is what it is against.")],
+    report: Annotated[
+        str | None, typer.Option(help="Write a page that shows it, such as comparison.html.")
+    ] = None,
     json_out: Annotated[
         str | None, typer.Option("--json", help="Write the comparison to this file.")
     ] = None,
 ) -> None:
     """Put MODELS side by side, on the images that all of them were tested on."""
     with console.exit_status():
-        from embedder import comparison
+        from embedder import comparison, comparison_report
 
         rows = comparison.compare(models)
         table = [comparison.row_of(tested, against) for tested, against in rows]
         if json_out:
             console.write_text(json_out, json.dumps(table, indent=2))
+        if report:
+            with console.writing(report):
+                comparison_report.write_comparison(Path(report), table)
         console.print_table(
             ("model", "kind", "accuracy", "95 % interval", "p", "seconds", "tuned", "verdict"),
             [_comparison_cells(row) for row in table],

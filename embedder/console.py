@@ -72,8 +72,19 @@ def write_text(path: str, text: str) -> None:
     Raises:
         EmbedderError: It cannot be written.
     """
-    try:
+    with writing(path):
         Path(path).write_text(text)
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Say of a file that was asked for that it cannot be written.
+
+    Raises:
+        EmbedderError: It cannot.
+    """
+    try:
+        yield
     except OSError as error:
         raise EmbedderError(f"{path} cannot be written: {error.strerror}") from error
 

@@ -127,7 +127,7 @@ def write_report(path: Path, report: Report, thumbnail: Callable[[str, int], byt
     ]
     map_classes = _map_classes(report)
     drawn = _figures(report, _map_columns(report, map_classes, pictures))
-    page = _template().render(
+    page = template("report.html.j2").render(
         report=report,
         tiles=[_tile(name, interval) for name, interval in report.metrics.items()],
         per_class=sorted(report.per_class, key=lambda row: (row["recall"], row["f1"])),
@@ -162,7 +162,8 @@ class _Pictures:
         return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A template of this package, whose values are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -171,9 +172,10 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = _percent
+    environment.filters["share"] = lambda part, whole: f"{100 * part / whole:.2f}"
     # Bokeh's documents define a model where they first name it: sorted keys would break them.
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _percent(share: float) -> str:

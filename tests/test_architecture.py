@@ -36,6 +36,7 @@ ORDER = (
         "figures",
         "report",
         "head_report",
+        "comparison_report",
     ),
     *(
         "demo",

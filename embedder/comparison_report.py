@@ -1,0 +1,31 @@
+"""The page of a comparison: models side by side, with intervals and verdicts."""
+
+from pathlib import Path
+from typing import Any
+
+from embedder.comparison import SIGNIFICANT
+from embedder.report import template
+
+_ROOM = 0.02  # of accuracy, beside the widest intervals
+
+
+def write_comparison(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one page that needs nothing but itself.
+
+    Args:
+        path: File to write, or to write over.
+        rows: Of `comparison.row_of`, the first being what the others are compared with.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    page = template("comparison.html.j2").render(
+        title=f"{len(rows)} models compared",
+        rows=rows,
+        num_images=f"{rows[0]['num_images']:,}",
+        low=max(0.0, min(row["accuracy"]["low"] for row in rows) - _ROOM),
+        high=min(1.0, max(row["accuracy"]["high"] for row in rows) + _ROOM),
+        significant=SIGNIFICANT,
+    )
+    # Names of folders need not be valid text.
+    path.write_bytes(page.encode("utf-8", "replace"))
