@@ -42,6 +42,7 @@ from embedder.tuning_data import (
     weights_of,
     within,
 )
+from embedder.warm_start import head_task, starting_model
 from embedder.weights import import_keras, logger
 
 if TYPE_CHECKING:
@@ -135,11 +136,15 @@ def finetune(
     _open(work, request)
     job = _Job(model, labelled, options, run_options, work, watch or Watcher())
     more = None
-    if unlabelled is not None:
-        sources = (source, paths), unlabelled
-        more = add_pseudo_labels(model, labelled, sources, work, run_options)
-        job.labelled, paths = more.labelled, more.paths
-        job.lap("pseudo-labels")
+    is_clean = "tuning" in model.record  # a tuned model has not seen its validation images
+    if unlabelled is not None or (options.kind.keeps_head and not is_clean):
+        found = head_task(model, labelled, source, work, run_options)
+        if not is_clean:
+            job.start = starting_model(model, labelled, found)
+        if unlabelled is not None:
+            more = add_pseudo_labels(job.start, labelled, found, unlabelled, work, run_options)
+            job.labelled, paths = more.labelled, [*paths, *more.paths]
+        job.lap("head")
     tunable, examples = job.prepare(source, paths, activations)
     epochs = job.train(tunable, examples)
     recipe = save_backbone(tunable.network, job.recipe, options, folder)
@@ -233,6 +238,7 @@ class _Job:
         watch: Watcher,
     ) -> None:
         self.model, self.labelled, self.options = model, labelled, options
+        self.start = model  # what a head that is kept is taken from
         self.run_options, self.work, self.watch = run_options, work, watch
         self.recipe = tuned_recipe(model, options)
         self.seconds: dict[str, float] = {}
@@ -311,7 +317,7 @@ class _Job:
         options, num_classes = self.options, len(self.model.classes)
         dim = tunable.upper.output["features"].shape[-1]
         if options.kind.keeps_head:
-            head = fold(self.model)
+            head = fold(self.start)
         else:
             hidden, dropout = options.usual("hidden"), options.usual("dropout")
             head = _new_head(dim, num_classes, hidden, dropout, options.seed)
@@ -329,7 +335,7 @@ class _Job:
         ours = ops.softmax(tunable.head(features, training=False))
         if self.model.is_multilabel:
             ours = ops.sigmoid(tunable.head(features, training=False))
-        theirs = self.model.probabilities(np.asarray(features, np.float32))
+        theirs = self.start.probabilities(np.asarray(features, np.float32))
         difference = float(np.abs(np.asarray(ours) - theirs).max())
         if difference > _TOLERANCE:
             raise Unfinished(

@@ -33,12 +33,14 @@ class Format:
         keras_name: What `keras.Model.export` calls the format; None for Keras's own.
         load: Opens it with its own runtime.
         packages: Import names of what it needs beyond this package's own requirements.
+        mend: What is done to the file that Keras wrote, if anything.
     """
 
     file: str
     keras_name: str | None
     load: Callable[[Path], Run]
     packages: tuple[str, ...] = ()
+    mend: Callable[[Path], None] = lambda _: None
 
 
 def _load_keras(path: Path) -> Run:
@@ -66,6 +68,22 @@ def _load_onnx(path: Path) -> Run:
     return lambda pixels: dict(zip(names, session.run(names, {PIXELS: pixels}), strict=True))
 
 
+def _drop_unused_inputs(path: Path) -> None:
+    """Leave the pixels as the only input of an ONNX file.
+
+    tf2onnx takes a constant that was made outside the graph, such as the mean colour of VGG16, for
+    an input; then it folds the constant into others, and the input stays, which runtimes ask for.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    used = {name for node in model.graph.node for name in node.input}
+    inputs = [tensor for tensor in model.graph.input if tensor.name in used]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    onnx.save(model, path)
+
+
 def _load_openvino(path: Path) -> Run:
     settings = {"INFERENCE_PRECISION_HINT": "f32"}  # else what the device is fastest at
     compiled = import_openvino().Core().compile_model(path, "CPU", settings)
@@ -88,7 +106,13 @@ def _load_litert(path: Path) -> Run:
 FORMATS = {
     "keras": Format("model.keras", None, _load_keras),
     "saved-model": Format("saved_model", "tf_saved_model", _load_saved_model),
-    "onnx": Format("model.onnx", "onnx", _load_onnx, ("tf2onnx", "onnxruntime")),
+    "onnx": Format(
+        "model.onnx",
+        "onnx",
+        _load_onnx,
+        packages=("onnx", "onnxruntime", "tf2onnx"),
+        mend=_drop_unused_inputs,
+    ),
     "openvino": Format("model.xml", "openvino", _load_openvino),
     "litert": Format("model.tflite", "litert", _load_litert, ("ai_edge_litert",)),
 }
@@ -135,11 +159,13 @@ def write_and_run(
                 network.save(path)
             else:
                 network.export(str(path), format=row.keras_name, verbose=False)
+            row.mend(path)
             run = row.load(path)
             starts = range(0, len(pixels), _BATCH_SIZE)
             parts = [run(pixels[start : start + _BATCH_SIZE]) for start in starts]
         except Exception as error:  # every format's tools raise what they like
             raise Unfinished(
-                f"The network cannot be exported to {path.name}, and nothing was kept: {error}"
+                f"The network cannot be exported to {path.name}, and nothing was kept; another "
+                f"format may hold it: {error}"
             ) from error
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,6 +1,5 @@
 """Images without labels for fine-tuning: pseudo-labels of the head, as far as its guard allows."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from embedder.extract import RunOptions, run_extraction
-from embedder.fitting import Fitted, Task
+from embedder.fitting import Fitted
 from embedder.model import Model
 from embedder.self_training import PseudoLabels
 from embedder.sources import list_images
-from embedder.store import RECIPE_FILE, Store
-from embedder.tuned import labelled_targets
 from embedder.tuning_data import Labelled
 from embedder.unlabelled import Helped, Unlabelled, check_head, learn, read_unlabelled
+from embedder.warm_start import HeadTask
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class More:
 
     Attributes:
         labelled: The labelled images, and these after them, to learn from.
-        paths: Where each of them is.
+        paths: Where each of these is.
         helped: What the head and its guard made of the unlabelled images.
     """
 
@@ -46,7 +44,8 @@ class More:
 def add_pseudo_labels(
     model: Model,
     labelled: Labelled,
-    sources: tuple[tuple[str | os.PathLike[str], list[bytes]], str],
+    found: HeadTask,
+    unlabelled: str,
     work: Path,
     run_options: RunOptions,
 ) -> More:
@@ -56,36 +55,22 @@ def add_pseudo_labels(
     pseudo-labels would hurt the head none are taken.
 
     Args:
-        model: The head, on features of its own recipe.
-        labelled: What it learned from, and where that is.
-        sources: The labelled images' source and paths; and the source of the unlabelled ones.
-        work: Folder for the features of both, where the model's own store is no longer there.
+        model: The head, without the images that training is stopped by.
+        labelled: What it learned from.
+        found: The features of that.
+        unlabelled: The images without labels.
+        work: Folder for their features.
         run_options: How they are extracted.
 
     Raises:
         RecipeError: The head cannot learn from pseudo-labels, or no image is new.
-        SourceError: A source cannot be listed.
+        SourceError: The source cannot be listed.
     """
-    (source, paths), unlabelled = sources
     check_head(model.head, model.is_multilabel)
-    recipe = model.recipe.model_copy(update={"views": 1})
-    own = Path(model.record["provenance"]["store"])
-    if not (own / RECIPE_FILE).is_file() or Store(own).recipe.fingerprint != recipe.fingerprint:
-        own = work / "features"
-        run_extraction(source, {str(own): recipe}, run_options)
     others = str(work / "unlabelled")
+    recipe = model.recipe.model_copy(update={"views": 1})
     run_extraction(unlabelled, {others: recipe}, run_options)
-    store = Store(own)
-    targets, place_of = labelled_targets(labelled, store)
-    vectors = store.vectors(model.column)[targets.rows].astype(np.float32)
-    task = Task(
-        head=model.head,
-        features=vectors,
-        codes=targets.codes,
-        groups=labelled.groups[np.argsort(place_of)],
-        classes=targets.classes,
-        class_weight=model.record["options"]["class_weight"],
-    )
+    task, targets, place_of = found.task, found.targets, found.place_of
     known = np.searchsorted(targets.classes, model.classes)
     fitted = Fitted(model.estimator, model.settings, known, model.temperature, None, [])
     images = read_unlabelled(others, model, set(labelled.sha256))
@@ -93,8 +78,8 @@ def add_pseudo_labels(
     pseudo = helped.training.pseudo_labels
     refs = list_images(unlabelled).refs
     path_of = dict(zip(refs["image_id"].to_pylist(), refs["path"].to_pylist(), strict=True))
-    more_paths = [path_of[image] for image in images.ids[pseudo.rows]]
-    return More(extended(labelled, images, pseudo), [*paths, *more_paths], helped)
+    paths = [path_of[image] for image in images.ids[pseudo.rows]]
+    return More(extended(labelled, images, pseudo), paths, helped)
 
 
 def extended(labelled: Labelled, images: Unlabelled, pseudo: PseudoLabels) -> Labelled:

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ANIMALS, add_rows, animal_vectors, picture
+from conftest import ANIMALS, add_rows, animal_vectors, make_archive, picture
 from PIL import Image
 
+import embedder
 from embedder.store import Store
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -162,3 +163,29 @@ def test_workers(photos: Path) -> None:
 def test_startup(photos: Path) -> None:
     output = run("startup.py", photos, "--images", 12, "--rounds", 1)
     assert "cached, first shard" in output
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `photos` and a `model` of them, on features of small pictures."""
+    folder = tmp_path_factory.mktemp("head")
+    make_archive(folder / "photos", 40)
+    store = embedder.extract(folder / "photos", folder / "features", image_size=(64, 96))
+    embedder.train(store, "folder", duplicates=None).save(folder / "model")
+    return folder
+
+
+def test_finetuning(head: Path, tmp_path: Path) -> None:
+    strategies = ("--strategies", "scratch", "head", "--epochs", 1, "--views", 1)
+    output = run("finetuning.py", head / "model", head / "photos", tmp_path / "out", *strategies)
+    assert len(figures(r"\| (\d\.\d+) \((\d\.\d+) to (\d\.\d+)\)", output)) == 3
+    assert [line.split(" | ")[0] for line in output.splitlines()[2:]] == [
+        *("| frozen + logistic", "| scratch", "| head")
+    ]
+
+
+@pytest.mark.slow
+def test_cut(head: Path) -> None:
+    output = run("cut.py", head / "model", head / "photos", "--cuts", "stage7", "--epochs", 2)
+    ((*_, difference),) = figures(r"\| stage7 " + 5 * r"\| ([\d.e-]+) ", output)
+    assert difference < 1e-4

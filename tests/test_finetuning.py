@@ -25,6 +25,7 @@ from embedder.backbones import load_network
 from embedder.comparison import compare, read_tested
 from embedder.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
+from embedder.extract import RunOptions
 from embedder.finetuning import Tuned, finetune
 from embedder.heads import train
 from embedder.judging import evaluate_model
@@ -40,6 +41,7 @@ from embedder.training import train as train_network
 from embedder.tunable import make_tunable
 from embedder.tuning_data import decode_pixels, find_paths, read_labelled, targets_of, within
 from embedder.unlabelled import Unlabelled
+from embedder.warm_start import head_task, starting_model
 from embedder.weights import import_keras
 
 SIZE = (64, 96)
@@ -123,6 +125,35 @@ def test_it_is_tested_on_the_images_that_the_head_was_tested_on(world: Path, nor
     assert [tested.kind for tested, _ in rows] == ["frozen + logistic", "norm"]
     assert rows[1][1] is not None
     assert rows[1][1].verdict == norm.metrics["tuning"]["verdict"]
+
+
+def test_the_head_it_starts_from_has_not_seen_what_training_is_stopped_by(
+    world: Path, tmp_path: Path
+) -> None:
+    model = Model.load(world / "model")
+    labelled = read_labelled(world / "model", model, 0)
+    found = head_task(model, labelled, world / "photos", tmp_path, RunOptions())
+    held = np.sort(found.place_of[labelled.validation])
+    features, codes = found.task.plain[held], found.task.codes[held]
+    start = starting_model(model, labelled, found)
+    # The pictures have nothing in common: a head that is right of all of them knows them by heart.
+    assert (model.logits(features).argmax(axis=1) == codes).all()
+    assert not (start.logits(features).argmax(axis=1) == codes).all()
+    train = np.sort(found.place_of[labelled.train])
+    logits = start.logits(found.task.plain[train])
+    assert (logits.argmax(axis=1) == found.task.codes[train]).all()
+
+
+def test_features_that_are_gone_are_made_again(world: Path, tmp_path: Path) -> None:
+    model = Model.load(world / "model")
+    labelled = read_labelled(world / "model", model, 0)
+    there = head_task(model, labelled, world / "photos", tmp_path, RunOptions())
+    assert not (tmp_path / "features").exists()
+    model.record["provenance"]["store"] = str(tmp_path / "gone")
+    again = head_task(model, labelled, world / "photos", tmp_path, RunOptions())
+    assert (tmp_path / "features").exists()
+    assert np.array_equal(again.task.features, there.task.features)
+    assert np.array_equal(again.task.codes, there.task.codes)
 
 
 def test_the_same_again_does_nothing(world: Path, norm: Tuned) -> None:

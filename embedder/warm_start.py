@@ -1,0 +1,91 @@
+"""The head that fine-tuning starts from: the model's, but for the images that stop the training."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder.extract import RunOptions, run_extraction
+from embedder.fitting import Task
+from embedder.judging import refit
+from embedder.labels import Targets
+from embedder.model import Model
+from embedder.store import RECIPE_FILE, Store
+from embedder.tuned import labelled_targets
+from embedder.tuning_data import Labelled
+from embedder.weights import logger
+
+
+@dataclass(frozen=True)
+class HeadTask:
+    """What a model's head was trained on.
+
+    Attributes:
+        task: Features and labels of its images.
+        targets: Their labels.
+        place_of: Place in `task` of each labelled image.
+    """
+
+    task: Task
+    targets: Targets
+    place_of: NDArray[np.int64]
+
+
+def head_task(
+    model: Model,
+    labelled: Labelled,
+    source: str | os.PathLike[str],
+    work: Path,
+    run_options: RunOptions,
+) -> HeadTask:
+    """Read the features that a head was trained on, or make them again.
+
+    Args:
+        model: The head.
+        labelled: Its images.
+        source: Where they are.
+        work: Folder for their features, where the model's own store is no longer there.
+        run_options: How they are extracted.
+
+    Raises:
+        Unfinished: The features are of other bytes.
+    """
+    recipe = model.recipe.model_copy(update={"views": 1})
+    own = Path(model.record["provenance"]["store"])
+    is_there = (own / RECIPE_FILE).is_file()
+    if not is_there or Store(own).recipe.fingerprint != model.recipe.fingerprint:
+        own = work / "features"
+        run_extraction(source, {str(own): recipe}, run_options)
+    store = Store(own)
+    targets, place_of = labelled_targets(labelled, store)
+    features = store.vectors(model.column, view=None).astype(np.float32, copy=False)
+    if store.recipe.views > 1:
+        features = features.reshape(-1, store.recipe.views, features.shape[1])
+    task = Task(
+        head=model.head,
+        features=np.ascontiguousarray(features[targets.rows]),
+        codes=targets.codes,
+        groups=labelled.groups[np.argsort(place_of)],
+        classes=targets.classes,
+        class_weight=model.record["options"]["class_weight"],
+    )
+    return HeadTask(task, targets, place_of)
+
+
+def starting_model(model: Model, labelled: Labelled, found: HeadTask) -> Model:
+    """The model with its settings, without the images that training is to be stopped by.
+
+    `train` fits its heads on validation images too, at last: of these the model knows the answers,
+    and no epoch of the training would seem better than its start.
+    """
+    rows = np.sort(found.place_of[labelled.train])
+    start = refit(found.task, model, found.targets, rows)
+    if start.classes.tolist() == model.classes.tolist():
+        return start
+    logger.warning(
+        "Some classes have validation images alone: the head that training starts from has seen "
+        "them, and may seem better than it is"
+    )
+    return model
