@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 LABELS_FILE = "labels.txt"
 DESCRIPTION_FILE = "export.json"
 DEFAULT_NUM_IMAGES = 16
-# Runtimes add up in another order, which is some 1e-5 at most with networks of this package; the
-# least mistake in how pixels reach the network is a hundred times as much.
+# Runtimes add up in another order, which makes less than 1e-5 with the networks of this package;
+# one grey level more in every pixel is 1e-2 already.
 DEFAULT_TOLERANCE = 1e-3
 _ADVICE = (
     "Name images with --source: what is exported is compared with what the model predicts for them"

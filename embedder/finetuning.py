@@ -126,6 +126,10 @@ def finetune(
         return Tuned(folder, done, None)
     check_model_folder(folder)
     _check_backbone(model.recipe)
+    if folder.resolve() == Path(model_path).resolve():
+        raise RecipeError(f"OUT must be another folder than MODEL. Received: {folder} for both")
+    if options.kind.keeps_head:
+        fold(model)  # refuses a head that is not made of layers
     if unlabelled is not None and options.is_cached:
         raise RecipeError(
             f"Unlabelled images need training from pixels, --from-pixels. "

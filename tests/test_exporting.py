@@ -142,10 +142,15 @@ numpy.savez(sys.argv[3], **outputs)
 """
 
 
+@pytest.fixture(scope="module")
+def caffe(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Of a network that wants blue first, and the mean colour subtracted."""
+    return World(tmp_path_factory.mktemp("caffe"), "vgg16")
+
+
 def test_the_keras_file_needs_nothing_but_keras_even_where_channels_are_swapped(
-    tmp_path: Path,
+    caffe: World, tmp_path: Path
 ) -> None:
-    caffe = World(tmp_path / "caffe", "vgg16")  # blue first, and means subtracted
     exported = export(caffe.model, tmp_path / "out", "keras")
     np.save(tmp_path / "pixels.npy", caffe.pixels())
     files = exported.path / exported.file, tmp_path / "pixels.npy", tmp_path / "outputs.npz"
@@ -153,6 +158,17 @@ def test_the_keras_file_needs_nothing_but_keras_even_where_channels_are_swapped(
     received = np.load(tmp_path / "outputs.npz")["embedding"]
     expected = caffe.store.vectors()
     assert np.abs(received - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_the_pixels_are_the_only_input_of_onnx_even_where_a_mean_is_subtracted(
+    caffe: World, tmp_path: Path
+) -> None:
+    import onnx
+
+    exported = export(caffe.model, tmp_path / "out", "onnx")
+    assert max(exported.differences.values()) < 1e-5
+    network = onnx.load(exported.path / exported.file)
+    assert [tensor.name for tensor in network.graph.input] == ["pixels"]
 
 
 def test_several_labels_have_a_probability_each_and_thresholds(

@@ -291,6 +291,9 @@ def test_what_makes_no_sense_is_refused_and_nothing_started(world: Path, tmp_pat
     train(store, "folder", "knn", TrainOptions(duplicates=None)).save(tmp_path / "knn")
     with pytest.raises(RecipeError, match="knn"):
         finetune(tmp_path / "knn", world / "photos", out)
+    with pytest.raises(RecipeError, match="OUT must be another folder than MODEL"):
+        finetune(world / "model", world / "photos", world / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"few", "kfold", "knn"}
     out.mkdir()
     (out / "diary.txt").write_text("mine")
     with pytest.raises(ModelError, match="holds something else"):
