@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import typer
 from conftest import make_archive
@@ -21,10 +22,12 @@ from embedder.classifiers import make_estimator
 from embedder.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.exporting import export
-from embedder.formats import FORMATS
+from embedder.formats import FORMATS, write_and_run
 from embedder.model import Model
+from embedder.networks import BACKBONES
 from embedder.recipe import Recipe
 from embedder.store import Store
+from embedder.weights import import_keras
 
 SIZE = (48, 64)  # unlike sides, so that swapped axes show
 CLASSES = np.array(["cats", "do\ngs"])  # the name of a folder can hold a line break
@@ -142,15 +145,10 @@ numpy.savez(sys.argv[3], **outputs)
 """
 
 
-@pytest.fixture(scope="module")
-def caffe(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Of a network that wants blue first, and the mean colour subtracted."""
-    return World(tmp_path_factory.mktemp("caffe"), "vgg16")
-
-
 def test_the_keras_file_needs_nothing_but_keras_even_where_channels_are_swapped(
-    caffe: World, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
+    caffe = World(tmp_path / "caffe", "vgg16")  # blue first, and means subtracted
     exported = export(caffe.model, tmp_path / "out", "keras")
     np.save(tmp_path / "pixels.npy", caffe.pixels())
     files = exported.path / exported.file, tmp_path / "pixels.npy", tmp_path / "outputs.npz"
@@ -161,14 +159,19 @@ def test_the_keras_file_needs_nothing_but_keras_even_where_channels_are_swapped(
 
 
 def test_the_pixels_are_the_only_input_of_onnx_even_where_a_mean_is_subtracted(
-    caffe: World, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    import onnx
-
-    exported = export(caffe.model, tmp_path / "out", "onnx")
-    assert max(exported.differences.values()) < 1e-5
-    network = onnx.load(exported.path / exported.file)
-    assert [tensor.name for tensor in network.graph.input] == ["pixels"]
+    keras = import_keras()
+    pixels = keras.Input((*SIZE, 3), dtype="uint8", name="pixels")
+    preprocessed = BACKBONES["vgg16"].preprocess(keras.ops.cast(pixels, "float32"))
+    values = keras.layers.Flatten()(keras.layers.Conv2D(4, 9, strides=9)(preprocessed))
+    network = keras.Model(pixels, {"probabilities": values, "embedding": values})
+    picture = np.random.default_rng(0).integers(0, 256, (1, *SIZE, 3), np.uint8)
+    received = write_and_run(network, FORMATS["onnx"], tmp_path / "model.onnx", picture)
+    expected = np.asarray(network(picture)["embedding"])
+    assert np.abs(received["embedding"] - expected).max() < 1e-5 * np.abs(expected).max()
+    inputs = onnx.load(tmp_path / "model.onnx").graph.input
+    assert [tensor.name for tensor in inputs] == ["pixels"]
 
 
 def test_several_labels_have_a_probability_each_and_thresholds(
