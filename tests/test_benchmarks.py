@@ -175,6 +175,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_finetuning(head: Path, tmp_path: Path) -> None:
     strategies = ("--strategies", "scratch", "head", "--epochs", 1, "--views", 1)
     output = run("finetuning.py", head / "model", head / "photos", tmp_path / "out", *strategies)

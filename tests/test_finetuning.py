@@ -209,7 +209,7 @@ def test_partial_changes_a_few_channels_and_nothing_else(world: Path) -> None:
     assert 0.5 * num_tuned(groups[1:]) < num_changed <= num_tuned(groups[1:])
 
 
-@pytest.mark.parametrize("strategy", ["cut", "head"])
+@pytest.mark.parametrize("strategy", ["cut", pytest.param("head", marks=pytest.mark.slow)])
 def test_from_activations_it_is_as_from_pixels(world: Path, tmp_path: Path, strategy: str) -> None:
     same: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e-2, "hidden": 8, "dropout": 0.5}
     cached = tune(world, tmp_path / "cached", strategy, views=1, **same)
