@@ -60,7 +60,7 @@ class Augmenter:
                 lambda **k: layers.RandomSaturation((0.25, 0.75), value_range=(0, 255), **k),
             ],
             "mixup": [lambda **k: layers.MixUp(alpha=0.2, **k)],
-            "cutmix": [lambda **k: layers.CutMix(factor=1.0, **k)],
+            "cutmix": [lambda **k: layers.CutMix(factor=(1.0, 1.0), **k)],
         }
         chosen = [name for name in AUGMENTATIONS if name in names]
         self._of_pictures = self._make(makers, [n for n in chosen if n in _OF_PICTURES], seed)

@@ -32,17 +32,19 @@ def layer_groups(network: "keras.Model") -> "dict[str, list[keras.Layer]]":
     """Layers with weights, from the bottom to the top, in at most `MAX_GROUPS` groups of blocks.
 
     Returns:
-        By the name of the group's first block.
+        By the name of the group's first block; of its first layer, where a group below has the
+        block's name: Keras names layers by counting, such as `conv2d_7`, kinds in turn.
     """
     layers = [layer for layer in leaf_layers(network) if layer.weights]
     blocks = [list(found) for _, found in groupby(layers, lambda layer: block_name(layer.name))]
     if not blocks:
         return {}
-    groups = np.array_split(np.arange(len(blocks)), min(MAX_GROUPS, len(blocks)))
-    return {
-        block_name(blocks[group[0]][0].name): [layer for i in group for layer in blocks[i]]
-        for group in groups
-    }
+    groups: dict[str, list[keras.Layer]] = {}
+    for group in np.array_split(np.arange(len(blocks)), min(MAX_GROUPS, len(blocks))):
+        first = blocks[group[0]][0].name
+        name = first if block_name(first) in groups else block_name(first)
+        groups[name] = [layer for i in group for layer in blocks[i]]
+    return groups
 
 
 def layers_of(network: "keras.Model", block: str) -> "list[keras.Layer]":

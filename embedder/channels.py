@@ -70,7 +70,9 @@ def _kernel_of(layer: "keras.Layer") -> "keras.Variable | None":
     """The weights that make a layer's output channels."""
     for name in ("pointwise_kernel", "depthwise_kernel", "kernel"):
         kernel = getattr(layer, name, None)
-        if kernel is not None and kernel in layer.weights and len(kernel.shape) > 1:
+        # Not `in`, which would compare the values of variables.
+        is_own = any(kernel is weights for weights in layer.weights)
+        if kernel is not None and is_own and len(kernel.shape) > 1:
             return kernel
     return None
 
@@ -113,6 +115,11 @@ def _scores(
     for batch in np.split(rows, range(batch_size, len(rows), batch_size)):
         found = gradients_of(examples.inputs[batch, 0], examples.targets[batch])
         for total, (layer, kernel), gradient in zip(totals, kernels, found, strict=True):
+            if gradient is None:
+                raise RecipeError(
+                    f"Channels can be chosen in layers that the features are made of. "
+                    f"Received: {layer.name}"
+                )
             values = np.asarray(gradient, np.float64)
             if criterion == "taylor":
                 total += _sum_of(layer, values * kernel.numpy()) ** 2

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.stats import binomtest
@@ -99,7 +100,7 @@ def read_tested(path: str | os.PathLike[str]) -> Tested:
         head = json.loads((folder / MODEL_FILE).read_bytes())["head"]["kind"]
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise ModelError(f"The model {folder} cannot be read: {error}") from error
-    table = table.filter(pa.compute.equal(table["part"], TEST)).sort_by("image_id")
+    table = table.filter(pc.equal(table["part"], TEST)).sort_by("image_id")
     if not table.num_rows:
         raise ModelError(
             f"A model must have been tested on images that it was not trained on. Received: "

@@ -183,6 +183,15 @@ class TuneOptions:
                 f"`views` are of activations that are computed once; pixels are augmented by "
                 f"`augment`. Received: {self.strategy}, views={self.views}"
             )
+        if self.from_pixels and not kind.is_cut:
+            raise RecipeError(
+                f"`from_pixels` is of the strategies head and cut. Received: {self.strategy}"
+            )
+        whole = [name for name in ("train_norm", "rate_decay") if getattr(self, name)]
+        if whole and self.strategy in (_HEAD, "partial"):
+            raise RecipeError(
+                f"`{whole[0]}` is of strategies that train whole blocks. Received: {self.strategy}"
+            )
         if self.blocks and self.strategy != "partial":
             raise RecipeError(f"`blocks` are of the strategy partial. Received: {self.strategy}")
         if self.auxiliary is not None and self.strategy in (_HEAD, SCRATCH):
@@ -262,14 +271,16 @@ def _trained(layer: "keras.Layer", options: TuneOptions) -> "list[keras.Variable
         if options.strategy == "norm":
             return scales
         if options.strategy == "bias":
-            return scales[-1:]
+            return [] if layer.beta is None else [layer.beta]
         # Statistics are changed by calling the layer, not by the optimizer.
         return scales if options.train_norm else []
     if options.strategy == "norm":
         is_norm = type(layer).__name__ in ("LayerNormalization", "GroupNormalization")
         return list(layer.trainable_variables) if is_norm else []
     if options.strategy == "bias":
-        return [v for v in layer.trainable_variables if v.path.rpartition("/")[2] == "bias"]
+        return [
+            v for v in layer.trainable_variables if v.path.rpartition("/")[2] in ("bias", "beta")
+        ]
     return list(layer.trainable_variables)
 
 

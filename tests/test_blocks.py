@@ -1,12 +1,27 @@
 """Blocks: where networks can be cut, and which layers are tuned alike."""
 
+from typing import Any
+
 import pytest
 
-from embedder.blocks import MAX_GROUPS, block_name, find_cut, layer_groups, layers_of
+from embedder.backbones import make_recipe
+from embedder.blocks import MAX_GROUPS, block_name, can_cut, find_cut, layer_groups, layers_of
 from embedder.errors import RecipeError
 from embedder.networks import BACKBONES
+from embedder.tunable import make_tunable
+from embedder.weights import import_keras, leaf_layers
 
 SIZE = (96, 128)
+
+
+def chain(*names: str) -> Any:
+    """A network of one convolution for each name."""
+    keras = import_keras()
+    pixels = keras.Input((4, 6, 3))
+    x = pixels
+    for name in names:
+        x = keras.layers.Conv2D(2, 1, name=name)(x)
+    return keras.Model(pixels, x)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +58,35 @@ def test_a_block_is_named_by_whole_words() -> None:
     assert names == ["conv_dw_1", "conv_dw_1_bn", "conv_dw_1_relu"]  # and no conv_dw_10
 
 
+def test_a_block_is_not_another_ones_beginning() -> None:
+    network = chain("conv5", "conv5_block1", "conv50_block1", "conv5a_block1", "my_conv5_block1")
+    assert [layer.name for layer in layers_of(network, "conv5")] == ["conv5", "conv5_block1"]
+    assert [layer.name for layer in layers_of(network, "conv50")] == ["conv50_block1"]
+    with pytest.raises(RecipeError, match=r"Received: conv\.$"):
+        layers_of(network, "conv.")  # a name, not a pattern
+
+
+def test_there_is_no_cut_where_another_path_leads_around_it() -> None:
+    network = BACKBONES["mobilenet-v2"].make(SIZE)
+    places = {"block_12_add": True, "block_14_expand_relu": False, "block_14_project_BN": False}
+    for name, is_one in places.items():
+        assert can_cut(network.get_layer(name).output, network.outputs[0]) is is_one, name
+    recipe = make_recipe("mobilenet-v2", "random", image_size=SIZE)
+    assert make_tunable(recipe, "embedding", network, "block_12_add").lower is not None
+    with pytest.raises(RecipeError, match="in two there. Received: cut=block_14_expand_relu"):
+        make_tunable(recipe, "embedding", network, "block_14_expand_relu")
+
+
+def test_without_feature_maps_the_place_to_cut_must_be_named() -> None:
+    keras = import_keras()
+    features = keras.Input((5,))
+    x = keras.layers.Dense(3, name="low")(features)
+    network = keras.Model(features, keras.layers.Dense(3, name="top")(x))
+    with pytest.raises(RecipeError, match="must have feature maps"):
+        find_cut(network, network.outputs[0], None)
+    assert find_cut(network, network.outputs[0], "top") == "low"
+
+
 @pytest.mark.parametrize(
     ("layer", "block"),
     [
@@ -64,3 +108,24 @@ def test_every_layer_with_weights_is_in_one_group_from_the_bottom_to_the_top(bac
     assert 1 < len(groups) <= MAX_GROUPS
     layers = [layer for group in groups.values() for layer in group]
     assert layers == [layer for layer in network.layers if layer.weights]
+
+
+def test_neighbouring_blocks_share_a_group_where_there_are_too_many() -> None:
+    few = layer_groups(chain("a1_x", "a1_y", "a2_x", "stem"))
+    assert {name: len(layers) for name, layers in few.items()} == {"a1": 2, "a2": 1, "stem": 1}
+    many = layer_groups(chain(*(f"a{number}_conv" for number in range(1, MAX_GROUPS + 3))))
+    assert list(many) == ["a1", "a3", "a5", "a6", "a7", "a8", "a9", "a10"]
+    assert [len(layers) for layers in many.values()] == [2, 2, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_network_without_weights_has_no_groups() -> None:
+    keras = import_keras()
+    pixels = keras.Input((4, 6, 3))
+    assert layer_groups(keras.Model(pixels, keras.layers.ReLU()(pixels))) == {}
+
+
+@pytest.mark.parametrize("backbone", ["inception-v3", "nasnet-mobile"])
+def test_layers_that_are_named_by_counting_are_in_one_group_each(backbone: str) -> None:
+    network = BACKBONES[backbone].make((96, 128))
+    layers = [layer for group in layer_groups(network).values() for layer in group]
+    assert layers == [layer for layer in leaf_layers(network) if layer.weights]

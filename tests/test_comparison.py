@@ -7,11 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import add_rows, animal_vectors
 from typer.testing import CliRunner
 
 from embedder.cli import app
-from embedder.comparison import compare, judge, row_of
+from embedder.comparison import compare, judge, read_tested, row_of
 from embedder.errors import ModelError, RecipeError
+from embedder.heads import train
+from embedder.store import Store
+from embedder.trained import TrainOptions
 
 
 def outcomes(better: int, worse: int, both: int = 40, neither: int = 8) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
@@ -112,9 +116,81 @@ def test_models_that_were_tested_on_other_images_are_refused(tmp_path: Path) -> 
         compare([first, tmp_path / "third"])
 
 
+def test_the_same_bytes_under_other_names_are_refused(tmp_path: Path) -> None:
+    paths = [write_model(tmp_path / image, [True], [image]) for image in ("a", "b")]
+    for path in paths:
+        table = pq.read_table(path / "predictions.parquet")
+        table = table.set_column(1, "sha256", pa.array(["same bytes"]))
+        pq.write_table(table, path / "predictions.parquet")
+    with pytest.raises(RecipeError, match="of which 0 have the same id"):
+        compare(paths)
+
+
 def test_what_is_no_model_or_was_tested_on_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read"):
         compare([tmp_path])
     whole = write_model(tmp_path / "whole", [True], part="cross-validated")
     with pytest.raises(ModelError, match="trained with cross-validation; train it with --split"):
         compare([whole])
+
+
+def saved(store: Store, folder: Path, head: str, split: str = "0.3") -> Path:
+    """A head that was really trained, every image taken for itself."""
+    train(store, "parent", head, TrainOptions(duplicates=None, split=split)).save(folder)
+    return folder
+
+
+def test_heads_that_were_trained_are_compared_on_their_test_images(
+    store: Store, tmp_path: Path
+) -> None:
+    animals = ["owls", "cats", "dogs"] * 20
+    ids = [f"{animal}/{number:02d}.jpg" for number, animal in enumerate(animals)]
+    add_rows(store, ids, animal_vectors(animals, noise=0.7))  # so that some are wrong
+    paths = [saved(store, tmp_path / head, head) for head in ("centroid", "ridge")]
+    (first, nothing), (second, found) = compare(paths)
+    assert nothing is None
+    assert found is not None
+    predicted = pq.read_table(paths[1] / "predictions.parquet").to_pylist()
+    tested = sorted(
+        (row for row in predicted if row["part"] == "test"), key=lambda r: r["image_id"]
+    )
+    assert 0 < len(tested) < len(ids)
+    assert 0 < second.is_right.sum() < len(tested)
+    assert second.ids.tolist() == first.ids.tolist() == [row["image_id"] for row in tested]
+    assert second.is_right.tolist() == [row["label"] == row["predicted"] for row in tested]
+    rows = [row_of(first, None), row_of(second, found)]
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert [row["kind"] for row in rows] == ["frozen + centroid", "frozen + ridge"]
+    assert rows[1]["num_images"] == len(tested)
+    assert rows[1]["accuracy"]["value"] == pytest.approx(second.is_right.mean())
+    assert rows[1]["accuracy"]["low"] <= rows[1]["accuracy"]["value"] <= rows[1]["accuracy"]["high"]
+    assert rows[1]["num_tuned"] is None
+    assert rows[0]["verdict"] == ""
+    assert rows[1]["verdict"] == found.verdict
+
+
+def test_heads_of_other_splits_or_of_no_test_images_are_refused(zoo: Store, tmp_path: Path) -> None:
+    first = saved(zoo, tmp_path / "first", "centroid")
+    with pytest.raises(RecipeError, match="must be tested on the same images to be compared"):
+        compare([first, saved(zoo, tmp_path / "half", "centroid", "0.5")])
+    with pytest.raises(ModelError, match="cross-validation; train it with --split"):
+        compare([first, saved(zoo, tmp_path / "folds", "centroid", "kfold:3")])
+
+
+def test_a_tuned_model_is_named_by_its_strategy_and_says_what_it_tuned(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tuned", [True, False])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["tuning"] = {"strategy": "gradual", "num_tuned": 12, "num_weights": 34}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    row = row_of(read_tested(folder), None)
+    assert (row["kind"], row["num_tuned"], row["num_weights"]) == ("gradual", 12, 34)
+    assert row["accuracy"] == {"value": 0.5, "low": 0.45, "high": 0.55}
+    assert row["coarse_accuracy"] is None
+
+
+def test_what_chance_alone_might_do_is_no_gain() -> None:
+    ours, theirs = outcomes(10, 4)  # twice as often right as wrong, and yet p is 0.18
+    found = judge(ours, theirs, 5.0)
+    assert found.p_value == pytest.approx(2 * (1001 + 364 + 91 + 14 + 1) / 2**14)
+    assert found.verdict.startswith("no gain beyond the interval, +9.7 points [")
+    assert judge(theirs, ours, 5.0).verdict.startswith("no gain beyond the interval, -9.7 points [")

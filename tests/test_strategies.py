@@ -9,7 +9,7 @@ import pytest
 from embedder.backbones import make_recipe
 from embedder.channels import channel_masks
 from embedder.errors import RecipeError
-from embedder.strategies import TuneOptions, num_tuned, plan_groups
+from embedder.strategies import STRATEGIES, TuneOptions, num_tuned, plan_groups
 from embedder.training import Examples, Group
 from embedder.tunable import Tunable, is_normalisation, make_tunable
 from embedder.weights import import_keras
@@ -146,6 +146,31 @@ def test_the_channels_with_the_largest_gradients_are_chosen() -> None:
         ({"strategy": "full", "views": 2}, "`views` are of activations"),
         ({"strategy": "cut", "augment": ("flip",)}, "`augment` is of training from pixels"),
         ({"strategy": "head", "auxiliary": "x"}, "`auxiliary` needs a pretrained network"),
+        ({"strategy": "scratch", "auxiliary": "x"}, "`auxiliary` needs a pretrained network"),
+        ({"strategy": "norm", "dropout": 0.0}, "`dropout` is of a new head, and norm keeps"),
+        ({"strategy": "partial", "pooling": "max"}, "Received: pooling='max'"),
+        ({"strategy": "head", "cut": "conv5"}, "`cut` is of the strategy cut. Received: head"),
+        ({"strategy": "cut", "blocks": ("conv5",)}, "`blocks` are of the strategy partial"),
+        ({"strategy": "head", "augment": ()}, "`augment` is of training from pixels"),
+        ({"strategy": "cut", "from_pixels": True, "views": 2}, "`views` are of activations"),
+        ({"strategy": "scratch", "views": 2}, "`views` are of activations"),
+        ({"augment": ("flip", "sepia")}, "Received: sepia"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1. Received: 0"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be above 0. Received: 0.0"),
+        ({"rate_decay": 0.0}, "`rate_decay` must be above 0 to 1"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be at least 0"),
+        ({"label_smoothing": 1.0}, "`label_smoothing` must be 0 to below 1"),
+        ({"class_weight": "even"}, "`class_weight` must be balanced. Received: 'even'"),
+        ({"strategy": "head", "views": 0}, "`views` must be at least 1"),
+        ({"fraction": 1.5}, "`fraction` must be above 0 to 1"),
+        ({"importance": "size"}, "`importance` must be one of taylor, fisher. Received: 'size'"),
+        ({"loss_weights": (1.0, -1.0)}, "`loss_weights` must be at least 0"),
+        ({"strategy": "cut", "pooling": "none"}, "one of avg, max, gem, flatten"),
+        ({"strategy": "cut", "hidden": -1}, "`hidden` must be at least 0"),
+        ({"strategy": "cut", "dropout": 1.0}, "`dropout` must be 0 to below 1"),
+        ({"ema": -0.5}, "`ema` must be 0 to below 1"),
+        ({"patience": 0}, "`patience` must be at least 1"),
+        ({"seed": -1}, "`seed` must be at least 0"),
     ],
 )
 def test_options_that_would_not_be_heeded_are_refused(options: dict[str, Any], rule: str) -> None:
@@ -159,3 +184,185 @@ def test_an_auxiliary_layer_must_be_above_the_cut() -> None:
         make_tunable(recipe, "embedding", None, "conv_pw_12_relu", auxiliary="conv_pw_3_relu")
     with pytest.raises(RecipeError, match="must name a layer"):
         make_tunable(recipe, "embedding", None, "conv_pw_99")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "cut", "cut": "conv5", "views": 2, "auxiliary": "x", "pooling": "flatten"},
+        {"strategy": "cut", "from_pixels": True, "augment": ("flip", "mixup")},
+        {"strategy": "head", "hidden": 0, "dropout": 0.0, "views": 1},
+        {"strategy": "partial", "blocks": ("conv5",), "fraction": 1.0, "importance": "fisher"},
+        {"strategy": "gradual", "augment": (), "auxiliary": "x", "rate_decay": 1.0, "ema": 0.0},
+    ],
+)
+def test_options_that_are_heeded_are_taken(options: dict[str, Any]) -> None:
+    taken = TuneOptions(**options)
+    assert all(getattr(taken, name) == value for name, value in options.items())
+
+
+def test_what_is_not_given_is_as_usual_with_the_strategy() -> None:
+    cut = TuneOptions(strategy="cut")
+    assert [cut.usual(name) for name in ("epochs", "hidden", "dropout")] == [20, 128, 0.5]
+    own = TuneOptions(strategy="cut", epochs=2, hidden=0, dropout=0.0, rate_decay=0.1)
+    names = ("epochs", "hidden", "dropout", "rate_decay", "learning_rate")
+    assert [own.usual(name) for name in names] == [2, 0, 0.0, 0.1, 1e-3]  # 0 is given too
+    for name in STRATEGIES:
+        schedule = TuneOptions(strategy=name).schedule(is_multilabel=False)
+        assert schedule.epochs == STRATEGIES[name].epochs
+        assert schedule.optimizer == STRATEGIES[name].optimizer
+        assert schedule.learning_rate == STRATEGIES[name].learning_rate
+
+
+def test_activations_are_computed_once_where_a_network_is_cut_unless_told_otherwise() -> None:
+    cached = {name for name in STRATEGIES if TuneOptions(strategy=name).is_cached}
+    assert cached == {"head", "cut"}
+    assert not TuneOptions(strategy="cut", from_pixels=True).is_cached
+
+
+def test_loss_weights_are_the_auxiliarys_and_the_mains_and_count_if_there_is_one() -> None:
+    options = TuneOptions(loss_weights=(2.0, 7.0), auxiliary="x")
+    assert options.schedule(is_multilabel=True).loss_weights == (7.0, 2.0)  # the main one first
+    assert options.schedule(is_multilabel=True).is_multilabel
+    alone = replace(options, auxiliary=None).schedule(is_multilabel=False)
+    assert alone.loss_weights == (1.0, 0.0)
+
+
+def make_mixed() -> Tunable:
+    """A layer of each kind that strategies tell apart; the scale of one is left out."""
+    keras = import_keras()
+    layers = keras.layers
+    pixels = keras.Input((*SIZE, 3))
+    x = layers.Conv2D(4, 3, name="block1_conv")(pixels)
+    x = layers.BatchNormalization(name="block1_bn", scale=False, trainable=False)(x)
+    x = layers.DepthwiseConv2D(3, use_bias=False, name="block2_depthwise")(x)
+    x = layers.BatchNormalization(name="block2_bn", trainable=False)(x)
+    x = layers.GroupNormalization(2, name="block3_groups")(x)
+    x = layers.Dense(4, name="block4_dense")(x)
+    x = layers.LayerNormalization(name="block5_layers")(x)
+    features = layers.GlobalAveragePooling2D()(x)
+    head = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    upper = keras.Model(pixels, {"features": features})
+    return Tunable(keras.Model(pixels, x), lambda p: p / 255.0, None, upper, head)
+
+
+def paths_of(groups: list[Group]) -> set[str]:
+    return {v.path for group in groups[1:] for v in group.variables}
+
+
+def test_norm_trains_the_scales_and_shifts_of_every_kind_of_normalisation() -> None:
+    groups = groups_of(make_mixed(), "norm", rate_decay=0.5)
+    assert paths_of(groups) == {
+        *("block1_bn/beta", "block2_bn/gamma", "block2_bn/beta"),
+        *("block3_groups/gamma", "block3_groups/beta"),
+        *("block5_layers/gamma", "block5_layers/beta"),
+    }
+    # What has nothing to train counts all the same: the rate is of the place in the network.
+    found = {group.name: (group.rate, group.from_epoch) for group in groups}
+    assert found == {
+        "head": (1.0, 1),
+        "block5": (0.5, 1),
+        "block3": (0.125, 1),
+        "block2": (0.0625, 1),
+        "block1": (0.03125, 1),
+    }
+
+
+def test_bias_trains_biases_and_the_shifts_of_batch_normalisation() -> None:
+    paths = paths_of(groups_of(make_mixed(), "bias"))
+    assert {path for path in paths if "block5" not in path and "block3" not in path} == {
+        *("block1_conv/bias", "block1_bn/beta", "block2_bn/beta", "block4_dense/bias"),
+    }
+    assert not any(path.endswith(("kernel", "gamma")) for path in paths)
+
+
+def test_full_trains_all_but_batch_normalisation_at_one_rate() -> None:
+    tiny = make_mixed()
+    groups = groups_of(tiny, "full")
+    every = {v.path for v in tiny.network.trainable_variables}
+    norms = {v.path for x in tiny.network.layers if is_normalisation(x) for v in x.variables}
+    assert norms
+    assert paths_of(groups) == every - norms
+    assert {(group.rate, group.from_epoch) for group in groups} == {(1.0, 1)}
+    thawed = paths_of(groups_of(make_mixed(), "full", train_norm=True))
+    assert thawed == every | {"block1_bn/beta", "block2_bn/gamma", "block2_bn/beta"}
+
+
+def test_above_a_cut_nothing_below_it_is_trained() -> None:
+    recipe = make_recipe("mobilenet", "random", image_size=SIZE)
+    head = import_keras().Sequential()
+    cut = replace(make_tunable(recipe, "embedding", None, "conv_pw_11_relu"), head=head)
+    groups = groups_of(cut, "cut")
+    layers = {path.partition("/")[0] for path in paths_of(groups)}
+    assert layers == {"conv_dw_12", "conv_pw_12", "conv_dw_13", "conv_pw_13"}
+    assert [group.rate for group in groups] == [0.5**number for number in range(len(groups))]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_gradual_trains_every_block_however_short_it_is(tunable: Tunable, epochs: int) -> None:
+    starts = [group.from_epoch for group in groups_of(tunable, "gradual", epochs=epochs)]
+    assert starts == sorted(starts)
+    assert starts[0] == 1
+    assert starts[-1] == 1 + epochs // 2
+
+
+def test_an_auxiliary_head_is_trained_with_the_main_one(tunable: Tunable) -> None:
+    keras = import_keras()
+    auxiliary = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    both = replace(tunable, auxiliary_head=auxiliary)
+    wanted = [*tunable.head.trainable_variables, *auxiliary.trainable_variables]
+    found = groups_of(both, "full")[0].variables
+    assert [id(variable) for variable in found] == [id(variable) for variable in wanted]
+
+
+def test_partial_trains_chosen_channels_of_the_blocks_and_the_head() -> None:
+    tiny = make_mixed()
+    head, channels = groups_of(tiny, "partial", blocks=("block1", "block2"), fraction=0.5)
+    assert [v.path for v in head.variables] == [v.path for v in tiny.head.variables]
+    wanted = ["block1_conv/kernel", "block1_conv/bias", "block2_depthwise/kernel"]
+    assert [v.path for v in channels.variables] == wanted
+    assert (channels.rate, channels.from_epoch) == (1.0, 1)
+    num_chosen = [3 * 3 * 3 * 2, 2, 3 * 3 * 2]  # 2 of 4 channels each
+    assert [int(m.sum()) for m in channels.masks if m is not None] == num_chosen
+    assert num_tuned([channels]) == sum(num_chosen)
+    assert num_tuned([head, channels]) == 4 * 2 + 2 + sum(num_chosen)
+
+
+def test_partial_takes_what_is_above_the_usual_cut_where_no_block_is_named() -> None:
+    tiny = make_mixed()
+    keras = import_keras()
+    above = keras.Model(tiny.network.get_layer("block2_bn").output, tiny.network.output)
+    options = TuneOptions(strategy="partial", fraction=0.25)
+    groups = plan_groups(tiny, examples(), options, above)
+    assert paths_of(groups) == {"block4_dense/kernel", "block4_dense/bias"}
+
+
+def test_a_block_that_is_named_twice_is_trained_once() -> None:
+    groups = groups_of(make_mixed(), "partial", blocks=("block1", "block1_conv"), fraction=0.5)
+    assert [v.path for v in groups[1].variables] == ["block1_conv/kernel", "block1_conv/bias"]
+
+
+def test_bias_leaves_a_scale_alone_that_has_no_shift_beside_it() -> None:
+    keras = import_keras()
+    pixels = keras.Input((*SIZE, 3))
+    x = keras.layers.BatchNormalization(center=False, trainable=False, name="a_bn")(pixels)
+    x = keras.layers.LayerNormalization(name="b_layers")(x)
+    upper = keras.Model(pixels, {"features": keras.layers.GlobalAveragePooling2D()(x)})
+    head = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    tiny = Tunable(keras.Model(pixels, x), lambda p: p, None, upper, head)
+    groups = groups_of(tiny, "bias")
+    assert paths_of(groups) == {"b_layers/beta"}
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"strategy": "full", "from_pixels": True}, "`from_pixels` is of the strategies head"),
+        ({"strategy": "partial", "train_norm": True}, "`train_norm` is of strategies that train"),
+        ({"strategy": "partial", "rate_decay": 0.5}, "`rate_decay` is of strategies that train"),
+        ({"strategy": "head", "rate_decay": 0.5}, "`rate_decay` is of strategies that train"),
+    ],
+)
+def test_these_are_not_heeded_either(options: dict[str, Any], rule: str) -> None:
+    with pytest.raises(RecipeError, match=rule):
+        TuneOptions(**options)
