@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
-from embedder.fitting import Fitted, Task
+from embedder.fitting import Fitted, Task, refusals
 from embedder.judging import PREDICTIONS_FILE, PSEUDO_LABELS_FILE, judge, metrics_of, refit
 from embedder.labels import Targets
 from embedder.metrics import Scores, paired_difference
@@ -231,7 +231,8 @@ class Head:
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
             model = refit(self.task, self.model, self.targets, rows)
         features = self.task.plain[self.test_rows]
-        return Evaluation.of(model, features, self.targets, self.test_rows)
+        with refusals(self.task, len(rows)):  # such as more neighbours than images
+            return Evaluation.of(model, features, self.targets, self.test_rows)
 
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds."""

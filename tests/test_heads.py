@@ -428,6 +428,15 @@ def test_the_learning_curve_ends_with_the_head_itself(zoo: Store) -> None:
     assert all(point["low"] <= point["accuracy"] <= point["high"] for point in curve)
 
 
+def test_the_learning_curve_leaves_out_what_is_too_few_for_the_neighbours(store: Store) -> None:
+    head = train(noise(store), "folder", "knn", TrainOptions(split="0.5", duplicates=None))
+    num_images = len(head.split.folds[0][0])
+    settings = {"n_neighbors": num_images}
+    model = replace(head.model, settings=settings)
+    curve = replace(head, model=model).learning_curve
+    assert len(curve) == 1  # the head itself
+
+
 def test_the_learning_curve_has_so_many_images_of_each_class(store: Store) -> None:
     head = train(noise(store), head="ridge", options=TrainOptions(duplicates=None, split="0.5"))
     order = np.random.default_rng(0).permutation(head.split.folds[0][0])
