@@ -83,7 +83,7 @@ def train(
         )
         check_model_folder(Path(model))
         trained = heads.train(Store(store), labels, head, options)
-        trained.save(model)
+        metrics = trained.save(model)
         facts = {"model": model}
         if report:
             path = head_report.write_head_report(trained, Path(model), source)
@@ -92,7 +92,7 @@ def train(
         for note in head_report.notes_of(trained):
             console.out.print(note)
         console.out.print()
-        console.print_facts(_metric_facts(trained.metrics()) | facts)
+        console.print_facts(_metric_facts(metrics) | facts)
 
 
 def evaluate(

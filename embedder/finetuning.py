@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,17 +17,19 @@ from embedder import hub, scratch
 from embedder.augmentation import Augmenter
 from embedder.backbones import layer_outputs, load_network, tapped_tensors
 from embedder.blocks import find_cut
+from embedder.calibration import probabilities_of
 from embedder.engines import best_training_precision
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.extract import Progress, RunOptions, run_extraction
 from embedder.folding import fold
 from embedder.judging import PSEUDO_LABELS_FILE
+from embedder.keras_head import classifier_layers
 from embedder.model import METRICS_FILE, Model
 from embedder.pseudo_labelled import add_pseudo_labels
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store import Store
 from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups
-from embedder.trained import Head, check_model_folder
+from embedder.trained import Head, Stopwatch, check_model_folder
 from embedder.training import Epoch, Examples, train
 from embedder.tunable import FEATURES, Tunable, make_tunable
 from embedder.tuned import Tuning, judge_tuned, save_backbone, tuned_recipe
@@ -148,13 +149,13 @@ def finetune(
         if unlabelled is not None:
             more = add_pseudo_labels(job.start, labelled, found, unlabelled, work, run_options)
             job.labelled, paths = more.labelled, [*paths, *more.paths]
-        job.lap("head")
+        job.stopwatch.lap("head")
     tunable, examples = job.prepare(source, paths, activations)
     epochs = job.train(tunable, examples)
     recipe = save_backbone(tunable.network, job.recipe, options, folder)
     _drop_older_features(features, recipe)
     run_extraction(source, {str(features): recipe}, run_options, job.watch.run)
-    job.lap("features")
+    job.stopwatch.lap("features")
     tuning = Tuning(
         model=Path(model_path),
         options=options,
@@ -162,15 +163,15 @@ def finetune(
         epochs=epochs,
         num_tuned=job.num_tuned,
         num_weights=tunable.network.count_params(),
-        seconds=job.seconds,
+        seconds=job.stopwatch.seconds,
         pseudo_labels=None if more is None else more.facts(),
     )
     head = judge_tuned(tunable.head, model, labelled, Store(features), tuning)
-    head.save(folder)
+    metrics = head.save(folder)
     if more is not None:  # so that `evaluate` knows that they have been seen
         pq.write_table(more.helped.pseudo_labels(), folder / PSEUDO_LABELS_FILE)
     shutil.rmtree(work)
-    return Tuned(folder, head.metrics(), head)
+    return Tuned(folder, metrics, head)
 
 
 def _check_backbone(recipe: Recipe) -> None:
@@ -245,14 +246,8 @@ class _Job:
         self.start = model  # what a head that is kept is taken from
         self.run_options, self.work, self.watch = run_options, work, watch
         self.recipe = tuned_recipe(model, options)
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self.stopwatch = Stopwatch()
         self.num_tuned = 0
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._last, 3)
-        self._last = now
 
     def prepare(
         self,
@@ -276,14 +271,14 @@ class _Job:
         inputs: NDArray[Any]
         if not options.is_cached:
             file = self.work / "pixels.npy"
-            inputs = decode_pixels(paths, labelled, self.recipe, file, lambda _: None)
-            self.lap("decode")
+            inputs = decode_pixels(paths, labelled, self.recipe, file)
+            self.stopwatch.lap("decode")
         else:
             recipe = self._activations_recipe(cut)
             store = os.fspath(activations or self.work / "activations")
             run_extraction(source, {store: recipe}, self.run_options, self.watch.run)
             inputs = read_activations(Store(store), labelled, self.work / "activations.npy")
-            self.lap("activations")
+            self.stopwatch.lap("activations")
         targets = targets_of(labelled, self.model)
         examples = Examples(
             inputs=inputs,
@@ -336,11 +331,10 @@ class _Job:
         ops = import_keras().ops
         pixels = ops.cast(examples.inputs[:_NUM_CHECKED, 0], "float32")
         features = tunable.upper(tunable.below_the_cut(pixels), training=False)["features"]
-        ours = ops.softmax(tunable.head(features, training=False))
-        if self.model.is_multilabel:
-            ours = ops.sigmoid(tunable.head(features, training=False))
+        logits = np.asarray(tunable.head(features, training=False))
+        ours = probabilities_of(logits, 1.0, self.model.is_multilabel)
         theirs = self.start.probabilities(np.asarray(features, np.float32))
-        difference = float(np.abs(np.asarray(ours) - theirs).max())
+        difference = float(np.abs(ours - theirs).max())
         if difference > _TOLERANCE:
             raise Unfinished(
                 f"Before the first step the network must predict what the model predicts, to "
@@ -366,9 +360,9 @@ class _Job:
             self.work / "checkpoint.npz",
             self.watch.epoch,
         )
-        self.lap("train")
+        self.stopwatch.lap("train")
         # Of all epochs, those before a kill too.
-        self.seconds["train"] = round(sum(epoch.seconds for epoch in epochs), 3)
+        self.stopwatch.seconds["train"] = round(sum(epoch.seconds for epoch in epochs), 3)
         return epochs
 
     def _above_default_cut(self, tunable: Tunable) -> "keras.Model":
@@ -383,12 +377,6 @@ def _new_head(
 ) -> "keras.Sequential":
     """A classifier from random weights: logits of features (batch, dim)."""
     keras = import_keras()
-    first, second, third = np.random.default_rng(seed).integers(2**31, size=3).tolist()
-    glorot = keras.initializers.GlorotUniform
-    layers = [keras.Input((dim,))]
-    if hidden:
-        layers.append(keras.layers.Dense(hidden, "relu", kernel_initializer=glorot(first)))
-    if dropout:
-        layers.append(keras.layers.Dropout(dropout, seed=second))
-    layers.append(keras.layers.Dense(num_classes, kernel_initializer=glorot(third)))
-    return keras.Sequential(layers)
+    seeds = np.random.default_rng(seed).integers(2**31, size=3).tolist()
+    layers = classifier_layers((hidden,) if hidden else (), dropout, num_classes, seeds)
+    return keras.Sequential([keras.Input((dim,)), *layers])

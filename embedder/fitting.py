@@ -14,8 +14,10 @@ from embedder.classifiers import Settings, find_head, make_estimator
 from embedder.errors import RecipeError
 from embedder.evaluation import widened
 from embedder.keras_head import KerasHead
+from embedder.labels import Targets
 from embedder.model import logits_of
 from embedder.splits import Folds, grouped_folds
+from embedder.store import Store
 
 _NUM_FOLDS = 3  # to choose settings by; more take longer and choose the same
 
@@ -52,6 +54,15 @@ class Task:
     def plain(self) -> NDArray[np.float32]:
         """(n, dim), the features of the pictures as they are."""
         return self.features if self.features.ndim == 2 else self.features[:, 0]
+
+
+def features_of(store: Store, targets: Targets, column: str) -> NDArray[np.float32]:
+    """`Task.features` of the labelled rows of a store."""
+    features = store.vectors(column, view=None)
+    num_views = store.recipe.views
+    if num_views > 1:
+        features = features.reshape(-1, num_views, features.shape[1])
+    return np.ascontiguousarray(features[targets.rows], dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embedder.engines import import_openvino
 from embedder.errors import RecipeError, Unfinished
-from embedder.model_files import load_keras_model
+from embedder.model_files import load_keras_model, save_network
 
 if TYPE_CHECKING:
     import keras
@@ -156,7 +156,7 @@ def write_and_run(
         try:
             network(pixels[:1])  # Keras gives ONNX no network that was never called
             if row.keras_name is None:
-                network.save(path)
+                save_network(network, path)
             else:
                 network.export(str(path), format=row.keras_name, verbose=False)
             row.mend(path)

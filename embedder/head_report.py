@@ -246,19 +246,16 @@ def _provenance(head: Head) -> dict[str, str]:
 def _thumbnails(source: str | None) -> Callable[[str, int], bytes | None]:
     """Pictures of images by id; None for all where the source is no longer there."""
     try:
-        refs = list_images(source).refs if source else None
+        paths = list_images(source).paths() if source else {}
     except EmbedderError as error:
         logger.warning("The report has no pictures: %s. Name the images with --source", error)
-        refs = None
-    paths = (
-        {} if refs is None else dict(zip(refs["image_id"].to_pylist(), refs["path"], strict=True))
-    )
+        paths = {}
 
     def thumbnail(image_id: str, side: int) -> bytes | None:
         if image_id not in paths:
             return None
         try:
-            return thumbnail_of(read_bytes(paths[image_id].as_py()), side)
+            return thumbnail_of(read_bytes(paths[image_id]), side)
         except EmbedderError:
             return None
 

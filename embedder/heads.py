@@ -1,7 +1,6 @@
 """Heads: classifiers trained on cached features, and tested on images they have not seen."""
 
 import os
-import time
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from embedder import engines
 from embedder.classifiers import find_head
 from embedder.errors import RecipeError
 from embedder.evaluation import Evaluation
-from embedder.fitting import Task, fit_head
+from embedder.fitting import Task, features_of, fit_head
 from embedder.judging import coarse_classes, judge
 from embedder.labels import Targets, read_targets
 from embedder.model import Model
@@ -29,7 +28,7 @@ from embedder.streamed import (
     shape_of,
 )
 from embedder.streaming import vector_column
-from embedder.trained import Head, TrainOptions
+from embedder.trained import Head, Stopwatch, TrainOptions
 from embedder.unlabelled import check_head, learn, read_unlabelled
 
 STREAM_BYTES = 2 * 2**30  # of features, as float32: more are read in parts
@@ -65,7 +64,7 @@ def train(
         if options.split.startswith("kfold:"):
             raise RecipeError("Unlabelled images need a split with one part to test on, not kfold")
     column = vector_column(store, options.column)
-    watch = _Watch()
+    watch = Stopwatch()
     is_streamed = _is_streamed(store, column, head, options)
     targets = read_targets(store, labels, options.separator)
     ids = store.ids()[targets.rows]
@@ -75,7 +74,7 @@ def train(
     nothing = np.empty((0, shape_of(store, column)[1]), np.float32)
     task = Task(
         head=head,
-        features=nothing if is_streamed else _features(store, targets, column),
+        features=nothing if is_streamed else features_of(store, targets, column),
         codes=targets.codes,
         groups=np.arange(len(ids)),
         classes=targets.classes,
@@ -171,14 +170,6 @@ def _is_streamed(store: Store, column: str, head: str, options: TrainOptions) ->
     return True
 
 
-def _features(store: Store, targets: Targets, column: str) -> NDArray[np.float32]:
-    features = store.vectors(column, view=None)
-    num_views = store.recipe.views
-    if num_views > 1:
-        features = features.reshape(-1, num_views, features.shape[1])
-    return np.ascontiguousarray(features[targets.rows], dtype=np.float32)
-
-
 def _record(
     store: Store, labels: str, options: TrainOptions, targets: Targets, rows: NDArray[np.int64]
 ) -> dict[str, Any]:
@@ -196,15 +187,3 @@ def _record(
             "num_unlabelled": targets.num_unlabelled,
         },
     }
-
-
-class _Watch:
-    """Seconds of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._last = round(now - self._last, 3), now

@@ -279,13 +279,8 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         elif self.scaling == "l2":
             layers.append(keras.layers.UnitNormalization())
             layers.append(keras.layers.Rescaling(math.sqrt(self.n_features_in_)))
-        for units in self.hidden:
-            kernel = keras.initializers.GlorotUniform(seeds.pop())
-            layers.append(keras.layers.Dense(units, "relu", kernel_initializer=kernel))
-        if self.dropout:
-            layers.append(keras.layers.Dropout(self.dropout, seed=seeds.pop()))
-        kernel = keras.initializers.GlorotUniform(seeds.pop())
-        layers.append(keras.layers.Dense(len(self.classes_), kernel_initializer=kernel))
+        num_classes = len(self.classes_)
+        layers += classifier_layers(self.hidden, self.dropout, num_classes, seeds[::-1])
         return keras.Sequential(layers)
 
     def _trainer(self, num_steps: int) -> "keras.Model":
@@ -389,6 +384,30 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             )
         head.n_features_in_ = network.input_shape[1]
         return head
+
+
+def classifier_layers(
+    hidden: tuple[int, ...], dropout: float, num_classes: int, seeds: list[int]
+) -> "list[keras.Layer]":
+    """Hidden layers with ReLU, dropout, and a last layer of logits, from random weights.
+
+    Args:
+        hidden: Units of each hidden layer.
+        dropout: Share of the values before the last layer that are set to 0; 0 for no such layer.
+        num_classes: Units of the last layer.
+        seeds: At least as many as there are layers, in their order.
+    """
+    keras, seeded = import_keras(), iter(seeds)
+    layers = [
+        keras.layers.Dense(
+            units, "relu", kernel_initializer=keras.initializers.GlorotUniform(next(seeded))
+        )
+        for units in hidden
+    ]
+    if dropout:
+        layers.append(keras.layers.Dropout(dropout, seed=next(seeded)))
+    kernel = keras.initializers.GlorotUniform(next(seeded))
+    return [*layers, keras.layers.Dense(num_classes, kernel_initializer=kernel)]
 
 
 def _mean_loss(trainer: "keras.Model", *arrays: NDArray[np.float32]) -> float:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from embedder.errors import RecipeError, SourceError
 from embedder.store import Store
 
+_JOINT = ";"  # between several labels of an image, where they are one text
 _RULE = "`labels` must be folder, parent, FILE.csv:COLUMN, LIST.txt:NUMBER or column:NAME."
 
 
@@ -43,10 +44,24 @@ class Targets:
 def texts_of(
     codes: NDArray[np.integer] | NDArray[np.bool_], classes: NDArray[np.str_]
 ) -> NDArray[np.str_]:
-    """What `Targets.codes` say, as text: str (n,); several labels are joined by `;`."""
+    """What `Targets.codes` say, as text: str (n,); several labels are joined."""
     if codes.ndim == 1:
         return np.asarray(classes[codes.astype(np.int64)], dtype=np.str_)
-    return np.array([";".join(classes[row.astype(bool)]) for row in codes], dtype=np.str_)
+    return np.array([_JOINT.join(classes[row.astype(bool)]) for row in codes], dtype=np.str_)
+
+
+def codes_of(
+    texts: NDArray[np.object_], is_multilabel: bool, known: NDArray[np.str_]
+) -> tuple[NDArray[np.str_], NDArray[np.integer]]:
+    """Classes, and the codes that `texts_of` wrote as these texts (n,).
+
+    Args:
+        texts: As `texts_of` gives them.
+        is_multilabel: Whether they can name several labels.
+        known: Classes that there are whether or not a text names them.
+    """
+    several = [text.split(_JOINT) if is_multilabel else [text] for text in texts]
+    return encoded(several, is_multilabel, known)
 
 
 def read_targets(
@@ -79,16 +94,7 @@ def read_targets(
         else [by_id[ids[row]]]
         for row in rows
     ]
-    names = [name for row_names in several for name in row_names if name]
-    classes = np.union1d(
-        np.array(names, np.str_), np.array([], np.str_) if known is None else known
-    )
-    pairs = [(row, name) for row, row_names in enumerate(several) for name in row_names if name]
-    places = np.searchsorted(classes, np.array([name for _, name in pairs], np.str_))
-    codes: NDArray[np.integer] = places
-    if separator is not None:
-        codes = np.zeros((len(rows), len(classes)), np.uint8)
-        codes[[row for row, _ in pairs], places] = 1
+    classes, codes = encoded(several, separator is not None, known)
     if len(classes) < 2:
         raise RecipeError(
             f"Labels must name at least two classes. "
@@ -96,6 +102,27 @@ def read_targets(
             f"and {len(classes) if len(rows) else 0} class(es)"
         )
     return Targets(classes, codes, rows, len(ids) - len(rows))
+
+
+def encoded(
+    several: list[list[str]], is_multilabel: bool, known: NDArray[np.str_] | None = None
+) -> tuple[NDArray[np.str_], NDArray[np.integer]]:
+    """Classes and codes, as `Targets` has them, of the names of each image's labels.
+
+    Args:
+        several: Of each image; one each, unless images can have several. Empty ones are none.
+        is_multilabel: Whether they can.
+        known: Classes that there are whether or not an image has them.
+    """
+    pairs = [(row, name) for row, names in enumerate(several) for name in names if name]
+    names = np.array([name for _, name in pairs], np.str_)
+    classes = np.union1d(names, np.array([], np.str_) if known is None else known)
+    places = np.searchsorted(classes, names)
+    if not is_multilabel:
+        return classes, places
+    codes = np.zeros((len(several), len(classes)), np.uint8)
+    codes[[row for row, _ in pairs], places] = 1
+    return classes, codes
 
 
 def read_labels(store: Store, labels: str) -> dict[str, str]:

@@ -76,8 +76,7 @@ def add_pseudo_labels(
     images = read_unlabelled(others, model, set(labelled.sha256))
     helped = learn(task, np.sort(place_of[labelled.train]), fitted, images, "self-training")
     pseudo = helped.training.pseudo_labels
-    refs = list_images(unlabelled).refs
-    path_of = dict(zip(refs["image_id"].to_pylist(), refs["path"].to_pylist(), strict=True))
+    path_of = list_images(unlabelled).paths()
     paths = [path_of[image] for image in images.ids[pseudo.rows]]
     return More(extended(labelled, images, pseudo), paths, helped)
 

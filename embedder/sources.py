@@ -70,6 +70,12 @@ class Listing:
     skipped: Counter[str] = field(default_factory=Counter)
     num_repeated: int = 0
 
+    def paths(self) -> dict[str, bytes]:
+        """Where each image is, by its id."""
+        return dict(
+            zip(self.refs["image_id"].to_pylist(), self.refs["path"].to_pylist(), strict=True)
+        )
+
 
 def list_images(source: str | os.PathLike[str]) -> Listing:
     """List the images of a source, in a stable order.

@@ -75,9 +75,8 @@ def make_split(
     if spec.startswith("kfold:") and spec[6:].isdecimal() and int(spec[6:]) > 1:
         folds = grouped_folds(codes, groups, int(spec[6:]), seed)
         return Split(spec, folds, np.zeros(0, np.int64))
-    try:
-        share = float(spec)
-    except ValueError:
+    share = share_of(spec)
+    if share is None:
         return _official(spec, store, ids)
     if not 0 < share <= 0.5:
         raise RecipeError(
@@ -91,6 +90,14 @@ def make_split(
     test = np.sort(np.concatenate(tested))
     train = np.setdiff1d(np.arange(len(codes)), test)
     return Split(spec, [(train, test)], np.zeros(0, np.int64))
+
+
+def share_of(spec: str) -> float | None:
+    """The share that a split is to test on; None where it is not said as a number."""
+    try:
+        return float(spec)
+    except ValueError:
+        return None
 
 
 def grouped_folds(codes: Codes, groups: Groups, num_folds: int, seed: int) -> Folds:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -75,6 +76,24 @@ class TrainOptions:
             raise RecipeError(
                 f"`class_weight` must be balanced. Received: class_weight={self.class_weight!r}"
             )
+
+
+class Stopwatch:
+    """Times the steps of a training.
+
+    Attributes:
+        seconds: Of each step, by its name.
+    """
+
+    def __init__(self) -> None:
+        """Start."""
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """End a step, and begin the next."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = round(now - self._last, 3), now
 
 
 @dataclass(frozen=True)
@@ -269,26 +288,30 @@ class Head:
             "gain": paired_difference(self.test.is_right, self.unhelped.is_right),
         }
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> dict[str, Any]:
         """Write the model, its metrics, and what it predicted for each image it was tested on.
+
+        Returns:
+            The metrics, which take a while to compute.
 
         Raises:
             ModelError: The folder holds something else, or cannot be written.
         """
         path = Path(folder)
         check_model_folder(path)
-        metrics = json.dumps(self.metrics(), indent=2)
+        metrics = self.metrics()
         try:
             for older in path.iterdir() if path.is_dir() else ():
                 if str(older.absolute()) != self.model.recipe.weights_source:
                     older.unlink()
             self.model.save(path)
-            (path / METRICS_FILE).write_text(metrics)
+            (path / METRICS_FILE).write_text(json.dumps(metrics, indent=2))
             pq.write_table(self.predictions(), path / PREDICTIONS_FILE)
             if self.helped is not None:
                 pq.write_table(self.helped.pseudo_labels(), path / PSEUDO_LABELS_FILE)
         except OSError as error:
             raise ModelError(f"The model {path} cannot be written: {error}") from error
+        return metrics
 
     def predictions(self) -> pa.Table:
         """One row for each labelled image: what it was for, and what was predicted for it.

@@ -1,7 +1,6 @@
 """The training of a tunable network: epochs, early stopping, and going on after a kill."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from embedder.augmentation import Augmenter
 from embedder.calibration import calibrate
 from embedder.errors import RecipeError, Unfinished
+from embedder.store import whole_file
 from embedder.tunable import Tunable
 from embedder.weights import import_keras
 
@@ -354,17 +354,11 @@ class _Trainer:
         arrays = {f"state_{i}": v.numpy() for i, v in enumerate(self._state)}
         arrays |= {f"best_{i}": value for i, value in enumerate(self._best)}
         arrays["epochs"] = np.array(json.dumps([asdict(epoch) for epoch in self.epochs]))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
+            with whole_file(path) as file:
                 np.savez(file, allow_pickle=False, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
         except OSError as error:
             raise Unfinished(f"The checkpoint {path} cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def restore(self, path: Path) -> None:
         """Go on from what `save` wrote.

@@ -20,7 +20,7 @@ from embedder.labels import Targets
 from embedder.model import BACKBONE_FILES, Model
 from embedder.model_files import save_network
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.splits import Split
+from embedder.splits import Split, share_of
 from embedder.store import Store
 from embedder.strategies import SCRATCH, TuneOptions
 from embedder.streamed import read_logits
@@ -154,7 +154,7 @@ def judge_tuned(
         targets=targets,
         ids=ids,
         task=task,
-        split=Split(options.split, [(train, test)], validation, _is_official(options.split)),
+        split=Split(options.split, [(train, test)], validation, share_of(options.split) is None),
         fitted=Fitted(
             estimator,
             {},
@@ -211,15 +211,6 @@ def _estimator(head: "keras.Sequential", model: Model, seed: int) -> KerasHead:
     known = model.classes
     estimator.classes_ = np.arange(len(known)) if model.is_multilabel else known
     return estimator
-
-
-def _is_official(split: str) -> bool:
-    """Whether somebody else decided a split, which is then no share."""
-    try:
-        float(split)
-    except ValueError:
-        return True
-    return False
 
 
 def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> dict[str, Any]:

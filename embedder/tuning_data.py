@@ -1,11 +1,9 @@
 """What a model is fine-tuned on: the images of its head, as pixels or as activations at a cut."""
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +14,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from embedder.decode import DecodedImage
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.judging import PREDICTIONS_FILE
+from embedder.labels import codes_of
 from embedder.model import Model
 from embedder.pipeline import load_image
 from embedder.recipe import Recipe
@@ -77,7 +76,7 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Labe
     except (OSError, pa.ArrowException) as error:
         raise ModelError(f"The model must tell what it was trained on: {error}") from error
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
-    classes, codes = _codes(columns["label"], model)
+    classes, codes = codes_of(columns["label"], model.is_multilabel, model.classes)
     parts = columns["part"]
     test = np.flatnonzero(parts == TEST)
     if not len(test):
@@ -100,20 +99,6 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Labe
         validation=validation,
         test=test,
     )
-
-
-def _codes(labels: NDArray[np.object_], model: Model) -> tuple[NDArray[np.str_], NDArray[Any]]:
-    """Classes, and the images' as `labels.Targets` has them, of the texts that it writes."""
-    sets = [str(text).split(";") if model.is_multilabel else [str(text)] for text in labels]
-    names = {name for found in sets for name in found if name or not model.is_multilabel}
-    classes = np.array(sorted(names | set(model.classes.tolist())), dtype=np.str_)
-    place = {name: code for code, name in enumerate(classes.tolist())}
-    if not model.is_multilabel:
-        return classes, np.array([place[name] for (name,) in sets], np.int64)
-    codes = np.zeros((len(sets), len(classes)), np.uint8)
-    for row, found in zip(codes, sets, strict=True):
-        row[[place[name] for name in found if name]] = 1
-    return classes, codes
 
 
 def targets_of(labelled: Labelled, model: Model) -> NDArray[np.float32]:
@@ -150,8 +135,7 @@ def find_paths(source: str | os.PathLike[str], labelled: Labelled) -> list[bytes
         SourceError: The source cannot be listed.
         RecipeError: It lacks some of them.
     """
-    refs = list_images(source).refs
-    places = dict(zip(refs["image_id"].to_pylist(), refs["path"].to_pylist(), strict=True))
+    places = list_images(source).paths()
     missing = [image for image in labelled.ids if image not in places]
     if missing:
         raise RecipeError(
@@ -164,11 +148,7 @@ def find_paths(source: str | os.PathLike[str], labelled: Labelled) -> list[bytes
 
 
 def decode_pixels(
-    paths: list[bytes],
-    labelled: Labelled,
-    recipe: Recipe,
-    file: Path,
-    watch: Callable[[int], None],
+    paths: list[bytes], labelled: Labelled, recipe: Recipe, file: Path
 ) -> NDArray[np.uint8]:
     """Decode the images to learn from and to stop by into a file that is mapped.
 
@@ -177,7 +157,6 @@ def decode_pixels(
         labelled: Which.
         recipe: Of the pixels.
         file: To write.
-        watch: Called after each image with their number so far.
 
     Returns:
         uint8 (n, 1, height, width, 3), in the order of `labelled.learned`.
@@ -201,7 +180,6 @@ def decode_pixels(
                     )
                 _check_bytes(labelled, row, image.sha256)
                 pixels[place, 0] = image.outcome.pixels
-                watch(place + 1)
     return pixels
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.extract import RunOptions, run_extraction
-from embedder.fitting import Task
+from embedder.fitting import Task, features_of
 from embedder.judging import refit
 from embedder.labels import Targets
 from embedder.model import Model
@@ -60,12 +60,9 @@ def head_task(
         run_extraction(source, {str(own): recipe}, run_options)
     store = Store(own)
     targets, place_of = labelled_targets(labelled, store)
-    features = store.vectors(model.column, view=None).astype(np.float32, copy=False)
-    if store.recipe.views > 1:
-        features = features.reshape(-1, store.recipe.views, features.shape[1])
     task = Task(
         head=model.head,
-        features=np.ascontiguousarray(features[targets.rows]),
+        features=features_of(store, targets, model.column),
         codes=targets.codes,
         groups=labelled.groups[np.argsort(place_of)],
         classes=targets.classes,

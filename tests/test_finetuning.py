@@ -408,7 +408,7 @@ def test_pseudo_labels_are_learned_from_beside_the_labels(world: Path, tmp_path:
     assert longer.test.tolist() == labelled.test.tolist()
     assert longer.codes[-2:].tolist() == [1, 0]
     where = find_paths(world / "photos", labelled) + [os.fsencode(paths[row]) for row in rows]
-    pixels = decode_pixels(where, longer, model.recipe, tmp_path / "pixels.npy", lambda _: None)
+    pixels = decode_pixels(where, longer, model.recipe, tmp_path / "pixels.npy")
     expected = decode_rgb(paths[4].read_bytes(), model.recipe).pixels
     assert np.array_equal(pixels[within(longer, longer.train[-1:])[0], 0], expected)
     assert targets_of(longer, model)[-1].tolist() == [1.0, 0.0]
