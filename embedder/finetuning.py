@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from embedder import hub, scratch
 from embedder.augmentation import Augmenter
-from embedder.backbones import layer_outputs, load_network, tapped_tensors
+from embedder.backbones import dtype_policy, layer_outputs, load_network, tapped_tensors
 from embedder.blocks import find_cut
 from embedder.calibration import probabilities_of
 from embedder.engines import best_training_precision
@@ -257,16 +257,9 @@ class _Job:
     ) -> tuple[Tunable, Examples]:
         """The network, its head, and what it learns from."""
         options, labelled = self.options, self.labelled
-        network = None
-        if options.strategy == SCRATCH:
-            network = scratch.make_network(self.recipe.image_size, options.seed)
+        network = self._network()
         cut = self._cut(network)
-        precision = options.precision
-        if precision == "auto":
-            precision = best_training_precision()
-        tunable = make_tunable(
-            self.recipe, EMBEDDING, network, cut, options.auxiliary, precision=precision
-        )
+        tunable = make_tunable(self.recipe, EMBEDDING, network, cut, options.auxiliary)
         tunable = self._with_heads(tunable)
         inputs: NDArray[Any]
         if not options.is_cached:
@@ -292,14 +285,23 @@ class _Job:
             self._check_head(tunable, examples)
         return tunable, examples
 
-    def _cut(self, network: "keras.Model | None") -> str | None:
+    def _network(self) -> "keras.Model":
+        """The backbone that training starts from, in the precision of the training."""
+        precision = self.options.precision
+        if precision == "auto":
+            precision = best_training_precision()
+        with dtype_policy(precision):
+            if self.options.strategy == SCRATCH:
+                return scratch.make_network(self.recipe.image_size, self.options.seed)
+            return load_network(self.recipe)
+
+    def _cut(self, network: "keras.Model") -> str | None:
         """Where the network is cut; None for training from pixels on."""
         options = self.options
         if options.strategy == "head":
             return FEATURES
         if not options.kind.is_cut:
             return None
-        network = network or load_network(self.recipe)
         top = tapped_tensors(network, self.recipe)[EMBEDDING]
         return find_cut(network, top, options.cut)
 

@@ -165,7 +165,8 @@ class TuneOptions:
     def _check_use(self) -> None:
         """Refuse options that the strategy would not heed."""
         kind = self.kind
-        new_head = [name for name in ("pooling", "hidden", "dropout") if self.given(name)]
+        of_new_heads = "pooling", "hidden", "dropout"
+        new_head = [name for name in of_new_heads if getattr(self, name) is not None]
         if kind.keeps_head and new_head:
             raise RecipeError(
                 f"`{new_head[0]}` is of a new head, and {self.strategy} keeps the model's. "
@@ -198,10 +199,6 @@ class TuneOptions:
             raise RecipeError(
                 f"`auxiliary` needs a pretrained network that is trained. Received: {self.strategy}"
             )
-
-    def given(self, name: str) -> bool:
-        """Whether an option was given a value."""
-        return getattr(self, name) is not None
 
     @property
     def kind(self) -> Strategy:
@@ -309,7 +306,5 @@ def num_tuned(groups: list[Group]) -> int:
     return sum(
         int(np.prod(variable.shape)) if mask is None else int(mask.sum())
         for group in groups
-        for variable, mask in zip(
-            group.variables, group.masks or [None] * len(group.variables), strict=True
-        )
+        for variable, mask in group.masked
     )

@@ -33,7 +33,7 @@ class Group:
         rate: Factor of the learning rate.
         from_epoch: First epoch in which they are trained, from 1.
         masks: For each variable 1 where it may change and 0 where it must not, broadcast to its
-            shape; None where all of it may.
+            shape; None where all of it may. Empty where that is so of all of them.
     """
 
     name: str
@@ -41,6 +41,12 @@ class Group:
     rate: float = 1.0
     from_epoch: int = 1
     masks: list[NDArray[np.float32] | None] = field(default_factory=list)
+
+    @property
+    def masked(self) -> "list[tuple[keras.Variable, NDArray[np.float32] | None]]":
+        """Each variable with its mask."""
+        masks = self.masks or [None] * len(self.variables)
+        return list(zip(self.variables, masks, strict=True))
 
 
 @dataclass(frozen=True)
@@ -216,20 +222,23 @@ class _Trainer:
         extra = {"momentum": _MOMENTUM} if kind is keras.optimizers.SGD else {}
         optimizer = kind(rate, weight_decay=schedule.weight_decay or None, **extra)
         if schedule.weight_decay:
-            masks = group.masks or [None] * len(group.variables)
-            pairs = zip(group.variables, masks, strict=True)
             # A decay would change what a mask keeps, and biases and scales are not to fade.
-            kept = [v for v, mask in pairs if mask is not None or len(v.shape) < 2]
+            kept = [v for v, mask in group.masked if mask is not None or len(v.shape) < 2]
             optimizer.exclude_from_weight_decay(var_list=kept)
         optimizer.build(group.variables)
         return optimizer
 
     @property
+    def _losses(self) -> list[float]:
+        """Of validation, of each epoch; none without validation images."""
+        return [x.validation_loss for x in self.epochs if x.validation_loss is not None]
+
+    @property
     def is_finished(self) -> bool:
         if len(self.epochs) > self._schedule.epochs:
             return True
-        losses = [x.validation_loss for x in self.epochs if x.validation_loss is not None]
-        return len(losses) - 1 - _place_of_least(losses) >= self._schedule.patience
+        losses = self._losses
+        return bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= self._schedule.patience
 
     def judge_start(self) -> None:
         """Take what training starts from as its epoch 0: what is no better is not kept."""
@@ -270,10 +279,10 @@ class _Trainer:
         import tensorflow as tf
 
         keras, schedule, tunable = import_keras(), self._schedule, self._tunable
-        pairs = zip(self._groups, self._optimizers, strict=True)
-        active = [(g, o) for g, o in pairs if g.from_epoch <= number]
-        variables = [variable for group, _ in active for variable in group.variables]
-        masks = [m for g, _ in active for m in (g.masks or [None] * len(g.variables))]
+        groups = zip(self._groups, self._optimizers, strict=True)
+        active = [(g, o) for g, o in groups if g.from_epoch <= number]
+        pairs = [pair for group, _ in active for pair in group.masked]
+        variables, masks = [v for v, _ in pairs], [mask for _, mask in pairs]
         positions = {id(v): i for i, v in enumerate(self._trained)}
         averages = [self._averages[positions[id(v)]] for v in variables] if self._averages else []
         momentum = schedule.ema or 0.0
@@ -321,8 +330,7 @@ class _Trainer:
             return None, None
         raw = self._swap_averages()
         loss, accuracy = _judge(self._logits, self._examples, rows, self._schedule)
-        losses = [x.validation_loss for x in self.epochs if x.validation_loss is not None]
-        if all(loss < other for other in losses):
+        if all(loss < other for other in self._losses):
             self._best = [variable.numpy() for variable in self._variables]
         self._assign(self._trained, raw)
         return loss, accuracy
@@ -382,10 +390,6 @@ class _Trainer:
         num_best = sum(name.startswith("best_") for name in arrays)
         self._best = [arrays[f"best_{i}"] for i in range(num_best)]
         self.epochs = [Epoch(**epoch) for epoch in json.loads(str(arrays["epochs"]))]
-
-
-def _place_of_least(losses: list[float]) -> int:
-    return int(np.argmin(losses)) if losses else -1
 
 
 def _copy_of(variable: "keras.Variable") -> "keras.Variable":

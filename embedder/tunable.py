@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from embedder.backbones import (
-    dtype_policy,
     layer_outputs,
     load_network,
     pool,
@@ -71,7 +70,6 @@ def make_tunable(
     network: "keras.Model | None" = None,
     cut: str | None = None,
     auxiliary: str | None = None,
-    precision: str = "float32",
 ) -> Tunable:
     """Make a recipe's backbone trainable; its heads are still to be added.
 
@@ -85,15 +83,13 @@ def make_tunable(
         network: The backbone, in place of the recipe's own.
         cut: Layer after which the network is cut, or `FEATURES`; None to train from pixels on.
         auxiliary: Layer above the cut whose pooled output is given too.
-        precision: What it computes in, as in `Recipe`; its weights stay float32.
 
     Raises:
         RecipeError: A layer does not exist, or is not where it must be.
         WeightsError: The weights are not at hand.
     """
     keras = import_keras()
-    with dtype_policy(precision):
-        network = network or load_network(recipe)
+    network = network or load_network(recipe)
     for layer in leaf_layers(network):
         if is_normalisation(layer):
             layer.trainable = False

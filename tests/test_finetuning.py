@@ -32,6 +32,7 @@ from embedder.judging import evaluate_model
 from embedder.model import Model
 from embedder.predict import predict
 from embedder.pseudo_labelled import extended
+from embedder.recipe import Recipe
 from embedder.self_training import PseudoLabels
 from embedder.store import Store
 from embedder.strategies import TuneOptions, num_tuned, plan_groups
@@ -313,41 +314,39 @@ def test_other_bytes_than_the_head_was_trained_on_are_refused(world: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def go_the_whole_way(folder: Path, backbone: str, options: TuneOptions) -> tuple[Recipe, Tuned]:
+    """Features, a head, its fine-tuning, and predictions; the recipe that it began with."""
+    make_archive(folder / "photos", 16)
+    store = embedder.extract(
+        folder / "photos", folder / "features", backbone=backbone, weights="random"
+    )
+    train(store, "folder", "logistic", TrainOptions(duplicates=None)).save(folder / "model")
+    tuned = finetune(folder / "model", folder / "photos", folder / "out", options)
+    predict(tuned.path, folder / "photos", folder / "p.parquet")
+    assert pq.read_metadata(folder / "p.parquet").num_rows == 16
+    return store.recipe, tuned
+
+
 @pytest.mark.slow
 def test_vgg16_with_flatten_and_a_dense_layer_goes_the_whole_way(tmp_path: Path) -> None:
-    make_archive(tmp_path / "photos", 16)
-    store = embedder.extract(
-        tmp_path / "photos", tmp_path / "features", backbone="vgg16", weights="random"
-    )
-    train(store, "folder", "logistic", TrainOptions(duplicates=None)).save(tmp_path / "model")
     options = TuneOptions(strategy="head", pooling="flatten", views=2, epochs=2)
-    tuned = finetune(tmp_path / "model", tmp_path / "photos", tmp_path / "out", options)
+    _, tuned = go_the_whole_way(tmp_path, "vgg16", options)
     assert tuned.metrics["tuning"]["num_tuned"] == 7 * 7 * 512 * 2 + 2
     assert tuned.metrics["tuning"]["options"]["optimizer"] is None  # RMSprop is usual
-    predict(tuned.path, tmp_path / "photos", tmp_path / "p.parquet")
-    assert pq.read_metadata(tmp_path / "p.parquet").num_rows == 16
 
 
 @pytest.mark.slow
 def test_resnet50_cut_at_conv5_with_two_outputs_goes_the_whole_way(tmp_path: Path) -> None:
-    make_archive(tmp_path / "photos", 16)
-    store = embedder.extract(
-        tmp_path / "photos", tmp_path / "features", backbone="resnet50", weights="random"
-    )
-    train(store, "folder", "logistic", TrainOptions(duplicates=None)).save(tmp_path / "model")
     options = TuneOptions(
         strategy="cut", cut="conv5", auxiliary="conv5_block1_out", views=2, epochs=2
     )
-    tuned = finetune(tmp_path / "model", tmp_path / "photos", tmp_path / "out", options)
-    network = load_network(Model.load(tuned.path).recipe)
-    before = load_network(store.recipe)
+    recipe, tuned = go_the_whole_way(tmp_path, "resnet50", options)
+    network, before = load_network(Model.load(tuned.path).recipe), load_network(recipe)
     for ours, theirs in zip(network.layers, before.layers, strict=True):
         if not ours.name.startswith("conv5"):
             for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
                 assert np.array_equal(a, b), ours.name
     assert Model.load(tuned.path).estimator.hidden == (128,)
-    predict(tuned.path, tmp_path / "photos", tmp_path / "p.parquet")
-    assert pq.read_metadata(tmp_path / "p.parquet").num_rows == 16
 
 
 def test_several_labels_an_image_are_tuned_in_half_precision(world: Path, tmp_path: Path) -> None:
