@@ -9,7 +9,7 @@ demo: .venv/installed
 
 # On the tests' small arrays BLAS threads wait for each other longer than they work.
 test: .venv/installed
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
