@@ -286,13 +286,14 @@ def layer_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
 def layer_outputs(network: "keras.Model") -> "Iterator[tuple[str, keras.KerasTensor]]":
     """What `--layer` can name: layers with one output, by names that do not depend on the process.
 
-    Keras names a layer without a name by counting, such as `conv2d_7`, and counts on through a
-    whole process: these are counted from nought within the network.
+    Sums and the like that a network makes without a layer, such as the ends of ConvNeXt's blocks,
+    count as layers too. Keras names a layer without a name by counting, such as `conv2d_7`, and
+    counts on through a whole process: these are counted from nought within the network.
     """
     keras = import_keras()
     layers = {
         layer.name: layer
-        for layer in network.layers
+        for layer in network.operations
         # The output of a model within the model is a tensor of its own graph.
         if not isinstance(layer, keras.layers.InputLayer) and not hasattr(layer, "layers")
     }

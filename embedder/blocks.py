@@ -8,6 +8,7 @@ import numpy as np
 
 from embedder.backbones import layer_outputs
 from embedder.errors import RecipeError
+from embedder.model_files import with_canonical_names
 from embedder.weights import import_keras, leaf_layers
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 _WIDE = re.compile(r".*?\d+[a-z]?(?=_|$)")  # such as `conv5` or `block6a`
 _NARROW = re.compile(r".*?\d+[a-z]?_block\d+_|.*?\d+[a-z]?_")  # such as `conv5_block1_`
 MAX_GROUPS = 8  # of layers with a learning rate each; more make more optimizers and gain nothing
+
+# Layers between a block and a cut: a block has 40 at most, and below that of NASNet, whose every
+# cell needs the two before it, nothing is left to be gained.
+_MAX_BETWEEN = 100
 
 
 def block_name(layer_name: str) -> str:
@@ -50,13 +55,16 @@ def layer_groups(network: "keras.Model") -> "dict[str, list[keras.Layer]]":
 def layers_of(network: "keras.Model", block: str) -> "list[keras.Layer]":
     """Layers whose name is `block`, or begins with it: `conv5` does not name `conv50_relu`.
 
+    Names are those of `backbones.layer_outputs`.
+
     Raises:
         RecipeError: There are none.
     """
     begins = re.compile(rf"{re.escape(block)}(?![0-9a-zA-Z])")
-    layers = [layer for layer in network.layers if begins.match(layer.name)]
+    named = with_canonical_names({layer.name: layer for layer in network.layers})
+    layers = [layer for name, layer in named.items() if begins.match(name)]
     if not layers:
-        names = dict.fromkeys(block_name(layer.name) for layer in network.layers)
+        names = dict.fromkeys(block_name(name) for name in named)
         raise RecipeError(
             f"A block must be the name of layers of {network.name}, or their beginning, such as "
             f"{', '.join(list(names)[-8:])}. Received: {block}"
@@ -78,19 +86,20 @@ def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None
         the layers above it need.
 
     Raises:
-        RecipeError: There is no such block, or nothing below it to cut at.
+        RecipeError: There is no such block, or nothing close below it to cut at.
     """
     below = import_keras().Model(network.inputs, top)
     start = _last_resolution(below) if block is None else layers_of(below, block)[0]
-    order = below.layers[: below.layers.index(start)]
     names = {id(output): name for name, output in layer_outputs(network)}
-    for layer in reversed(order):
+    order = below.operations
+    for layer in order[: order.index(start)][: -_MAX_BETWEEN - 1 : -1]:
         name = names.get(id(layer.output))
         if name is not None and can_cut(layer.output, top):
             return name
     raise RecipeError(
-        f"The network must have a place below the block where it can be cut in two. "
-        f"Received: {network.name}, with none below {start.name}"
+        f"The network must have a place at most {_MAX_BETWEEN} layers below the block where it can "
+        f"be cut in two; other strategies need none. Received: {network.name}, with none below "
+        f"{start.name}"
     )
 
 

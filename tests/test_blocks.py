@@ -37,6 +37,7 @@ def chain(*names: str) -> Any:
         ("mobilenet", "conv_dw_13", "conv_pw_12_relu"),
         ("mobilenet-v2", "block_13", "block_12_add"),
         ("inception-v3", None, "mixed7"),
+        ("convnext-tiny", None, "add_14"),  # a sum that is no layer
     ],
 )
 def test_a_network_is_cut_below_a_block(backbone: str, block: str | None, cut: str) -> None:
@@ -50,6 +51,9 @@ def test_a_block_that_is_not_there_or_has_nothing_below_is_refused() -> None:
         find_cut(network, network.outputs[0], "conv_dw_99")
     with pytest.raises(RecipeError, match="none below conv1"):
         find_cut(network, network.outputs[0], "conv1")
+    network = BACKBONES["nasnet-mobile"].make(SIZE)  # its stem alone could be cut off
+    with pytest.raises(RecipeError, match="at most 100 layers below"):
+        find_cut(network, network.outputs[0], None)
 
 
 def test_a_block_is_named_by_whole_words() -> None:
