@@ -98,6 +98,7 @@ def _scores(
     import tensorflow as tf
 
     variables = [kernel for _, kernel in kernels]
+    entropy = examples.cross_entropy()
 
     def gradients(inputs: Any, targets: Any) -> Any:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -106,7 +107,7 @@ def _scores(
                 inputs = tunable.below_the_cut(tf.cast(inputs, tf.float32))
             # As in inference: what matters to the network as it is.
             logits = tunable.logits(inputs)[0]
-            loss = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+            loss = tf.reduce_mean(entropy(targets, logits))
         return tape.gradient(loss, [variable.value for variable in variables])
 
     gradients_of = compiled(gradients)

@@ -280,6 +280,7 @@ class _Job:
             train=within(labelled, labelled.train),
             validation=within(labelled, labelled.validation),
             are_pixels=not options.is_cached,
+            is_multilabel=self.model.is_multilabel,
         )
         if options.kind.keeps_head:
             self._check_head(tunable, examples)
@@ -357,7 +358,7 @@ class _Job:
             tunable,
             groups,
             examples,
-            options.schedule(self.model.is_multilabel),
+            options.schedule(),
             augmenter,
             self.work / "checkpoint.npz",
             self.watch.epoch,

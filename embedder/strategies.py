@@ -1,6 +1,6 @@
 """Strategies of fine-tuning: which weights are trained, from which head on, and how fast."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,42 +163,38 @@ class TuneOptions:
         self._check_use()
 
     def _check_use(self) -> None:
-        """Refuse options that the strategy would not heed."""
-        kind = self.kind
-        of_new_heads = "pooling", "hidden", "dropout"
-        new_head = [name for name in of_new_heads if getattr(self, name) is not None]
-        if kind.keeps_head and new_head:
-            raise RecipeError(
-                f"`{new_head[0]}` is of a new head, and {self.strategy} keeps the model's. "
-                f"Received: {new_head[0]}={getattr(self, new_head[0])!r}"
-            )
-        if self.cut is not None and self.strategy != "cut":
-            raise RecipeError(f"`cut` is of the strategy cut. Received: {self.strategy}")
-        if self.is_cached and self.augment is not None:
-            raise RecipeError(
-                f"`augment` is of training from pixels; activations that are computed once are "
-                f"augmented by `views`. Received: {self.strategy}, augment={self.augment}"
-            )
-        if not self.is_cached and self.views is not None:
-            raise RecipeError(
-                f"`views` are of activations that are computed once; pixels are augmented by "
-                f"`augment`. Received: {self.strategy}, views={self.views}"
-            )
-        if self.from_pixels and not kind.is_cut:
-            raise RecipeError(
-                f"`from_pixels` is of the strategies head and cut. Received: {self.strategy}"
-            )
-        whole = [name for name in ("train_norm", "rate_decay") if getattr(self, name)]
-        if whole and self.strategy in (_HEAD, "partial"):
-            raise RecipeError(
-                f"`{whole[0]}` is of strategies that train whole blocks. Received: {self.strategy}"
-            )
-        if self.blocks and self.strategy != "partial":
-            raise RecipeError(f"`blocks` are of the strategy partial. Received: {self.strategy}")
-        if self.auxiliary is not None and self.strategy in (_HEAD, SCRATCH):
-            raise RecipeError(
-                f"`auxiliary` needs a pretrained network that is trained. Received: {self.strategy}"
-            )
+        """Refuse options that would not be heeded."""
+        kind, name = self.kind, self.strategy
+        with_new_head = not kind.keeps_head, "strategies with a new head"
+        with_whole_blocks = name not in (_HEAD, "partial"), "strategies that train whole blocks"
+        with_partial = name == "partial", "the strategy partial"
+        heeded = {
+            "pooling": with_new_head,
+            "hidden": with_new_head,
+            "dropout": with_new_head,
+            "cut": (name == "cut", "the strategy cut"),
+            "from_pixels": (kind.is_cut, "the strategies head and cut"),
+            "augment": (not self.is_cached, "training from pixels; activations have `views`"),
+            "views": (self.is_cached, "training from activations; pixels have `augment`"),
+            "train_norm": with_whole_blocks,
+            "rate_decay": with_whole_blocks,
+            "blocks": with_partial,
+            "fraction": with_partial,
+            "importance": with_partial,
+            "auxiliary": (
+                name not in (_HEAD, SCRATCH),
+                "strategies that train a pretrained network",
+            ),
+            "loss_weights": (self.auxiliary is not None, "training with `auxiliary`"),
+        }
+        for field in fields(self):
+            is_heeded, whose = heeded.get(field.name, (True, ""))
+            value = getattr(self, field.name)
+            if not is_heeded and value != field.default:
+                raise RecipeError(
+                    f"`{field.name}` is of {whose}. Received: strategy={name}, "
+                    f"{field.name}={value!r}"
+                )
 
     @property
     def kind(self) -> Strategy:
@@ -215,7 +211,7 @@ class TuneOptions:
         """Whether training is from activations that are computed once."""
         return self.kind.is_cut and not self.from_pixels
 
-    def schedule(self, is_multilabel: bool) -> Schedule:
+    def schedule(self) -> Schedule:
         """How training goes."""
         auxiliary, main = self.loss_weights
         return Schedule(
@@ -229,7 +225,6 @@ class TuneOptions:
             ema=self.ema,
             patience=self.patience,
             seed=self.seed,
-            is_multilabel=is_multilabel,
         )
 
 

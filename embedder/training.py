@@ -62,6 +62,7 @@ class Examples:
         train: Places to learn from.
         validation: Places to stop by; may be empty.
         are_pixels: Whether inputs are pixels.
+        is_multilabel: Whether an image can have several labels.
     """
 
     inputs: NDArray[Any]
@@ -70,6 +71,15 @@ class Examples:
     train: NDArray[np.int64]
     validation: NDArray[np.int64]
     are_pixels: bool
+    is_multilabel: bool = False
+
+    def cross_entropy(self, label_smoothing: float = 0.0) -> "keras.Loss":
+        """The loss of targets and logits, (batch, n_classes) each, as (batch,)."""
+        kind = "BinaryCrossentropy" if self.is_multilabel else "CategoricalCrossentropy"
+        loss: keras.Loss = getattr(import_keras().losses, kind)(
+            from_logits=True, label_smoothing=label_smoothing, reduction=None
+        )
+        return loss
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,6 @@ class Schedule:
             keep the weights themselves.
         patience: Epochs without a lower validation loss after which training stops.
         seed: Of order, views and dropout.
-        is_multilabel: Whether an image can have several labels.
     """
 
     epochs: int
@@ -104,7 +113,6 @@ class Schedule:
     ema: float | None = None
     patience: int = 5
     seed: int = 0
-    is_multilabel: bool = False
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,7 @@ class _Trainer:
     def _make_step(self, number: int) -> Any:
         import tensorflow as tf
 
-        keras, schedule, tunable = import_keras(), self._schedule, self._tunable
+        schedule, tunable = self._schedule, self._tunable
         groups = zip(self._groups, self._optimizers, strict=True)
         active = [(g, o) for g, o in groups if g.from_epoch <= number]
         pairs = [pair for group, _ in active for pair in group.masked]
@@ -286,10 +294,7 @@ class _Trainer:
         positions = {id(v): i for i, v in enumerate(self._trained)}
         averages = [self._averages[positions[id(v)]] for v in variables] if self._averages else []
         momentum = schedule.ema or 0.0
-        kind = "BinaryCrossentropy" if schedule.is_multilabel else "CategoricalCrossentropy"
-        entropy = getattr(keras.losses, kind)(
-            from_logits=True, label_smoothing=schedule.label_smoothing, reduction=None
-        )
+        entropy = self._examples.cross_entropy(schedule.label_smoothing)
 
         def loss_of(inputs: Any, targets: Any, weights: Any) -> Any:
             activations = inputs
@@ -422,6 +427,6 @@ def _judge(
     batches = np.split(rows, range(schedule.batch_size, len(rows), schedule.batch_size))
     logits = np.concatenate([np.asarray(logits_of(examples.inputs[b, 0])) for b in batches])
     targets = examples.targets[rows]
-    codes = targets.astype(np.int64) if schedule.is_multilabel else targets.argmax(axis=1)
+    codes = targets.astype(np.int64) if examples.is_multilabel else targets.argmax(axis=1)
     scores = calibrate(logits, codes).scores
     return scores["log_loss"], scores["accuracy"]

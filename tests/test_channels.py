@@ -1,11 +1,12 @@
 """Channels: those that matter most are chosen, on networks where one can tell by eye."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import expit, softmax
 
 from embedder.channels import CRITERIA, channel_masks
 from embedder.errors import RecipeError
@@ -94,19 +95,25 @@ def test_a_channel_that_the_output_does_not_see_is_never_chosen(criterion: str) 
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_scores_are_those_of_the_papers_worked_out_by_hand(criterion: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "is_multilabel"), [(0, False), (1, True), (2, False)])
+def test_scores_are_those_of_the_papers_worked_out_by_hand(
+    criterion: str, seed: int, is_multilabel: bool
+) -> None:
     dense = import_keras().layers.Dense(30, use_bias=False, name="dense")
     head = random_kernel(30, seed)
     # A head with dropout: the network is looked at as it is after training.
-    tiny, examples = make_tiny([dense], head, dropout=0.9), make_examples(7, seed)
+    tiny = make_tiny([dense], head, dropout=0.9)
+    examples = replace(make_examples(7, seed), is_multilabel=is_multilabel)
     kernel = np.random.default_rng(seed).normal(size=(3, 30)).astype(np.float32)
     dense.set_weights([kernel])
     scores = np.zeros(30)
     order = np.random.default_rng(5).permutation(examples.train)
     for rows in (order[:4], order[4:]):  # 6 images to learn from, in batches of 4
         x = examples.inputs[rows, 0].mean(axis=(1, 2)) / 255.0
-        errors = (softmax(x @ kernel @ head, axis=1) - examples.targets[rows]) / len(rows)
+        logits = x @ kernel @ head
+        found = expit(logits) / NUM_CLASSES if is_multilabel else softmax(logits, axis=1)
+        wanted = examples.targets[rows] / (NUM_CLASSES if is_multilabel else 1)
+        errors = (found - wanted) / len(rows)
         gradient = x.T @ errors @ head.T
         if criterion == "taylor":
             scores += (gradient * kernel).sum(axis=0) ** 2

@@ -192,7 +192,7 @@ def test_partial_changes_a_few_channels_and_nothing_else(world: Path) -> None:
     )
     options = TuneOptions(strategy="partial", blocks=("stage6_block2",), fraction=0.05, epochs=1)
     groups = plan_groups(tunable, examples, options, tunable.upper)
-    schedule = options.schedule(is_multilabel=False)
+    schedule = options.schedule()
     train_network(tunable, groups, examples, schedule, Augmenter((), 0))
     before = load_network(recipe)
     num_changed = 0

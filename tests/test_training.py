@@ -260,8 +260,8 @@ def test_several_labels_are_learned_each_for_itself() -> None:
     tiny, examples = make_tiny(), make_examples()
     targets = examples.targets.copy()
     targets[:, 0] = 1.0
-    examples = replace(examples, targets=targets)
-    schedule = replace(PLAIN, epochs=30, batch_size=6, is_multilabel=True, patience=30)
+    examples = replace(examples, targets=targets, is_multilabel=True)
+    schedule = replace(PLAIN, epochs=30, batch_size=6, patience=30)
     epochs = run(tiny, groups_of(tiny), schedule, examples=examples)
     logits = np.asarray(tiny.logits(tiny.below_the_cut(examples.inputs[:, 0].astype("f4")))[0])
     assert (logits[:, 0] > 0).all()
