@@ -99,6 +99,7 @@ def finetune(
             weight_decay=weight_decay,
             label_smoothing=label_smoothing,
             class_weight=class_weight,
+            unlabelled=unlabelled,
             augment=_parse_augment(augment),
             views=views,
             cut=cut,
@@ -126,7 +127,6 @@ def finetune(
                 options,
                 RunOptions(engine=engine, workers=workers),
                 activations,
-                unlabelled,
                 watch,
             )
         if report and tuned.head is not None:

@@ -25,7 +25,7 @@ from embedder.folding import fold
 from embedder.judging import PSEUDO_LABELS_FILE
 from embedder.keras_head import classifier_layers
 from embedder.model import METRICS_FILE, Model
-from embedder.pseudo_labelled import add_pseudo_labels
+from embedder.pseudo_labelled import More, add_pseudo_labels
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store import Store
 from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups
@@ -91,7 +91,6 @@ def finetune(
     options: TuneOptions | None = None,
     run_options: RunOptions | None = None,
     activations: str | os.PathLike[str] | None = None,
-    unlabelled: str | None = None,
     watch: Watcher | None = None,
 ) -> Tuned:
     """Train a model's backbone and head further, and test it on the images the model was tested on.
@@ -109,8 +108,6 @@ def finetune(
         run_options: How images are extracted.
         activations: Store of the activations at the cut, to make or to take; None for one that
             goes at the end.
-        unlabelled: Images without labels, as `extract` takes them, that get pseudo-labels from the
-            model where its guard finds that they help it; None for none.
         watch: What is called meanwhile.
 
     Raises:
@@ -122,34 +119,17 @@ def finetune(
     options, run_options = options or TuneOptions(), run_options or RunOptions()
     model, folder = Model.load(model_path), Path(out)
     labelled = read_labelled(model_path, model, options.seed)
-    request = _request(model, labelled, options) | {"unlabelled": unlabelled}
+    request = _request(model, labelled, options)
     if (done := _done_before(folder, request)) is not None:
         return Tuned(folder, done, None)
-    check_model_folder(folder)
-    _check_backbone(model.recipe)
-    if folder.resolve() == Path(model_path).resolve():
-        raise RecipeError(f"OUT must be another folder than MODEL. Received: {folder} for both")
-    if options.kind.keeps_head:
-        fold(model)  # refuses a head that is not made of layers
-    if unlabelled is not None and options.is_cached:
-        raise RecipeError(
-            f"Unlabelled images need training from pixels, --from-pixels. "
-            f"Received: {options.strategy} from activations"
-        )
+    _check(model, Path(model_path), folder, options)
     paths = find_paths(source, labelled)
     work, features = (folder.with_name(f"{folder.name}.{name}") for name in ("tuning", "features"))
     _open(work, request)
     job = _Job(model, labelled, options, run_options, work, watch or Watcher())
-    more = None
-    is_clean = "tuning" in model.record  # a tuned model has not seen its validation images
-    if unlabelled is not None or (options.kind.keeps_head and not is_clean):
-        found = head_task(model, labelled, source, work, run_options)
-        if not is_clean:
-            job.start = starting_model(model, labelled, found)
-        if unlabelled is not None:
-            more = add_pseudo_labels(job.start, labelled, found, unlabelled, work, run_options)
-            job.labelled, paths = more.labelled, [*paths, *more.paths]
-        job.stopwatch.lap("head")
+    more = job.find_start(source)
+    if more is not None:
+        paths += more.paths
     tunable, examples = job.prepare(source, paths, activations)
     epochs = job.train(tunable, examples)
     recipe = save_backbone(tunable.network, job.recipe, options, folder)
@@ -174,12 +154,18 @@ def finetune(
     return Tuned(folder, metrics, head)
 
 
-def _check_backbone(recipe: Recipe) -> None:
-    if recipe.backbone.startswith(hub.PREFIX):
+def _check(model: Model, path: Path, folder: Path, options: TuneOptions) -> None:
+    """Refuse what cannot be done before anything is made."""
+    check_model_folder(folder)
+    if model.recipe.backbone.startswith(hub.PREFIX):
         raise RecipeError(
             f"Backbones of `embedder backbones` and `.keras` files can be fine-tuned, presets of "
-            f"KerasHub cannot. Received: {recipe.backbone}"
+            f"KerasHub cannot. Received: {model.recipe.backbone}"
         )
+    if folder.resolve() == path.resolve():
+        raise RecipeError(f"OUT must be another folder than MODEL. Received: {folder} for both")
+    if options.kind.keeps_head:
+        fold(model)  # refuses a head that is not made of layers
 
 
 def _drop_older_features(path: Path, recipe: Recipe) -> None:
@@ -248,6 +234,25 @@ class _Job:
         self.recipe = tuned_recipe(model, options)
         self.stopwatch = Stopwatch()
         self.num_tuned = 0
+
+    def find_start(self, source: str | os.PathLike[str]) -> More | None:
+        """The head that training starts from, and what it makes of images without labels."""
+        options, model = self.options, self.model
+        is_clean = "tuning" in model.record  # a tuned model has not seen its validation images
+        needs_head = options.kind.keeps_head and not is_clean
+        if options.unlabelled is None and not needs_head:
+            return None
+        found = head_task(model, self.labelled, source, self.work, self.run_options)
+        if not is_clean:
+            self.start = starting_model(model, self.labelled, found)
+        more = None
+        if options.unlabelled is not None:
+            more = add_pseudo_labels(
+                self.start, self.labelled, found, options.unlabelled, self.work, self.run_options
+            )
+            self.labelled = more.labelled
+        self.stopwatch.lap("head")
+        return more
 
     def prepare(
         self,

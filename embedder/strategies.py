@@ -73,6 +73,8 @@ class TuneOptions:
         weight_decay: Apart from the gradient, in units of the learning rate.
         label_smoothing: 0 to below 1.
         class_weight: None, or `balanced`.
+        unlabelled: Images without labels, as `extract` takes them, that get pseudo-labels from the
+            model where its guard finds that they help it; None for none.
         augment: Of `augmentation.AUGMENTATIONS`, where training is from pixels; None for flip.
         views: Views an image, where activations are computed once; None for 4.
         cut: Lowest block that is trained above a cut; None for `blocks.find_cut`'s own choice.
@@ -102,6 +104,7 @@ class TuneOptions:
     weight_decay: float = 1e-4
     label_smoothing: float = 0.1
     class_weight: str | None = None
+    unlabelled: str | None = None
     augment: tuple[str, ...] | None = None
     views: int | None = None
     cut: str | None = None
@@ -175,6 +178,7 @@ class TuneOptions:
             "cut": (name == "cut", "the strategy cut"),
             "from_pixels": (kind.is_cut, "the strategies head and cut"),
             "augment": (not self.is_cached, "training from pixels; activations have `views`"),
+            "unlabelled": (not self.is_cached, "training from pixels"),
             "views": (self.is_cached, "training from activations; pixels have `augment`"),
             "train_norm": with_whole_blocks,
             "rate_decay": with_whole_blocks,

@@ -154,6 +154,7 @@ def test_the_channels_with_the_largest_gradients_are_chosen() -> None:
         ({"strategy": "partial", "pooling": "max"}, "Received: strategy=partial, pooling='max'"),
         ({"strategy": "head", "cut": "conv5"}, "`cut` is of the strategy cut. Received: s.*=head,"),
         ({"strategy": "cut", "blocks": ("conv5",)}, "`blocks` is of the strategy partial"),
+        ({"strategy": "cut", "unlabelled": "x"}, "`unlabelled` is of training from pixels"),
         ({"strategy": "head", "augment": ()}, "`augment` is of training from pixels"),
         ({"strategy": "cut", "from_pixels": True, "views": 2}, "`views` is of training from act"),
         ({"strategy": "scratch", "views": 2}, "`views` is of training from activations"),
