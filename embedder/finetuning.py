@@ -30,7 +30,7 @@ from embedder.recipe import EMBEDDING, Recipe
 from embedder.store import Store
 from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups
 from embedder.trained import Head, Stopwatch, check_model_folder
-from embedder.training import Epoch, Examples, train
+from embedder.training import Epoch, Examples, find_optimizer, train
 from embedder.tunable import FEATURES, Tunable, make_tunable
 from embedder.tuned import Tuning, judge_tuned, save_backbone, tuned_recipe
 from embedder.tuning_data import (
@@ -164,6 +164,7 @@ def _check(model: Model, path: Path, folder: Path, options: TuneOptions) -> None
         )
     if folder.resolve() == path.resolve():
         raise RecipeError(f"OUT must be another folder than MODEL. Received: {folder} for both")
+    find_optimizer(options.usual("optimizer"))
     if options.kind.keeps_head:
         fold(model)  # refuses a head that is not made of layers
 

@@ -193,8 +193,8 @@ class _Trainer:
     ) -> None:
         self._tunable, self._examples, self._schedule = tunable, examples, schedule
         self._groups, self._augmenter = groups, augmenter
-        self._steps_per_epoch = -(-len(examples.train) // schedule.batch_size)
-        self._optimizers = [self._optimizer(group) for group in groups]
+        steps_per_epoch = -(-len(examples.train) // schedule.batch_size)
+        self._optimizers = [make_optimizer(group, schedule, steps_per_epoch) for group in groups]
         models = [tunable.upper, *tunable.heads, *augmenter.layers]
         found = {id(v): v for model in models for v in model.variables}
         self._variables = list(found.values())
@@ -206,35 +206,6 @@ class _Trainer:
         self._step: Any = None
         self._active = 0
         self.epochs: list[Epoch] = []
-
-    def _optimizer(self, group: Group) -> "keras.Optimizer":
-        """An optimizer for one group: Keras has one learning rate for each optimizer."""
-        keras, schedule = import_keras(), self._schedule
-        num_epochs = schedule.epochs + 1 - group.from_epoch
-        steps = max(1, num_epochs * self._steps_per_epoch)
-        warmup = round(schedule.warmup * steps)
-        peak = schedule.learning_rate * group.rate
-        rate = keras.optimizers.schedules.CosineDecay(
-            0.0 if warmup else peak,
-            max(1, steps - warmup),
-            warmup_target=peak if warmup else None,
-            warmup_steps=warmup,
-        )
-        try:
-            kind = type(keras.optimizers.get(schedule.optimizer))
-        except ValueError:
-            raise RecipeError(
-                f"`optimizer` must be the name of a Keras optimizer, such as adamw, rmsprop or "
-                f"sgd. Received: optimizer={schedule.optimizer}"
-            ) from None
-        extra = {"momentum": _MOMENTUM} if kind is keras.optimizers.SGD else {}
-        optimizer = kind(rate, weight_decay=schedule.weight_decay or None, **extra)
-        if schedule.weight_decay:
-            # A decay would change what a mask keeps, and biases and scales are not to fade.
-            kept = [v for v, mask in group.masked if mask is not None or len(v.shape) < 2]
-            optimizer.exclude_from_weight_decay(var_list=kept)
-        optimizer.build(group.variables)
-        return optimizer
 
     @property
     def _losses(self) -> list[float]:
@@ -395,6 +366,48 @@ class _Trainer:
         num_best = sum(name.startswith("best_") for name in arrays)
         self._best = [arrays[f"best_{i}"] for i in range(num_best)]
         self.epochs = [Epoch(**epoch) for epoch in json.loads(str(arrays["epochs"]))]
+
+
+def find_optimizer(name: str) -> "type[keras.Optimizer]":
+    """A kind of optimizer by its name.
+
+    Raises:
+        RecipeError: Keras has no such optimizer.
+    """
+    try:
+        return type(import_keras().optimizers.get(name))
+    except ValueError:
+        raise RecipeError(
+            f"`optimizer` must be the name of a Keras optimizer, such as adamw, rmsprop or "
+            f"sgd. Received: optimizer={name}"
+        ) from None
+
+
+def make_optimizer(group: Group, schedule: Schedule, steps_per_epoch: int) -> "keras.Optimizer":
+    """An optimizer for one group: Keras has one learning rate for each optimizer.
+
+    Raises:
+        RecipeError: As in `find_optimizer`.
+    """
+    keras = import_keras()
+    steps = max(1, (schedule.epochs + 1 - group.from_epoch) * steps_per_epoch)
+    warmup = round(schedule.warmup * steps)
+    peak = schedule.learning_rate * group.rate
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else peak,
+        max(1, steps - warmup),
+        warmup_target=peak if warmup else None,
+        warmup_steps=warmup,
+    )
+    kind = find_optimizer(schedule.optimizer)
+    extra = {"momentum": _MOMENTUM} if kind is keras.optimizers.SGD else {}
+    optimizer = kind(rate, weight_decay=schedule.weight_decay or None, **extra)
+    if schedule.weight_decay:
+        # A decay would change what a mask keeps, and biases and scales are not to fade.
+        kept = [v for v, mask in group.masked if mask is not None or len(v.shape) < 2]
+        optimizer.exclude_from_weight_decay(var_list=kept)
+    optimizer.build(group.variables)
+    return optimizer
 
 
 def _copy_of(variable: "keras.Variable") -> "keras.Variable":

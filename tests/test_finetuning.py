@@ -294,6 +294,8 @@ def test_what_makes_no_sense_is_refused_and_nothing_started(world: Path, tmp_pat
         finetune(tmp_path / "knn", world / "photos", out)
     with pytest.raises(RecipeError, match="OUT must be another folder than MODEL"):
         finetune(world / "model", world / "photos", world / "model")
+    with pytest.raises(RecipeError, match="name of a Keras optimizer.*optimizer=adm"):
+        finetune(world / "model", world / "photos", out, TuneOptions(optimizer="adm"))
     assert {path.name for path in tmp_path.iterdir()} == {"few", "kfold", "knn"}
     out.mkdir()
     (out / "diary.txt").write_text("mine")

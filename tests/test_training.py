@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 from embedder.augmentation import Augmenter
 from embedder.errors import Unfinished
-from embedder.training import Epoch, Examples, Group, Schedule, train
+from embedder.training import Epoch, Examples, Group, Schedule, make_optimizer, train
 from embedder.tunable import Tunable, thaw_normalisation
 from embedder.weights import import_keras
 
@@ -95,6 +96,73 @@ def test_the_rate_of_a_group_scales_its_update() -> None:
     assert np.abs(updates[0][0]).max() > 1e-4
     np.testing.assert_allclose(updates[1][0], 0.25 * updates[0][0], rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(updates[1][1], 0.5 * updates[0][1], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "rates"),
+    [
+        (0.1, {0: 0.0, 1: 0.1, 2: 0.2, 11: 0.1, 20: 0.0}),
+        (0.0, {0: 0.2, 10: 0.1, 20: 0.0}),
+    ],
+)
+def test_a_rate_rises_and_falls_within_the_groups_own_epochs(
+    warmup: float, rates: dict[int, float]
+) -> None:
+    group = replace(groups_of(make_tiny())[1], rate=0.5, from_epoch=3)
+    schedule = replace(PLAIN, epochs=4, learning_rate=0.4, warmup=warmup)
+    optimizer = make_optimizer(group, schedule, steps_per_epoch=10)
+    for step, rate in rates.items():
+        optimizer.iterations.assign(step)
+        assert float(optimizer.learning_rate) == pytest.approx(rate, abs=1e-7), step
+    assert optimizer.momentum == 0.9
+
+
+class Recorded(np.ndarray[Any, Any]):
+    """Inputs that remember which of them were looked at."""
+
+    keys: list[tuple[Any, Any]]
+
+    def __getitem__(self, key: Any) -> Any:
+        self.keys.append(key)
+        return np.asarray(self)[key]
+
+
+def test_each_epoch_sees_every_image_once_in_an_order_and_views_of_its_own() -> None:
+    examples = make_examples()
+    recorded = examples.inputs.view(Recorded)
+    recorded.keys = []
+    schedule = replace(PLAIN, epochs=2, batch_size=5)
+    tiny = make_tiny()
+    run(tiny, groups_of(tiny), schedule, examples=replace(examples, inputs=recorded))
+    trained = [key for key in recorded.keys if not isinstance(key[1], int)]
+    assert [len(rows) for rows, _ in trained] == 2 * [5, 5, 5, 3]
+    orders, views = (
+        [np.concatenate([key[part] for key in trained[n : n + 4]]).tolist() for n in (0, 4)]
+        for part in (0, 1)
+    )
+    wanted = examples.train.tolist()
+    assert all(sorted(order) == wanted for order in orders)
+    assert len({tuple(order) for order in [*orders, wanted]}) == 3
+    assert all(set(found) == {0, 1} for found in views)
+    assert views[0] != views[1]
+    judged = np.concatenate([rows for rows, view in recorded.keys if isinstance(view, int)])
+    assert set(judged.tolist()) == set(examples.validation.tolist())
+    assert {view for _, view in recorded.keys if isinstance(view, int)} == {0}
+
+
+def test_an_epochs_loss_is_the_mean_over_its_images() -> None:
+    tiny, examples = make_tiny(), make_examples()
+    dense = tiny.head.layers[-1]
+    tiny = replace(tiny, head=import_keras().Sequential([import_keras().Input((6,)), dense]))
+    weights = np.linspace(0.5, 3.0, NUM_IMAGES, dtype=np.float32)
+    examples = replace(examples, inputs=examples.inputs[:, :1], weights=weights)
+    pixels = examples.inputs[examples.train, 0].astype(np.float32)
+    logits = np.asarray(tiny.logits(tiny.below_the_cut(pixels))[0])
+    smooth = 0.9 * examples.targets[examples.train] + 0.1 / 3
+    wanted = -(weights[examples.train] * (smooth * log_softmax(logits, axis=1)).sum(axis=1)).mean()
+    schedule = replace(PLAIN, batch_size=13, learning_rate=1e-9, label_smoothing=0.1)
+    _, epoch = run(tiny, groups_of(tiny), schedule, examples=examples)
+    assert epoch.loss == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop"])
