@@ -18,8 +18,8 @@ _WIDE = re.compile(r".*?\d+[a-z]?(?=_|$)")  # such as `conv5` or `block6a`
 _NARROW = re.compile(r".*?\d+[a-z]?_block\d+_|.*?\d+[a-z]?_")  # such as `conv5_block1_`
 MAX_GROUPS = 8  # of layers with a learning rate each; more make more optimizers and gain nothing
 
-# Layers between a block and a cut: a block has 40 at most, and below that of NASNet, whose every
-# cell needs the two before it, nothing is left to be gained.
+# Layers between a block and a cut: more than a block has. NASNet, whose every cell needs the two
+# before it, has no place to be cut but its stem, below which is next to nothing.
 _MAX_BETWEEN = 100
 
 
@@ -92,7 +92,8 @@ def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None
     start = _last_resolution(below) if block is None else layers_of(below, block)[0]
     names = {id(output): name for name, output in layer_outputs(network)}
     order = below.operations
-    for layer in order[: order.index(start)][: -_MAX_BETWEEN - 1 : -1]:
+    place = order.index(start)
+    for layer in reversed(order[max(0, place - _MAX_BETWEEN) : place]):
         name = names.get(id(layer.output))
         if name is not None and can_cut(layer.output, top):
             return name

@@ -103,10 +103,8 @@ def _scores(
     def gradients(inputs: Any, targets: Any) -> Any:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([variable.value for variable in variables])
-            if examples.are_pixels:
-                inputs = tunable.below_the_cut(tf.cast(inputs, tf.float32))
             # As in inference: what matters to the network as it is.
-            logits = tunable.logits(inputs)[0]
+            logits = tunable.predicted(inputs, examples.are_pixels)
             loss = tf.reduce_mean(entropy(targets, logits))
         return tape.gradient(loss, [variable.value for variable in variables])
 

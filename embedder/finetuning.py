@@ -337,9 +337,8 @@ class _Job:
 
     def _check_head(self, tunable: Tunable, examples: Examples) -> None:
         """Refuse to start from another place than where the model is."""
-        ops = import_keras().ops
-        pixels = ops.cast(examples.inputs[:_NUM_CHECKED, 0], "float32")
-        features = tunable.upper(tunable.below_the_cut(pixels), training=False)["features"]
+        pixels = examples.inputs[:_NUM_CHECKED, 0]
+        features = tunable.upper(tunable.below_the_cut(pixels), training=False)[FEATURES]
         logits = np.asarray(tunable.head(features, training=False))
         ours = probabilities_of(logits, 1.0, self.model.is_multilabel)
         theirs = self.start.probabilities(np.asarray(features, np.float32))

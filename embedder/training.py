@@ -202,7 +202,7 @@ class _Trainer:
         self._averages = [] if schedule.ema is None else [_copy_of(v) for v in trained]
         self._trained = trained
         self._best: list[NDArray[Any]] = []
-        self._logits = _logits_function(tunable, examples.are_pixels)
+        self._logits = compiled(lambda inputs: tunable.predicted(inputs, examples.are_pixels))
         self._step: Any = None
         self._active = 0
         self.epochs: list[Epoch] = []
@@ -420,17 +420,6 @@ def compiled(function: Any) -> Any:
 
     # XLA is ten times slower on CPU for depthwise convolutions.
     return tf.function(function, reduce_retracing=True, jit_compile=False, autograph=False)
-
-
-def _logits_function(tunable: Tunable, are_pixels: bool) -> Any:
-    import tensorflow as tf
-
-    def logits(inputs: Any) -> Any:
-        if are_pixels:
-            inputs = tunable.below_the_cut(tf.cast(inputs, tf.float32))
-        return tunable.logits(inputs)[0]
-
-    return compiled(logits)
 
 
 def _judge(

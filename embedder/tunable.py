@@ -50,8 +50,8 @@ class Tunable:
         return [self.head] if self.auxiliary_head is None else [self.head, self.auxiliary_head]
 
     def below_the_cut(self, pixels: Any) -> Any:
-        """Activations at the cut, of float32 RGB (batch, height, width, 3) of 0 to 255."""
-        x = self.preprocess(pixels)
+        """Activations at the cut, of RGB (batch, height, width, 3) of 0 to 255."""
+        x = self.preprocess(import_keras().ops.cast(pixels, "float32"))
         return x if self.lower is None else self.lower(x, training=False)
 
     def logits(self, activations: Any, training: bool = False) -> list[Any]:
@@ -62,6 +62,10 @@ class Tunable:
         if self.auxiliary_head is not None:
             found.append(self.auxiliary_head(outputs[_AUXILIARY], training=training))
         return found
+
+    def predicted(self, inputs: Any, are_pixels: bool) -> Any:
+        """Logits of the main head in inference, of pixels or of activations at the cut."""
+        return self.logits(self.below_the_cut(inputs) if are_pixels else inputs)[0]
 
 
 def make_tunable(
