@@ -20,6 +20,7 @@ from conftest import make_archive
 from numpy.typing import NDArray
 
 import embedder
+from embedder import scratch
 from embedder.augmentation import Augmenter
 from embedder.backbones import load_network
 from embedder.comparison import compare, read_tested
@@ -256,6 +257,11 @@ def test_scratch_is_a_network_of_its_own(world: Path, tmp_path: Path) -> None:
         "block2_conv",
         "block3_conv",
     ]
+    losses = [epoch["validation_loss"] for epoch in tuned.metrics["tuning"]["epochs"]]
+    assert losses.index(min(losses)) > 0  # so that what was trained is kept
+    trained = load_network(model.recipe).get_weights()
+    untrained = scratch.make_network(model.recipe.image_size, 0).get_weights()
+    assert not any(np.array_equal(a, b) for a, b in zip(trained, untrained, strict=True))
     predict(tuned.path, world / "photos", tmp_path / "p.parquet")
     assert pq.read_metadata(tmp_path / "p.parquet").num_rows == NUM_IMAGES
 
