@@ -17,9 +17,8 @@ from embedder import hub, scratch
 from embedder.augmentation import Augmenter
 from embedder.backbones import dtype_policy, layer_outputs, load_network, tapped_tensors
 from embedder.blocks import find_cut
-from embedder.calibration import probabilities_of
 from embedder.engines import best_training_precision
-from embedder.errors import ModelError, RecipeError, Unfinished
+from embedder.errors import ModelError, RecipeError
 from embedder.extract import Progress, RunOptions, run_extraction
 from embedder.folding import fold
 from embedder.judging import PSEUDO_LABELS_FILE
@@ -32,18 +31,16 @@ from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups
 from embedder.trained import Head, Stopwatch, check_model_folder
 from embedder.training import Epoch, Examples, find_optimizer, train
 from embedder.tunable import FEATURES, Tunable, make_tunable
-from embedder.tuned import Tuning, judge_tuned, save_backbone, tuned_recipe
+from embedder.tuned import Tuning, activations_recipe, judge_tuned, save_backbone, tuned_recipe
 from embedder.tuning_data import (
     Labelled,
     decode_pixels,
+    examples_of,
     find_paths,
     read_activations,
     read_labelled,
-    targets_of,
-    weights_of,
-    within,
 )
-from embedder.warm_start import head_task, starting_model
+from embedder.warm_start import check_start, head_task, starting_model
 from embedder.weights import import_keras, logger
 
 if TYPE_CHECKING:
@@ -52,7 +49,6 @@ if TYPE_CHECKING:
 _REQUEST_FILE = "request.json"
 _DEFAULT_VIEWS = 4
 _DEFAULT_AUGMENT = ("flip",)
-_TOLERANCE = 1e-3  # of a probability, before the first step: float32 sums in another order
 _NUM_CHECKED = 64
 
 
@@ -273,23 +269,14 @@ class _Job:
             inputs = decode_pixels(paths, labelled, self.recipe, file)
             self.stopwatch.lap("decode")
         else:
-            recipe = self._activations_recipe(cut)
+            recipe = activations_recipe(self.recipe, cut, options.views or _DEFAULT_VIEWS)
             store = os.fspath(activations or self.work / "activations")
             run_extraction(source, {store: recipe}, self.run_options, self.watch.run)
             inputs = read_activations(Store(store), labelled, self.work / "activations.npy")
             self.stopwatch.lap("activations")
-        targets = targets_of(labelled, self.model)
-        examples = Examples(
-            inputs=inputs,
-            targets=targets[labelled.learned],
-            weights=weights_of(targets, labelled.train, options.class_weight)[labelled.learned],
-            train=within(labelled, labelled.train),
-            validation=within(labelled, labelled.validation),
-            are_pixels=not options.is_cached,
-            is_multilabel=self.model.is_multilabel,
-        )
+        examples = examples_of(labelled, self.model, inputs, options)
         if options.kind.keeps_head:
-            self._check_head(tunable, examples)
+            check_start(tunable, examples.inputs[:_NUM_CHECKED, 0], self.start)
         return tunable, examples
 
     def _network(self) -> "keras.Model":
@@ -312,14 +299,6 @@ class _Job:
         top = tapped_tensors(network, self.recipe)[EMBEDDING]
         return find_cut(network, top, options.cut)
 
-    def _activations_recipe(self, cut: str | None) -> Recipe:
-        """The recipe of what is below the cut, as the model's features are made."""
-        views = self.options.views or _DEFAULT_VIEWS
-        changes: dict[str, Any] = {"views": views, "precision": "float32"}
-        if cut != FEATURES:
-            changes |= {"layers": (cut,), "pooling": "none", "l2_normalise": False}
-        return self.recipe.model_copy(update=changes)
-
     def _with_heads(self, tunable: Tunable) -> Tunable:
         """Add the model's own head, or a new one, and the auxiliary one."""
         options, num_classes = self.options, len(self.model.classes)
@@ -334,20 +313,6 @@ class _Job:
             width = tunable.upper.output["auxiliary"].shape[-1]
             auxiliary = _new_head(width, num_classes, 0, 0.0, options.seed + 1)
         return replace(tunable, head=head, auxiliary_head=auxiliary)
-
-    def _check_head(self, tunable: Tunable, examples: Examples) -> None:
-        """Refuse to start from another place than where the model is."""
-        pixels = examples.inputs[:_NUM_CHECKED, 0]
-        features = tunable.upper(tunable.below_the_cut(pixels), training=False)[FEATURES]
-        logits = np.asarray(tunable.head(features, training=False))
-        ours = probabilities_of(logits, 1.0, self.model.is_multilabel)
-        theirs = self.start.probabilities(np.asarray(features, np.float32))
-        difference = float(np.abs(ours - theirs).max())
-        if difference > _TOLERANCE:
-            raise Unfinished(
-                f"Before the first step the network must predict what the model predicts, to "
-                f"within {_TOLERANCE}. Received: probabilities that differ by {difference:.2g}"
-            )
 
     def train(self, tunable: Tunable, examples: Examples) -> list[Epoch]:
         """Train the network."""

@@ -26,6 +26,7 @@ from embedder.strategies import SCRATCH, TuneOptions
 from embedder.streamed import read_logits
 from embedder.trained import Head, TrainOptions
 from embedder.training import Epoch
+from embedder.tunable import FEATURES
 from embedder.tuning_data import Labelled, targets_of
 from embedder.weights import digest_of
 
@@ -70,6 +71,20 @@ def tuned_recipe(model: Model, options: TuneOptions) -> Recipe:
         changes["pooling"] = options.pooling or recipe.pooling
     if options.strategy == SCRATCH:
         changes |= {"layers": (), "l2_normalise": False}
+    return recipe.model_copy(update=changes)
+
+
+def activations_recipe(recipe: Recipe, cut: str | None, num_views: int) -> Recipe:
+    """The recipe of the activations at a cut, in full precision, as the layer gives them.
+
+    Args:
+        recipe: Of the features that are tuned.
+        cut: Layer after which the network is cut, or `FEATURES` for the features themselves.
+        num_views: Of each image.
+    """
+    changes: dict[str, Any] = {"views": num_views, "precision": "float32"}
+    if cut != FEATURES:
+        changes |= {"layers": (cut,), "pooling": "none", "l2_normalise": False}
     return recipe.model_copy(update=changes)
 
 

@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ from embedder.recipe import Recipe
 from embedder.sources import list_images
 from embedder.splits import TEST, TRAIN, VALIDATION, grouped_folds
 from embedder.store import Store, vectors_of
+from embedder.strategies import TuneOptions
+from embedder.training import Examples
 
 _NUM_HELD_FOLDS = 10  # of which one is held out to stop by, where the model has no such images
 _AHEAD = 64  # images that are decoded before they are wanted
@@ -126,6 +129,32 @@ def weights_of(
     weights = np.ones(targets.shape[1])
     weights[known] = compute_class_weight(class_weight, classes=known, y=codes[train])
     return np.asarray(weights[codes], np.float32)
+
+
+def examples_of(
+    labelled: Labelled, model: Model, inputs: NDArray[Any], options: TuneOptions
+) -> Examples:
+    """What a network learns from.
+
+    Args:
+        labelled: The images.
+        model: Whose classes they are.
+        inputs: As in `Examples`, in the order of `labelled.learned`.
+        options: Whether inputs are activations, and the class weights.
+
+    Raises:
+        RecipeError: As in `weights_of`.
+    """
+    targets, rows = targets_of(labelled, model), labelled.learned
+    return Examples(
+        inputs=inputs,
+        targets=targets[rows],
+        weights=weights_of(targets, labelled.train, options.class_weight)[rows],
+        train=within(labelled, labelled.train),
+        validation=within(labelled, labelled.validation),
+        are_pixels=not options.is_cached,
+        is_multilabel=model.is_multilabel,
+    )
 
 
 def find_paths(source: str | os.PathLike[str], labelled: Labelled) -> list[bytes]:

@@ -7,15 +7,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.calibration import probabilities_of
+from embedder.errors import Unfinished
 from embedder.extract import RunOptions, run_extraction
 from embedder.fitting import Task, features_of
 from embedder.judging import refit
 from embedder.labels import Targets
 from embedder.model import Model
 from embedder.store import RECIPE_FILE, Store
+from embedder.tunable import FEATURES, Tunable
 from embedder.tuned import labelled_targets
 from embedder.tuning_data import Labelled
 from embedder.weights import logger
+
+_TOLERANCE = 1e-3  # of a probability: float32 sums in another order
 
 
 @dataclass(frozen=True)
@@ -86,3 +91,26 @@ def starting_model(model: Model, labelled: Labelled, found: HeadTask) -> Model:
         "them, and may seem better than it is"
     )
     return model
+
+
+def check_start(tunable: Tunable, pixels: NDArray[np.uint8], start: Model) -> None:
+    """Check that a network with its head predicts, before the first step, what the head predicts.
+
+    Args:
+        tunable: Network and head.
+        pixels: uint8 (n, height, width, 3) RGB.
+        start: The model whose head it has.
+
+    Raises:
+        Unfinished: It does not.
+    """
+    features = tunable.upper(tunable.below_the_cut(pixels), training=False)[FEATURES]
+    logits = np.asarray(tunable.head(features, training=False))
+    ours = probabilities_of(logits, 1.0, start.is_multilabel)
+    theirs = start.probabilities(np.asarray(features, np.float32))
+    difference = float(np.abs(ours - theirs).max())
+    if difference > _TOLERANCE:
+        raise Unfinished(
+            f"Before the first step the network must predict what the model predicts, to within "
+            f"{_TOLERANCE}. Received: probabilities that differ by {difference:.2g}"
+        )

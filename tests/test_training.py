@@ -150,19 +150,58 @@ def test_each_epoch_sees_every_image_once_in_an_order_and_views_of_its_own() -> 
     assert {view for _, view in recorded.keys if isinstance(view, int)} == {0}
 
 
-def test_an_epochs_loss_is_the_mean_over_its_images() -> None:
-    tiny, examples = make_tiny(), make_examples()
-    dense = tiny.head.layers[-1]
-    tiny = replace(tiny, head=import_keras().Sequential([import_keras().Input((6,)), dense]))
+STILL = replace(PLAIN, batch_size=13, learning_rate=1e-9)  # hardly a weight moves
+
+
+def make_sure() -> Tunable:
+    """The tiny network with an auxiliary head and no dropout."""
+    keras, tiny = import_keras(), make_tiny()
+    features = tiny.upper.output["features"]
+    outputs = {"features": features, "auxiliary": features}
+    return replace(
+        tiny,
+        upper=keras.Model(tiny.network.inputs, outputs),
+        head=keras.Sequential([keras.Input((6,)), tiny.head.layers[-1]]),
+        auxiliary_head=keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)]),
+    )
+
+
+def entropies(tiny: Tunable, pixels: NDArray[Any], targets: NDArray[Any]) -> NDArray[Any]:
+    """Cross-entropy of each image by each head: (n, n_heads)."""
+    found = tiny.logits(tiny.below_the_cut(pixels.astype(np.float32)))
+    losses = [-(targets * log_softmax(np.asarray(x), axis=1)).sum(axis=1) for x in found]
+    return np.stack(losses, axis=1)
+
+
+def test_an_epochs_loss_is_the_mean_over_its_images_of_both_heads() -> None:
+    tiny, examples = make_sure(), make_examples()
     weights = np.linspace(0.5, 3.0, NUM_IMAGES, dtype=np.float32)
     examples = replace(examples, inputs=examples.inputs[:, :1], weights=weights)
-    pixels = examples.inputs[examples.train, 0].astype(np.float32)
-    logits = np.asarray(tiny.logits(tiny.below_the_cut(pixels))[0])
     smooth = 0.9 * examples.targets[examples.train] + 0.1 / 3
-    wanted = -(weights[examples.train] * (smooth * log_softmax(logits, axis=1)).sum(axis=1)).mean()
-    schedule = replace(PLAIN, batch_size=13, learning_rate=1e-9, label_smoothing=0.1)
+    found = entropies(tiny, examples.inputs[examples.train, 0], smooth)
+    wanted = (weights[examples.train] * (found @ [2.0, 10.0])).mean()
+    schedule = replace(STILL, label_smoothing=0.1, loss_weights=(2.0, 10.0))
     _, epoch = run(tiny, groups_of(tiny), schedule, examples=examples)
     assert epoch.loss == pytest.approx(wanted, rel=1e-5)
+
+
+class Negative(Augmenter):
+    """Makes pictures negative, and their classes others."""
+
+    def __call__(self, pixels: Any, targets: Any) -> tuple[Any, Any]:
+        return 255.0 - pixels, import_keras().ops.roll(targets, 1, axis=1)
+
+
+def test_what_is_learned_from_is_augmented_and_what_is_judged_is_not() -> None:
+    tiny, examples = make_sure(), make_examples()
+    examples = replace(examples, inputs=examples.inputs[:, :1])
+    rows, rolled = examples.train, np.roll(examples.targets, 1, axis=1)
+    wanted = entropies(tiny, 255.0 - examples.inputs[rows, 0], rolled[rows]).sum(axis=1).mean()
+    start, epoch = train(tiny, groups_of(tiny), examples, STILL, Negative((), 0))
+    assert epoch.loss == pytest.approx(wanted, rel=1e-5)
+    assert epoch.validation_loss == pytest.approx(start.validation_loss, rel=1e-5)
+    plain, _ = run(tiny, groups_of(tiny), STILL, examples=examples)
+    assert start.validation_loss == plain.validation_loss
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop"])
@@ -263,11 +302,13 @@ def test_a_training_that_was_killed_ends_as_if_it_had_not_been(
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    checkpoint, tiny = tmp_path / "checkpoint.npz", make_tiny()
-    run(tiny, groups_of(tiny)[:1], PLAIN, checkpoint=checkpoint)
-    other = make_tiny()
-    with pytest.raises(Unfinished, match="is of another network"):
-        run(other, groups_of(other), PLAIN, checkpoint=checkpoint)
+    checkpoint = tmp_path / "checkpoint.npz"
+    for num_ours, num_theirs in ((1, 3), (3, 1)):
+        tiny, other = make_tiny(), make_tiny()
+        checkpoint.unlink(missing_ok=True)
+        run(tiny, groups_of(tiny)[:num_ours], PLAIN, checkpoint=checkpoint)
+        with pytest.raises(Unfinished, match="is of another network"):
+            run(other, groups_of(other)[:num_theirs], PLAIN, checkpoint=checkpoint)
     checkpoint.write_bytes(b"PK nothing of the kind")
     with pytest.raises(Unfinished, match="cannot be read"):
         run(other, groups_of(other)[:1], PLAIN, checkpoint=checkpoint)
@@ -305,6 +346,27 @@ def test_the_average_of_the_weights_is_kept() -> None:
         average = average + 0.25 * (weights - average)
     np.testing.assert_allclose(kernels_of(tiny)[1].numpy(), average, atol=1e-6)
     assert not np.allclose(average, seen[-1], atol=1e-6)
+
+
+def test_the_average_is_what_is_judged_and_the_weights_are_what_is_trained() -> None:
+    schedule = replace(PLAIN, epochs=3, batch_size=6, learning_rate=0.05)
+    losses, weights = [], []
+    for ema in (None, 0.999999):  # an average that stays where it starts
+        tiny = make_tiny()
+        seen: list[list[NDArray[Any]]] = []
+        epochs = run(
+            tiny,
+            groups_of(tiny),
+            replace(schedule, ema=ema),
+            watch=lambda _, tiny=tiny, seen=seen: seen.append(state_of(tiny)),
+        )
+        losses.append([epoch.validation_loss or 0.0 for epoch in epochs])
+        weights.append(seen)
+    assert np.ptp(losses[0]) > 0.01
+    assert np.ptp(losses[1]) < 1e-4
+    for plain, averaged in zip(*weights, strict=True):
+        for ours, theirs in zip(averaged, plain, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_weights_of_images_are_heeded() -> None:
