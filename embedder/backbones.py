@@ -298,12 +298,15 @@ def layer_outputs(network: "keras.Model") -> "Iterator[tuple[str, keras.KerasTen
         if not isinstance(layer, keras.layers.InputLayer) and not hasattr(layer, "layers")
     }
     for name, layer in with_canonical_names(layers).items():
-        try:
-            output = layer.output
-        except AttributeError:  # the layer is used more than once
-            continue
-        if isinstance(output, keras.KerasTensor) and None not in output.shape[1:]:
+        if (output := single_output(layer)) is not None:
             yield name, output
+
+
+def single_output(layer: "keras.Operation") -> "keras.KerasTensor | None":
+    """What a layer gives, at its first use; None where that is several, or of unknown shape."""
+    output = layer.output
+    is_tensor = isinstance(output, import_keras().KerasTensor)
+    return output if is_tensor and None not in output.shape[1:] else None
 
 
 def tapped_tensors(network: "keras.Model", recipe: Recipe) -> "dict[str, keras.KerasTensor]":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embedder.backbones import layer_outputs
+from embedder.backbones import layer_outputs, single_output
 from embedder.errors import RecipeError
 from embedder.model_files import with_canonical_names
 from embedder.weights import import_keras, leaf_layers
@@ -94,8 +94,9 @@ def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None
     order = below.operations
     place = order.index(start)
     for layer in reversed(order[max(0, place - _MAX_BETWEEN) : place]):
-        name = names.get(id(layer.output))
-        if name is not None and can_cut(layer.output, top):
+        output = single_output(layer)
+        name = names.get(id(output))
+        if name is not None and can_cut(network, output, top):
             return name
     raise RecipeError(
         f"The network must have a place at most {_MAX_BETWEEN} layers below the block where it can "
@@ -104,26 +105,30 @@ def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None
     )
 
 
-def can_cut(output: "keras.KerasTensor", top: "keras.KerasTensor") -> bool:
-    """Whether `top` can be computed from `output` alone."""
+def can_cut(network: "keras.Model", output: "keras.KerasTensor", top: "keras.KerasTensor") -> bool:
+    """Whether `top` can be computed from `output` alone, and without what is trained below it."""
+    keras = import_keras()
     try:
-        import_keras().Model(output, top)
+        above = keras.Model(output, top)
     except ValueError:  # another path leads around it
         return False
-    return True
+    below = leaf_layers(keras.Model(network.inputs, output))
+    shared = {id(layer) for layer in below if layer.weights}
+    return not any(id(layer) in shared for layer in leaf_layers(above))
 
 
 def _last_resolution(network: "keras.Model") -> "keras.Layer":
     """First layer of the block in which the last layer with weights gets its resolution."""
     layers = network.layers
-    maps = [layer for layer in layers if layer.weights and len(layer.output.shape) == 4]
-    if not maps:
+    outputs = {layer: single_output(layer) for layer in layers if layer.weights}
+    sizes = {x: y.shape[1:3] for x, y in outputs.items() if y is not None and len(y.shape) == 4}
+    if not sizes:
         raise RecipeError(
             f"The network must have feature maps for a place to cut it to be found, or the block "
             f"must be named. Received: {network.name}"
         )
-    resolution = maps[-1].output.shape[1:3]
-    place = layers.index(next(x for x in maps if x.output.shape[1:3] == resolution))
+    resolution = list(sizes.values())[-1]
+    place = layers.index(next(layer for layer, size in sizes.items() if size == resolution))
     block = _NARROW.match(layers[place].name)
     while block and layers[place - 1].name.startswith(block.group()):
         place -= 1

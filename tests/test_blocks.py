@@ -56,6 +56,21 @@ def test_a_block_that_is_not_there_or_has_nothing_below_is_refused() -> None:
         find_cut(network, network.outputs[0], None)
 
 
+def test_a_network_is_not_cut_between_two_uses_of_a_layer() -> None:
+    keras = import_keras()
+    pixels = keras.Input((8, 8, 3))
+    below = keras.layers.Conv2D(4, 3, padding="same", name="block1_conv")(pixels)
+    pooled = keras.layers.MaxPooling2D(name="block1_pool")(below)
+    twice = keras.layers.Conv2D(4, 3, padding="same", name="block2_conv")
+    between = keras.layers.ReLU(name="block2_relu")(twice(pooled))
+    top = keras.layers.Conv2D(4, 1, name="block3_conv")(twice(between))
+    network = keras.Model(pixels, top)
+    # What is above `block2_relu` is below it too: training it would change what it is fed with.
+    assert not can_cut(network, between, top)
+    for block in (None, "block2", "block3"):
+        assert find_cut(network, top, block) == "block1_pool"
+
+
 def test_a_block_is_named_by_whole_words() -> None:
     network = BACKBONES["mobilenet"].make(SIZE)
     names = [layer.name for layer in layers_of(network, "conv_dw_1")]
@@ -74,7 +89,7 @@ def test_there_is_no_cut_where_another_path_leads_around_it() -> None:
     network = BACKBONES["mobilenet-v2"].make(SIZE)
     places = {"block_12_add": True, "block_14_expand_relu": False, "block_14_project_BN": False}
     for name, is_one in places.items():
-        assert can_cut(network.get_layer(name).output, network.outputs[0]) is is_one, name
+        assert can_cut(network, network.get_layer(name).output, network.outputs[0]) is is_one, name
     recipe = make_recipe("mobilenet-v2", "random", image_size=SIZE)
     assert make_tunable(recipe, "embedding", network, "block_12_add").lower is not None
     with pytest.raises(RecipeError, match="in two there. Received: cut=block_14_expand_relu"):
