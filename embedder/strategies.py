@@ -89,7 +89,7 @@ class TuneOptions:
         dropout: Of a new head, 0 to below 1.
         train_norm: Whether BatchNormalization's statistics are trained too.
         ema: Momentum of the average of the weights that is kept, 0 to below 1; None for none.
-        patience: Epochs without a lower validation loss after which training stops.
+        patience: As in `training.Schedule`.
         precision: Of training: `float32`, `bfloat16`, or `auto`, which is bfloat16 on GPUs that
             have it.
         seed: Of all that is random.

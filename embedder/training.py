@@ -98,7 +98,8 @@ class Schedule:
         loss_weights: Of the main and the auxiliary head's losses.
         ema: Momentum of the average of the weights that is judged and kept, 0 to below 1; None to
             keep the weights themselves.
-        patience: Epochs without a lower validation loss after which training stops.
+        patience: Epochs without a lower validation loss after which training stops. What it starts
+            from does not count: a head that fits is unsettled first, for several epochs.
         seed: Of order, views and dropout.
     """
 
@@ -216,7 +217,7 @@ class _Trainer:
     def is_finished(self) -> bool:
         if len(self.epochs) > self._schedule.epochs:
             return True
-        losses = self._losses
+        losses = self._losses[1:]
         return bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= self._schedule.patience
 
     def judge_start(self) -> None:

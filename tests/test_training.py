@@ -324,10 +324,24 @@ def test_what_is_no_better_than_the_start_is_not_kept() -> None:
         groups_of(tiny),
         replace(PLAIN, epochs=9, learning_rate=50.0, batch_size=6, patience=2),
     )
-    least = min(range(len(epochs)), key=lambda i: epochs[i].validation_loss or 0.0)
-    assert least == 0
-    assert len(epochs) == 3  # the start, and two of patience
+    losses = [epoch.validation_loss or 0.0 for epoch in epochs]
+    assert losses.index(min(losses)) == 0
     assert all(np.array_equal(a, b) for a, b in zip(state_of(tiny), trained, strict=True))
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_it_stops_when_epochs_are_no_better_than_one_before_the_start_left_out(
+    patience: int,
+) -> None:
+    tiny = make_tiny()
+    run(tiny, groups_of(tiny), replace(PLAIN, epochs=20, batch_size=6))
+    schedule = replace(PLAIN, epochs=30, learning_rate=2.0, batch_size=6, patience=patience)
+    epochs = run(tiny, groups_of(tiny), schedule)
+    losses = [epoch.validation_loss or 0.0 for epoch in epochs[1:]]
+    waited = [n - losses.index(min(losses[: n + 1])) for n in range(len(losses))]
+    assert waited[-1] == patience
+    assert max(waited[:-1]) == patience - 1
+    assert losses[0] > (epochs[0].validation_loss or 0.0)
 
 
 def test_the_average_of_the_weights_is_kept() -> None:
