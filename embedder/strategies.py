@@ -51,7 +51,7 @@ STRATEGIES = {
     _HEAD: Strategy(False, True, 30, 1e-3, optimizer="rmsprop"),
     "gradual": Strategy(True, False, 8, 1e-3, rate_decay=0.8),
     "full": Strategy(True, False, 6, 3e-4),
-    "partial": Strategy(True, False, 6, 1e-3),
+    "partial": Strategy(True, False, 8, 1e-2),
     "norm": Strategy(True, False, 6, 5e-3, rate_decay=0.8),
     "bias": Strategy(True, False, 6, 5e-3, rate_decay=0.8),
     "cut": Strategy(False, True, 20, 1e-3, rate_decay=0.5, hidden=128, dropout=0.5),
