@@ -105,6 +105,19 @@ def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None
     )
 
 
+def last_layers(network: "keras.Model") -> "list[keras.Layer]":
+    """Layers from the block up that brings the last layer with weights to its resolution.
+
+    Raises:
+        RecipeError: The network has no feature maps.
+    """
+    layers = network.layers
+    above = layers[layers.index(_last_resolution(network)) :]
+    return [
+        x for layer in above for x in (leaf_layers(layer) if hasattr(layer, "layers") else [layer])
+    ]
+
+
 def can_cut(network: "keras.Model", output: "keras.KerasTensor", top: "keras.KerasTensor") -> bool:
     """Whether `top` can be computed from `output` alone, and without what is trained below it."""
     keras = import_keras()
@@ -124,8 +137,8 @@ def _last_resolution(network: "keras.Model") -> "keras.Layer":
     sizes = {x: y.shape[1:3] for x, y in outputs.items() if y is not None and len(y.shape) == 4}
     if not sizes:
         raise RecipeError(
-            f"The network must have feature maps for a place to cut it to be found, or the block "
-            f"must be named. Received: {network.name}"
+            f"The network must have feature maps for its last blocks to be found, or a block must "
+            f"be named. Received: {network.name}"
         )
     resolution = list(sizes.values())[-1]
     place = layers.index(next(layer for layer, size in sizes.items() if size == resolution))

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Against:
         p_value: Of McNemar's exact test (McNemar 1947): how often two models that are equally good
             would differ so much.
         seconds: That the first took to train.
+        is_tuned: Whether the first is the other, fine-tuned; else it is another model.
     """
 
     gain: dict[str, float]
@@ -72,19 +73,20 @@ class Against:
     num_worse: int
     p_value: float
     seconds: float
+    is_tuned: bool = True
 
     @property
     def verdict(self) -> str:
         """Whether it paid, in words."""
         gain, low, high = (100 * self.gain[name] for name in ("value", "low", "high"))
         figures = f"{abs(gain):.1f} points [{low:.1f}, {high:.1f}] for {self.seconds:,.0f} s"
+        what, other = ("fine-tuning", "the head") if self.is_tuned else ("it", "the first")
         if self.p_value >= SIGNIFICANT or low <= 0 <= high:
-            return f"no gain beyond the interval, {gain:+.1f} points [{low:.1f}, {high:.1f}]: " + (
-                "keep the head"
-            )
+            change = f"{gain:+.1f} points [{low:.1f}, {high:.1f}]"
+            return f"no gain beyond the interval, {change}: keep {other}"
         if gain > 0:
-            return f"fine-tuning gains {figures}: take it"
-        return f"fine-tuning loses {figures}: keep the head"
+            return f"{what} gains {figures}: take it"
+        return f"{what} loses {figures}: keep {other}"
 
 
 def read_tested(path: str | os.PathLike[str]) -> Tested:
@@ -125,7 +127,8 @@ def against(ours: Tested, theirs: Tested) -> Against:
         RecipeError: They were not tested on the same images.
     """
     check_same_images(ours, theirs)
-    return judge(ours.is_right, theirs.is_right, ours.seconds)
+    found = judge(ours.is_right, theirs.is_right, ours.seconds)
+    return replace(found, is_tuned=bool(ours.tuning))
 
 
 def check_same_images(ours: Tested, theirs: Tested) -> None:

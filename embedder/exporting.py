@@ -251,6 +251,12 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _version(package: str) -> str:
+    # Such as onnxruntime, which a distribution called onnxruntime-gpu brings too.
+    distributions = importlib.metadata.packages_distributions().get(package, [package])
+    return importlib.metadata.version(distributions[0])
+
+
 def _describe(model: Model, exported: Exported, row: Format, folder: Path) -> None:
     """Write the labels, and all that is needed to use the network and to know where it is from."""
     runtime = (
@@ -278,7 +284,7 @@ def _describe(model: Model, exported: Exported, row: Format, folder: Path) -> No
         "column": model.column,
         "head": {"kind": model.head, "sha256": model.head_sha256, "temperature": model.temperature},
         "parity": {"num_images": exported.num_images, "differences": exported.differences},
-        "versions": versions() | {name: importlib.metadata.version(name) for name in runtime},
+        "versions": versions() | {name: _version(name) for name in runtime},
     }
     # A folder's name can hold a line break, and a class would be two.
     lines = "".join(f"{' '.join(name.splitlines())}\n" for name in classes)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder import hub, scratch
 from embedder.augmentation import Augmenter
-from embedder.backbones import dtype_policy, layer_outputs, load_network, tapped_tensors
+from embedder.backbones import dtype_policy, load_network, tapped_tensors
 from embedder.blocks import find_cut
 from embedder.engines import best_training_precision
 from embedder.errors import ModelError, RecipeError
@@ -23,14 +24,14 @@ from embedder.extract import Progress, RunOptions, run_extraction
 from embedder.folding import fold
 from embedder.judging import PSEUDO_LABELS_FILE
 from embedder.keras_head import classifier_layers
-from embedder.model import METRICS_FILE, Model
+from embedder.model import BACKBONE_FILES, METRICS_FILE, Model
 from embedder.pseudo_labelled import More, add_pseudo_labels
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store import Store
-from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups
+from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups, tuned_blocks
 from embedder.trained import Head, Stopwatch, check_model_folder
 from embedder.training import Epoch, Examples, find_optimizer, train
-from embedder.tunable import FEATURES, Tunable, make_tunable
+from embedder.tunable import FEATURES, Tunable, make_tunable, seed_layers
 from embedder.tuned import Tuning, activations_recipe, judge_tuned, save_backbone, tuned_recipe
 from embedder.tuning_data import (
     Labelled,
@@ -112,21 +113,26 @@ def finetune(
         SourceError: The source cannot be listed.
         Unfinished: Training diverged, or images are no longer what they were.
     """
-    options, run_options = options or TuneOptions(), run_options or RunOptions()
+    options = options or TuneOptions()
+    # However many images could not be embedded, those with a label could, and are looked for.
+    run_options = replace(run_options or RunOptions(), max_failures=1.0)
     model, folder = Model.load(model_path), Path(out)
+    whole = folder.absolute()
+    work, features = (whole.with_name(f"{whole.name}.{name}") for name in ("tuning", "features"))
     labelled = read_labelled(model_path, model, options.seed)
     request = _request(model, labelled, options)
     if (done := _done_before(folder, request)) is not None:
+        _close(work, request)
         return Tuned(folder, done, None)
-    _check(model, Path(model_path), folder, options)
+    _check(model, Path(model_path), folder, features, options)
     paths = find_paths(source, labelled)
-    work, features = (folder.with_name(f"{folder.name}.{name}") for name in ("tuning", "features"))
-    _open(work, request)
     job = _Job(model, labelled, options, run_options, work, watch or Watcher())
+    tunable = job.make_tunable()
+    _open(work, request)
     more = job.find_start(source)
     if more is not None:
         paths += more.paths
-    tunable, examples = job.prepare(source, paths, activations)
+    tunable, examples = job.prepare(tunable, source, paths, activations)
     epochs = job.train(tunable, examples)
     recipe = save_backbone(tunable.network, job.recipe, options, folder)
     _drop_older_features(features, recipe)
@@ -143,14 +149,21 @@ def finetune(
         pseudo_labels=None if more is None else more.facts(),
     )
     head = judge_tuned(tunable.head, model, labelled, Store(features), tuning)
+    head = replace(head, pseudo_labels=_pseudo_labels(model, Path(model_path), more))
     metrics = head.save(folder)
-    if more is not None:  # so that `evaluate` knows that they have been seen
-        pq.write_table(more.helped.pseudo_labels(), folder / PSEUDO_LABELS_FILE)
-    shutil.rmtree(work)
+    _close(work, request)
     return Tuned(folder, metrics, head)
 
 
-def _check(model: Model, path: Path, folder: Path, options: TuneOptions) -> None:
+def _pseudo_labels(model: Model, path: Path, more: More | None) -> pa.Table | None:
+    """Pseudo-labels that the weights have learned from, so that `evaluate` knows of them."""
+    tables = [] if more is None else [more.helped.pseudo_labels()]
+    if "tuning" in model.record and (path / PSEUDO_LABELS_FILE).exists():
+        tables.append(pq.read_table(path / PSEUDO_LABELS_FILE))
+    return pa.concat_tables(tables) if tables else None
+
+
+def _check(model: Model, path: Path, folder: Path, features: Path, options: TuneOptions) -> None:
     """Refuse what cannot be done before anything is made."""
     check_model_folder(folder)
     if model.recipe.backbone.startswith(hub.PREFIX):
@@ -160,17 +173,31 @@ def _check(model: Model, path: Path, folder: Path, options: TuneOptions) -> None
         )
     if folder.resolve() == path.resolve():
         raise RecipeError(f"OUT must be another folder than MODEL. Received: {folder} for both")
+    weights, own = Path(model.recipe.weights_source), [Path(model.record["provenance"]["store"])]
+    if weights.name in BACKBONE_FILES:
+        own.append(weights.parent)
+    if taken := {folder.resolve(), features.resolve()} & {place.resolve() for place in own}:
+        raise RecipeError(
+            f"OUT and OUT.features are written over, and must not hold the weights or the features "
+            f"that MODEL is made from. Received: {', '.join(map(str, taken))}"
+        )
+    if features.exists():
+        older = Path(Store(features).recipe.weights_source)
+        if older.name not in BACKBONE_FILES:
+            raise RecipeError(
+                f"OUT.features is written over, and must be of an older fine-tuning, or not be "
+                f"there. Received: {features}, features of the weights {older}"
+            )
     find_optimizer(options.usual("optimizer"))
+    if options.class_weight is not None and model.is_multilabel:
+        raise RecipeError("Class weights need images of one label each. Received: several")
     if options.kind.keeps_head:
         fold(model)  # refuses a head that is not made of layers
 
 
 def _drop_older_features(path: Path, recipe: Recipe) -> None:
-    """Delete features of weights that this fine-tuning has written over."""
-    if not path.is_dir():
-        return
-    older = Store(path).recipe
-    if older.weights_source == recipe.weights_source and older.weights != recipe.weights:
+    """Delete features of an older fine-tuning, whose weights have been written over."""
+    if path.exists() and Store(path).recipe.fingerprint != recipe.fingerprint:
         shutil.rmtree(path)
 
 
@@ -213,6 +240,13 @@ def _open(work: Path, request: dict[str, Any]) -> None:
     file.write_text(content)
 
 
+def _close(work: Path, request: dict[str, Any]) -> None:
+    """Delete the folder of a training that is done."""
+    file = work / _REQUEST_FILE
+    if file.is_file() and file.read_text() == json.dumps(request):
+        shutil.rmtree(work)
+
+
 class _Job:
     """One fine-tuning, step by step, each timed."""
 
@@ -229,8 +263,18 @@ class _Job:
         self.start = model  # what a head that is kept is taken from
         self.run_options, self.work, self.watch = run_options, work, watch
         self.recipe = tuned_recipe(model, options)
+        self.cut: str | None = None
         self.stopwatch = Stopwatch()
         self.num_tuned = 0
+
+    def make_tunable(self) -> Tunable:
+        """The network, whose heads are still to come; refuses what the network has no place for."""
+        network = self._network()
+        self.cut = self._find_cut(network)
+        tunable = make_tunable(self.recipe, EMBEDDING, network, self.cut, self.options.auxiliary)
+        tuned_blocks(tunable, self.options)
+        self.stopwatch.lap("network")
+        return tunable
 
     def find_start(self, source: str | os.PathLike[str]) -> More | None:
         """The head that training starts from, and what it makes of images without labels."""
@@ -253,15 +297,13 @@ class _Job:
 
     def prepare(
         self,
+        tunable: Tunable,
         source: str | os.PathLike[str],
         paths: list[bytes],
         activations: str | os.PathLike[str] | None,
     ) -> tuple[Tunable, Examples]:
-        """The network, its head, and what it learns from."""
+        """The network with its head, and what it learns from."""
         options, labelled = self.options, self.labelled
-        network = self._network()
-        cut = self._cut(network)
-        tunable = make_tunable(self.recipe, EMBEDDING, network, cut, options.auxiliary)
         tunable = self._with_heads(tunable)
         inputs: NDArray[Any]
         if not options.is_cached:
@@ -269,7 +311,7 @@ class _Job:
             inputs = decode_pixels(paths, labelled, self.recipe, file)
             self.stopwatch.lap("decode")
         else:
-            recipe = activations_recipe(self.recipe, cut, options.views or _DEFAULT_VIEWS)
+            recipe = activations_recipe(self.recipe, self.cut, options.views or _DEFAULT_VIEWS)
             store = os.fspath(activations or self.work / "activations")
             run_extraction(source, {store: recipe}, self.run_options, self.watch.run)
             inputs = read_activations(Store(store), labelled, self.work / "activations.npy")
@@ -281,15 +323,25 @@ class _Job:
 
     def _network(self) -> "keras.Model":
         """The backbone that training starts from, in the precision of the training."""
-        precision = self.options.precision
+        options, is_scratch = self.options, self.options.strategy == SCRATCH
+        precision = options.precision
+        if not is_scratch and self.recipe.weights_source.endswith(".keras"):
+            if precision == "bfloat16":
+                raise RecipeError(
+                    f"A .keras network is trained in the precision that it was saved in. Received: "
+                    f"precision={precision} for {self.recipe.weights_source}"
+                )
+            precision = "float32"
         if precision == "auto":
             precision = best_training_precision()
         with dtype_policy(precision):
-            if self.options.strategy == SCRATCH:
-                return scratch.make_network(self.recipe.image_size, self.options.seed)
-            return load_network(self.recipe)
+            if is_scratch:
+                return scratch.make_network(self.recipe.image_size, options.seed)
+            network = load_network(self.recipe)
+            seed_layers(network, options.seed)
+            return network
 
-    def _cut(self, network: "keras.Model") -> str | None:
+    def _find_cut(self, network: "keras.Model") -> str | None:
         """Where the network is cut; None for training from pixels on."""
         options = self.options
         if options.strategy == "head":
@@ -317,10 +369,7 @@ class _Job:
     def train(self, tunable: Tunable, examples: Examples) -> list[Epoch]:
         """Train the network."""
         options = self.options
-        above = tunable.upper
-        if options.strategy == "partial" and not options.blocks:
-            above = self._above_default_cut(tunable)
-        groups = plan_groups(tunable, examples, options, above)
+        groups = plan_groups(tunable, examples, options)
         self.num_tuned = num_tuned(groups)
         augment = () if options.is_cached else options.augment
         augmenter = Augmenter(_DEFAULT_AUGMENT if augment is None else augment, options.seed)
@@ -337,12 +386,6 @@ class _Job:
         # Of all epochs, those before a kill too.
         self.stopwatch.seconds["train"] = round(sum(epoch.seconds for epoch in epochs), 3)
         return epochs
-
-    def _above_default_cut(self, tunable: Tunable) -> "keras.Model":
-        network = tunable.network
-        top = tapped_tensors(network, self.recipe)[EMBEDDING]
-        cut = find_cut(network, top, None)
-        return import_keras().Model(dict(layer_outputs(network))[cut], top)
 
 
 def _new_head(

@@ -103,7 +103,8 @@ def train(
         thresholds=fitted.thresholds,
         head=head,
         settings=fitted.settings,
-        record=_record(store, labels, options, targets, rows),
+        record=_record(store, labels, options, targets, rows)
+        | {"coarse_of": None if coarse_of is None else coarse_of.tolist()},
     )
     if is_streamed:
         test_rows = split.folds[0][1]
@@ -136,6 +137,7 @@ def train(
         seconds=watch.seconds,
         helped=helped,
         unhelped=unhelped,
+        pseudo_labels=None if helped is None else helped.pseudo_labels(),
     )
 
 
@@ -178,7 +180,7 @@ def _record(
         "labels": labels,
         "options": {field.name: getattr(options, field.name) for field in fields(options)},
         "provenance": {
-            "store": str(store.path),
+            "store": str(store.path.absolute()),
             "source": sources[-1] if sources else None,
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": engines.versions()

@@ -95,6 +95,11 @@ def read_targets(
         for row in rows
     ]
     classes, codes = encoded(several, separator is not None, known)
+    if separator is not None and (torn := [name for name in classes if _JOINT in name]):
+        raise RecipeError(
+            f"Where images have several labels, none may contain `{_JOINT}`, which separates them "
+            f"in what is written. Received: {torn[0]}"
+        )
     if len(classes) < 2:
         raise RecipeError(
             f"Labels must name at least two classes. "

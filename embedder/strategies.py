@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedder.augmentation import check_augmentations
-from embedder.blocks import layer_groups, layers_of
+from embedder.blocks import last_layers, layer_groups, layers_of
 from embedder.channels import CRITERIA, channel_masks
 from embedder.errors import RecipeError
 from embedder.training import Examples, Group, Schedule
@@ -232,22 +232,48 @@ class TuneOptions:
         )
 
 
-def plan_groups(
-    tunable: Tunable, examples: Examples, options: TuneOptions, default_cut: "keras.Model"
-) -> list[Group]:
+def tuned_blocks(tunable: Tunable, options: TuneOptions) -> "dict[str, list[keras.Layer]]":
+    """Layers that are trained beside the heads, from the bottom up, by the name of their group.
+
+    Raises:
+        RecipeError: There are none, or there is no such block.
+    """
+    if options.strategy == _HEAD:
+        return {}
+    if options.strategy == "partial":
+        named = [x for block in options.blocks for x in layers_of(tunable.network, block)]
+        return {"channels": list(dict.fromkeys(named)) or last_layers(tunable.upper)}
+    layers = list(leaf_layers(tunable.upper))
+    if options.train_norm and not any(is_normalisation(layer) for layer in layers):
+        raise RecipeError(
+            f"`train_norm` is of networks with BatchNormalization. Received: train_norm=True for "
+            f"{tunable.network.name}"
+        )
+    blocks = layer_groups(tunable.upper)
+    if not any(_trained(layer, options) for found in blocks.values() for layer in found):
+        raise RecipeError(
+            f"The network must have weights that the strategy trains. Received: "
+            f"strategy={options.strategy} for {tunable.network.name}, which has none"
+        )
+    return blocks
+
+
+def plan_groups(tunable: Tunable, examples: Examples, options: TuneOptions) -> list[Group]:
     """What is trained, and how: a group for each few blocks, from the top, the heads first.
 
     Args:
         tunable: Network and heads.
         examples: What `partial` chooses channels by.
         options: How.
-        default_cut: What is above the cut that `partial` takes blocks from, where none are named.
+
+    Raises:
+        RecipeError: As in `tuned_blocks` and `channels.channel_masks`.
     """
     heads = [variable for head in tunable.heads for variable in head.trainable_variables]
-    groups = [Group("head", heads)]
+    groups, blocks = [Group("head", heads)], tuned_blocks(tunable, options)
     if options.strategy == "partial":
-        return groups + _partial_groups(tunable, examples, options, default_cut)
-    decay, blocks = options.usual("rate_decay"), layer_groups(tunable.upper)
+        return [*groups, _channels(tunable, blocks["channels"], examples, options)]
+    decay = options.usual("rate_decay")
     if options.train_norm:
         thaw_normalisation(list(leaf_layers(tunable.upper)))
     # Gradual: all are unfrozen by the middle of the training, and are trained together from there.
@@ -280,16 +306,12 @@ def _trained(layer: "keras.Layer", options: TuneOptions) -> "list[keras.Variable
     return list(layer.trainable_variables)
 
 
-def _partial_groups(
-    tunable: Tunable, examples: Examples, options: TuneOptions, default_cut: "keras.Model"
-) -> list[Group]:
-    if options.blocks:
-        layers = [x for block in options.blocks for x in layers_of(tunable.network, block)]
-    else:
-        layers = list(leaf_layers(default_cut))
+def _channels(
+    tunable: Tunable, layers: "list[keras.Layer]", examples: Examples, options: TuneOptions
+) -> Group:
     masked = channel_masks(
         tunable,
-        list(dict.fromkeys(layers)),
+        layers,
         examples,
         options.fraction,
         options.importance,
@@ -297,7 +319,7 @@ def _partial_groups(
         options.seed,
     )
     variables, masks = zip(*masked, strict=True)
-    return [Group("channels", list(variables), masks=list(masks))]
+    return Group("channels", list(variables), masks=list(masks))
 
 
 def num_tuned(groups: list[Group]) -> int:

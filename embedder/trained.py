@@ -116,6 +116,7 @@ class Head:
         seconds: What took how long.
         helped: What unlabelled images did, if there were any.
         unhelped: What the head without them predicts for the test rows.
+        pseudo_labels: Of images without labels that it learned from, as in `Helped`.
         tuning: How its backbone was fine-tuned, as in `metrics.json`; None of a frozen one.
     """
 
@@ -133,6 +134,7 @@ class Head:
     seconds: dict[str, float] = field(default_factory=dict)
     helped: Helped | None = None
     unhelped: Evaluation | None = None
+    pseudo_labels: pa.Table | None = None
     tuning: dict[str, Any] | None = None
 
     @property
@@ -305,10 +307,11 @@ class Head:
                 if str(older.absolute()) != self.model.recipe.weights_source:
                     older.unlink()
             self.model.save(path)
-            (path / METRICS_FILE).write_text(json.dumps(metrics, indent=2))
             pq.write_table(self.predictions(), path / PREDICTIONS_FILE)
-            if self.helped is not None:
-                pq.write_table(self.helped.pseudo_labels(), path / PSEUDO_LABELS_FILE)
+            if self.pseudo_labels is not None:
+                pq.write_table(self.pseudo_labels, path / PSEUDO_LABELS_FILE)
+            # Last: a model that has metrics is whole.
+            (path / METRICS_FILE).write_text(json.dumps(metrics, indent=2))
         except OSError as error:
             raise ModelError(f"The model {path} cannot be written: {error}") from error
         return metrics

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -352,9 +353,9 @@ class _Trainer:
             Unfinished: It is damaged or of another training.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = dict(file)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError, BadZipFile) as error:
             raise Unfinished(f"The checkpoint {path} cannot be read: {error}") from error
         state = [arrays.get(f"state_{i}") for i in range(len(self._state))]
         fits = all(

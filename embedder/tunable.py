@@ -95,9 +95,9 @@ def make_tunable(
     """
     keras = import_keras()
     network = network or load_network(recipe)
+    network.trainable = True  # a network of the user's may be saved frozen
     for layer in leaf_layers(network):
-        if is_normalisation(layer):
-            layer.trainable = False
+        layer.trainable = not is_normalisation(layer)
     top = tapped_tensors(network, recipe)[column]
     features = pool(top, recipe.pooling, column)
     if recipe.l2_normalise:
@@ -135,6 +135,15 @@ def _named(outputs: "dict[str, keras.KerasTensor]", layer: str, option: str) -> 
             f"as {', '.join(list(outputs)[-5:])}. Received: {option}={layer}"
         )
     return outputs[layer]
+
+
+def seed_layers(network: "keras.Model", seed: int) -> None:
+    """Seed what layers such as dropout draw in training, each by its place in the network."""
+    generator = import_keras().random.SeedGenerator
+    for number, layer in enumerate(leaf_layers(network)):
+        for value in vars(layer).values():
+            if isinstance(value, generator):
+                value.state.assign([seed, number])
 
 
 def is_normalisation(layer: "keras.Layer") -> bool:

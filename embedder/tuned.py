@@ -14,7 +14,6 @@ from embedder.calibration import calibrate
 from embedder.errors import Unfinished
 from embedder.evaluation import Evaluation
 from embedder.fitting import Fitted, Task
-from embedder.judging import coarse_classes
 from embedder.keras_head import KerasHead
 from embedder.labels import Targets
 from embedder.model import BACKBONE_FILES, Model
@@ -126,7 +125,6 @@ def judge_tuned(
 
     Raises:
         Unfinished: The store lacks an image.
-        RecipeError: As in `judging.coarse_classes`.
     """
     targets, place_of = labelled_targets(labelled, store)
     train, validation, test = (
@@ -161,7 +159,7 @@ def judge_tuned(
         class_weight=tuning.options.class_weight,
         seed=tuning.options.seed,
     )
-    coarse = options.coarse
+    coarse_of = model.record["coarse_of"]
     return Head(
         model=tuned,
         store=store,
@@ -180,7 +178,7 @@ def judge_tuned(
         ),
         test_rows=test,
         test=evaluation,
-        coarse_of=None if coarse is None else coarse_classes(store, coarse, targets, ids),
+        coarse_of=None if coarse_of is None else np.array(coarse_of),
         seconds=tuning.seconds,
         tuning=_facts(evaluation, ids[test], tuning),
     )
@@ -232,7 +230,7 @@ def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> 
     return {
         "provenance": model.record["provenance"]
         | {
-            "store": str(store.path),
+            "store": str(store.path.absolute()),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "num_trained_on": num_trained_on,
         },

@@ -90,7 +90,9 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Labe
         )
     train, validation = np.flatnonzero(parts == TRAIN), np.flatnonzero(parts == VALIDATION)
     if not len(validation):
-        _, held = grouped_folds(codes[train], columns["group"][train], _NUM_HELD_FOLDS, seed)[0]
+        groups = columns["group"][train]
+        _, held = grouped_folds(codes[train], groups, _NUM_HELD_FOLDS, seed)[0]
+        held = _without_last_of_a_class(codes[train], groups, held)
         train, validation = np.delete(train, held), train[held]
     return Labelled(
         ids=columns["image_id"],
@@ -102,6 +104,16 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Labe
         validation=validation,
         test=test,
     )
+
+
+def _without_last_of_a_class(
+    codes: NDArray[np.integer], groups: NDArray[np.int64], held: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Rows to hold out, but for those whose class has no other row, and their near-duplicates."""
+    has = codes[:, None] == np.unique(codes) if codes.ndim == 1 else codes > 0
+    lost = ~np.delete(has, held, axis=0).any(axis=0)
+    needed = groups[held][has[held][:, lost].any(axis=1)]
+    return held[~np.isin(groups[held], needed)]
 
 
 def targets_of(labelled: Labelled, model: Model) -> NDArray[np.float32]:

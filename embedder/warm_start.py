@@ -17,7 +17,7 @@ from embedder.model import Model
 from embedder.store import RECIPE_FILE, Store
 from embedder.tunable import FEATURES, Tunable
 from embedder.tuned import labelled_targets
-from embedder.tuning_data import Labelled
+from embedder.tuning_data import Labelled, targets_of
 from embedder.weights import logger
 
 _TOLERANCE = 1e-3  # of a probability: float32 sums in another order
@@ -57,13 +57,11 @@ def head_task(
     Raises:
         Unfinished: The features are of other bytes.
     """
-    recipe = model.recipe.model_copy(update={"views": 1})
-    own = Path(model.record["provenance"]["store"])
-    is_there = (own / RECIPE_FILE).is_file()
-    if not is_there or Store(own).recipe.fingerprint != model.recipe.fingerprint:
-        own = work / "features"
-        run_extraction(source, {str(own): recipe}, run_options)
-    store = Store(own)
+    store = _own_store(model, labelled)
+    if store is None:
+        recipe, made = model.recipe.model_copy(update={"views": 1}), work / "features"
+        run_extraction(source, {str(made): recipe}, run_options)
+        store = Store(made)
     targets, place_of = labelled_targets(labelled, store)
     task = Task(
         head=model.head,
@@ -76,21 +74,35 @@ def head_task(
     return HeadTask(task, targets, place_of)
 
 
+def _own_store(model: Model, labelled: Labelled) -> Store | None:
+    """The store that a model was trained on, if it is there and still what it was."""
+    path = Path(model.record["provenance"]["store"])
+    if not (path / RECIPE_FILE).is_file():
+        return None
+    store = Store(path)
+    if store.recipe.fingerprint != model.recipe.fingerprint:
+        return None
+    try:
+        labelled_targets(labelled, store)
+    except Unfinished as error:
+        logger.info("extracting features again: %s", error)
+        return None
+    return store
+
+
 def starting_model(model: Model, labelled: Labelled, found: HeadTask) -> Model:
     """The model with its settings, without the images that training is to be stopped by.
 
     `train` fits its heads on validation images too, at last: of these the model knows the answers,
-    and no epoch of the training would seem better than its start.
+    and no epoch of the training would seem better than its start. Of classes that have no others
+    it sees them all the same: it has to know every class.
     """
-    rows = np.sort(found.place_of[labelled.train])
-    start = refit(found.task, model, found.targets, rows)
-    if start.classes.tolist() == model.classes.tolist():
-        return start
-    logger.warning(
-        "Some classes have validation images alone: the head that training starts from has seen "
-        "them, and may seem better than it is"
+    has = targets_of(labelled, model) > 0
+    lacking = has[labelled.train].sum(axis=0) == 0
+    rows = np.concatenate(
+        [labelled.train, labelled.validation[has[labelled.validation][:, lacking].any(axis=1)]]
     )
-    return model
+    return refit(found.task, model, found.targets, np.sort(found.place_of[rows]))
 
 
 def check_start(tunable: Tunable, pixels: NDArray[np.uint8], start: Model) -> None:

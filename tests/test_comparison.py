@@ -1,6 +1,7 @@
 """Comparison: paired, on the same images, with a verdict in words."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,10 @@ def test_the_verdict_says_what_to_do() -> None:
     assert judge(*outcomes(2, 30), 140.4).verdict.endswith("keep the head")
     assert judge(*outcomes(4, 2), 9.0).verdict.startswith("no gain beyond the interval, +3.7")
     assert judge(*outcomes(4, 2), 9.0).verdict.endswith("keep the head")
+    another = replace(judge(*outcomes(30, 2), 140.4), is_tuned=False)
+    assert another.verdict.startswith("it gains 35.0 points [")
+    another = replace(judge(*outcomes(4, 2), 9.0), is_tuned=False)
+    assert another.verdict.endswith("keep the first")
 
 
 def write_model(
@@ -167,6 +172,8 @@ def test_heads_that_were_trained_are_compared_on_their_test_images(
     assert rows[1]["num_tuned"] is None
     assert rows[0]["verdict"] == ""
     assert rows[1]["verdict"] == found.verdict
+    assert "fine-tuning" not in found.verdict  # both are frozen
+    assert "keep the head" not in found.verdict
 
 
 def test_heads_of_other_splits_or_of_no_test_images_are_refused(zoo: Store, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_archive, picture
@@ -153,10 +154,13 @@ def test_the_head_it_starts_from_has_not_seen_what_training_is_stopped_by(
     assert (logits.argmax(axis=1) == found.task.codes[train]).mean() > 0.9
 
 
-@pytest.mark.parametrize("where", ["gone", "norm.features"])
-def test_features_that_are_gone_or_of_other_weights_are_made_again(
+@pytest.mark.parametrize("where", ["gone", "norm.features", "others"])
+def test_features_that_are_gone_or_of_other_weights_or_images_are_made_again(
     world: Path, norm: Tuned, tmp_path: Path, where: str
 ) -> None:
+    if where == "others":
+        others = make_archive(tmp_path / "photos", 4, first_seed=900)
+        embedder.extract(others, norm.path.parent / where, image_size=SIZE)
     model = Model.load(world / "model")
     labelled = read_labelled(world / "model", model, 0)
     there = head_task(model, labelled, world / "photos", tmp_path, SHARDS)
@@ -185,11 +189,37 @@ def test_a_training_begins_where_the_head_has_not_seen_what_it_is_stopped_by(nor
     assert norm.metrics["tuning"]["epochs"][0]["validation_accuracy"] < 1
 
 
+def test_the_head_knows_classes_that_have_validation_images_alone(
+    world: Path, tmp_path: Path
+) -> None:
+    model = Model.load(world / "model")
+    labelled = read_labelled(world / "model", model, 0)
+    is_dog = labelled.codes[labelled.train] == 1
+    cats = labelled.train[~is_dog]
+    labelled = replace(
+        labelled,
+        train=labelled.train[is_dog],
+        validation=np.sort(np.concatenate([labelled.validation, cats])),
+    )
+    found = head_task(model, labelled, world / "photos", tmp_path, SHARDS)
+    start = starting_model(model, labelled, found)
+    assert start.classes.tolist() == ["cats", "dogs"]
+    dogs = labelled.validation[labelled.codes[labelled.validation] == 1]
+    logits = start.logits(found.task.plain[np.sort(found.place_of[dogs])])
+    assert (logits.argmax(axis=1) == 0).any()  # it has not seen them
+
+
 def test_a_tuned_model_is_tuned_further_from_where_it_was(
     world: Path, norm: Tuned, tmp_path: Path
 ) -> None:
     options = TuneOptions(strategy="bias", epochs=1, batch_size=8, seed=1)
-    again = finetune(norm.path, world / "photos", tmp_path / "out", options, SHARDS)
+    first = tmp_path / "first"
+    shutil.copytree(norm.path, first)
+    row = {"image_id": "a.jpg", "sha256": "0" * 64, "label": "cats", "confidence": 1.0, "round": 1}
+    pq.write_table(pa.Table.from_pylist([row]), first / "pseudo_labels.parquet")
+    again = finetune(first, world / "photos", tmp_path / "out", options, SHARDS)
+    # Its weights have learned from them.
+    assert pq.read_table(tmp_path / "out" / "pseudo_labels.parquet").to_pylist() == [row]
     start = again.metrics["tuning"]["epochs"][0]["validation_loss"]
     best = min(epoch["validation_loss"] for epoch in norm.metrics["tuning"]["epochs"])
     assert start == pytest.approx(best, abs=1e-4)
@@ -208,15 +238,23 @@ def test_a_tuned_model_is_calibrated_by_its_validation_images(world: Path, norm:
 
 def test_the_same_again_does_nothing(world: Path, norm: Tuned) -> None:
     before = {path: path.stat().st_mtime_ns for path in norm.path.iterdir()}
+    work = world / "norm.tuning"  # as if it had been killed at its very end
+    work.mkdir()
+    request = Model.load(norm.path).record["tuning"]["request"]
+    (work / "request.json").write_text(json.dumps(request))
     again = tune(world, world / "norm", "norm", seed=1)
+    assert not work.exists()
     assert again.head is None
     assert again.metrics == json.loads((norm.path / "metrics.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in norm.path.iterdir()} == before
 
 
-def test_another_request_for_the_same_folder_is_done_anew(world: Path, tmp_path: Path) -> None:
+def test_another_request_for_the_same_folder_is_done_anew(
+    world: Path, norm: Tuned, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    first = tune(world, out, "scratch")
+    shutil.copytree(norm.path, out)
+    shutil.copytree(world / "norm.features", tmp_path / "out.features")
     (out / "pseudo_labels.parquet").write_bytes(b"of an older fine-tuning")
     work = tmp_path / "out.tuning"  # of a third one, that was killed
     work.mkdir()
@@ -227,8 +265,9 @@ def test_another_request_for_the_same_folder_is_done_anew(world: Path, tmp_path:
     assert len(second.metrics["tuning"]["epochs"]) == 3
     recipe = Model.load(out).recipe
     assert Store(tmp_path / "out.features").recipe == recipe
-    assert recipe.weights != first.head.model.recipe.weights
-    assert not (out / "pseudo_labels.parquet").exists()
+    assert {path.name for path in out.iterdir()} == {
+        *("backbone.keras", "head.keras", "metrics.json", "model.json", "predictions.parquet")
+    }
     assert not work.exists()
 
 
@@ -258,7 +297,7 @@ def test_partial_changes_a_few_channels_and_nothing_else(world: Path) -> None:
         are_pixels=True,
     )
     options = TuneOptions(strategy="partial", blocks=("stage6_block2",), fraction=0.05, epochs=1)
-    groups = plan_groups(tunable, examples, options, tunable.upper)
+    groups = plan_groups(tunable, examples, options)
     schedule = options.schedule()
     train_network(tunable, groups, examples, schedule, Augmenter((), 0))
     before = load_network(recipe)
@@ -351,6 +390,9 @@ def test_scratch_is_a_network_of_its_own(tmp_path: Path) -> None:
     assert not any(np.array_equal(a, b) for a, b in zip(trained, untrained, strict=True))
     predict(tuned.path, photos, tmp_path / "p.parquet")
     assert pq.read_metadata(tmp_path / "p.parquet").num_rows == NUM_IMAGES
+    half = TuneOptions(strategy="full", precision="bfloat16")
+    with pytest.raises(RecipeError, match="in the precision that it was saved in"):
+        finetune(tuned.path, photos, tmp_path / "half", half)
 
 
 def test_after_a_kill_it_goes_on_with_the_same_epoch(world: Path, tmp_path: Path) -> None:
@@ -395,12 +437,70 @@ def test_what_makes_no_sense_is_refused_and_nothing_started(world: Path, tmp_pat
     with pytest.raises(ModelError, match="holds something else"):
         finetune(world / "model", world / "photos", out)
     assert (out / "diary.txt").read_text() == "mine"
+    partial = TuneOptions(strategy="partial", blocks=("stage99",))
+    with pytest.raises(RecipeError, match="Received: stage99"):
+        finetune(world / "model", world / "photos", tmp_path / "new", partial)
+    assert not (tmp_path / "new.tuning").exists()
+    shutil.copytree(world / "features", tmp_path / "new.features")
+    with pytest.raises(RecipeError, match="OUT.features is written over, and must be of an older"):
+        finetune(world / "model", world / "photos", tmp_path / "new")
+    train(Store(tmp_path / "new.features"), "folder").save(tmp_path / "own")
+    with pytest.raises(RecipeError, match="must not hold the weights or the features.*new.feat"):
+        finetune(tmp_path / "own", world / "photos", tmp_path / "new")
+    assert len(Store(tmp_path / "new.features")) == NUM_IMAGES
+    shutil.rmtree(tmp_path / "new.features")
     work = tmp_path / "new.tuning"
     work.mkdir()
     (work / "diary.txt").write_text("mine")
     with pytest.raises(RecipeError, match="must be of embedder.*holds something else"):
         finetune(world / "model", world / "photos", tmp_path / "new")
     assert (work / "diary.txt").read_text() == "mine"
+
+
+def test_out_must_not_hold_the_weights_that_the_model_is_made_from(
+    world: Path, norm: Tuned, tmp_path: Path
+) -> None:
+    train(Store(world / "norm.features"), "folder").save(tmp_path / "model")
+    with pytest.raises(RecipeError, match="must not hold the weights"):
+        finetune(tmp_path / "model", world / "photos", norm.path)
+    load_network(Model.load(norm.path).recipe)  # as it was
+
+
+def test_images_that_cannot_be_embedded_are_in_nobodys_way(tmp_path: Path) -> None:
+    make_shades(tmp_path / "photos", 20, contrasts=(0.5,))
+    for number in range(8):
+        (tmp_path / "photos" / "cats" / f"broken-{number}.png").write_bytes(b"no picture")
+    store = embedder.extract(
+        tmp_path / "photos", tmp_path / "features", image_size=SIZE, max_failures=0.5
+    )
+    train(store, "folder", "logistic", TrainOptions(duplicates=None)).save(tmp_path / "model")
+    tune(tmp_path, tmp_path / "out", "scratch")
+    features = Store(tmp_path / "out.features")
+    assert (len(features), features.failures().num_rows) == (20, 8)
+
+
+def test_from_another_folder_with_coarse_labels_into_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = make_shades(tmp_path / "photos", 20, contrasts=(0.5,))
+    for animal in ("owls", "rats"):
+        shutil.copytree(photos / "cats", photos / animal)
+    monkeypatch.chdir(tmp_path)
+    store = embedder.extract("photos", "features", image_size=SIZE)
+    kinds = {"owls": "birds"}
+    lines = [f"{i},{kinds.get(i.split('/')[0], 'mammals')}" for i in store.ids()]
+    Path("coarse.csv").write_text("\n".join(["path,coarse", *lines]))
+    options = TrainOptions(duplicates=None, coarse="coarse.csv:coarse")
+    train(store, "folder", "logistic", options).save("model")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = TuneOptions(strategy="scratch", epochs=1)
+    tuned = finetune("../model", "../photos", ".", options)
+    assert 0 <= tuned.metrics["test"]["coarse_accuracy"] <= 1
+    assert tuned.metrics["test"]["coarse_accuracy"] >= tuned.metrics["test"]["accuracy"]
+    assert len(Store(tmp_path / "here.features")) == 40
+    assert Path("model.json").exists()
+    assert not (tmp_path / "here.tuning").exists()
 
 
 def test_other_bytes_than_the_head_was_trained_on_are_refused(world: Path, tmp_path: Path) -> None:

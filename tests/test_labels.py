@@ -123,6 +123,14 @@ def test_several_labels_are_one_indicator_each(store: Store) -> None:
     assert targets.texts().tolist() == ["red;round", "round", "", "blue;red"]
 
 
+def test_labels_that_would_be_torn_apart_are_refused(store: Store) -> None:
+    add_rows(store, ["0.jpg", "1.jpg"], np.zeros((2, DIM)), {"tags": ["red;ish|round", "round"]})
+    with pytest.raises(RecipeError, match="none may contain `;`.*Received: red;ish"):
+        read_targets(store, "column:tags", separator="|")
+    whole = read_targets(store, "column:tags")  # one label an image: nothing is torn
+    assert whole.classes.tolist() == ["red;ish|round", "round"]
+
+
 @pytest.mark.parametrize(
     ("labels", "found"),
     [

@@ -39,7 +39,7 @@ def examples(num_images: int = 4) -> Examples:
 
 def groups_of(tunable: Tunable, strategy: str, **options: Any) -> list[Group]:
     chosen = TuneOptions(strategy=strategy, **options)
-    return plan_groups(tunable, examples(), chosen, tunable.upper)
+    return plan_groups(tunable, examples(), chosen)
 
 
 def kinds_of(groups: list[Group]) -> set[str]:
@@ -330,13 +330,26 @@ def test_partial_trains_chosen_channels_of_the_blocks_and_the_head() -> None:
     assert num_tuned([head, channels]) == 4 * 2 + 2 + sum(num_chosen)
 
 
-def test_partial_takes_what_is_above_the_usual_cut_where_no_block_is_named() -> None:
+def test_partial_takes_the_last_blocks_where_none_is_named() -> None:
     tiny = make_mixed()
+    groups = groups_of(tiny, "partial", fraction=0.25)
+    wanted = {"block2_depthwise/kernel", "block4_dense/kernel", "block4_dense/bias"}
+    assert paths_of(groups) == wanted
+
+
+@pytest.mark.parametrize("strategy", ["norm", "bias"])
+def test_a_strategy_that_finds_nothing_to_train_is_refused(strategy: str) -> None:
     keras = import_keras()
-    above = keras.Model(tiny.network.get_layer("block2_bn").output, tiny.network.output)
-    options = TuneOptions(strategy="partial", fraction=0.25)
-    groups = plan_groups(tiny, examples(), options, above)
-    assert paths_of(groups) == {"block4_dense/kernel", "block4_dense/bias"}
+    pixels = keras.Input((*SIZE, 3))
+    x = keras.layers.Conv2D(4, 3, use_bias=False, name="block1_conv")(pixels)
+    upper = keras.Model(pixels, {"features": keras.layers.GlobalAveragePooling2D()(x)})
+    head = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    tiny = Tunable(keras.Model(pixels, x, name="bare"), lambda p: p, None, upper, head)
+    with pytest.raises(RecipeError, match=f"strategy={strategy} for bare, which has none"):
+        groups_of(tiny, strategy)
+    with pytest.raises(RecipeError, match="`train_norm` is of networks with BatchNormalization"):
+        groups_of(tiny, "full", train_norm=True)
+    assert paths_of(groups_of(tiny, "full")) == {"block1_conv/kernel"}
 
 
 def test_a_block_that_is_named_twice_is_trained_once() -> None:

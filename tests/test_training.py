@@ -309,9 +309,11 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
         run(tiny, groups_of(tiny)[:num_ours], PLAIN, checkpoint=checkpoint)
         with pytest.raises(Unfinished, match="is of another network"):
             run(other, groups_of(other)[:num_theirs], PLAIN, checkpoint=checkpoint)
-    checkpoint.write_bytes(b"PK nothing of the kind")
-    with pytest.raises(Unfinished, match="cannot be read"):
-        run(other, groups_of(other)[:1], PLAIN, checkpoint=checkpoint)
+    whole = checkpoint.read_bytes()
+    for damaged in (b"PK nothing of the kind", b"", whole[: len(whole) // 2]):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(Unfinished, match="cannot be read"):
+            run(other, groups_of(other)[:1], PLAIN, checkpoint=checkpoint)
 
 
 def test_what_is_no_better_than_the_start_is_not_kept() -> None:

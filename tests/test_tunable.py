@@ -7,11 +7,11 @@ import pytest
 from conftest import assert_same_vectors, make_archive, picture
 
 import embedder
-from embedder.backbones import make_recipe
+from embedder.backbones import load_network, make_recipe
 from embedder.decode import decode_rgb
 from embedder.model_files import save_network
 from embedder.recipe import Recipe
-from embedder.tunable import FEATURES, make_tunable
+from embedder.tunable import FEATURES, make_tunable, seed_layers
 from embedder.weights import import_keras
 
 SIZE = (64, 96)
@@ -45,6 +45,33 @@ def noisy(tmp_path: Path) -> Recipe:
     x = keras.layers.Dropout(0.5, name="block2_drop")(x)
     save_network(keras.Model(pixels, x), tmp_path / "noisy.keras")
     return make_recipe("mobilenet", str(tmp_path / "noisy.keras"), image_size=(32, 48))
+
+
+def test_a_network_that_was_saved_frozen_can_be_trained(noisy: Recipe, tmp_path: Path) -> None:
+    network = load_network(noisy)
+    network.trainable = False
+    save_network(network, tmp_path / "frozen.keras")
+    frozen = make_recipe("mobilenet", str(tmp_path / "frozen.keras"), image_size=(32, 48))
+    tunable = make_tunable(frozen, "embedding")
+    names = {variable.path for variable in tunable.upper.trainable_variables}
+    assert names == {f"block{n}_conv/{name}" for n in (1, 2) for name in ("kernel", "bias")}
+
+
+def test_what_layers_draw_is_decided_by_the_seed(noisy: Recipe) -> None:
+    pixels = np.ones((2, 32, 48, 3), np.float32)
+    drawn = []
+    for seed in (1, 1, 2):
+        network = load_network(noisy)
+        seed_layers(network, seed)
+        drawn.append(np.asarray(network(pixels, training=True)))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    states = [
+        layer.seed_generator.state.numpy().tolist()
+        for layer in network.layers
+        if hasattr(layer, "seed_generator")
+    ]
+    assert states[0] != states[1]  # layers do not draw the same
 
 
 def test_what_is_below_a_cut_drops_nothing(noisy: Recipe) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ANIMALS, DIM, make_archive
+from conftest import ANIMALS, DIM, add_rows, animal_vectors, make_archive
 from PIL import Image
 
 from embedder.decode import decode_rgb
@@ -46,6 +46,22 @@ def labelled(model: Model, tmp_path: Path) -> Labelled:
 
 def animals_of(labelled: Labelled) -> list[str]:
     return [image.split("/")[1] for image in labelled.ids]
+
+
+def test_every_class_keeps_an_image_to_learn_from(store: Store, tmp_path: Path) -> None:
+    animals = ["cats", "dogs", "owls"] * 12
+    ids = [f"{animal}/{i:02d}.jpg" for i, animal in enumerate(animals)]
+    ids += [f"rare-{i}/{i}.jpg" for i in range(12)]  # a class each
+    vectors = animal_vectors([*animals, *(["owls"] * 12)])
+    add_rows(store, ids, vectors)
+    train(store, "parent", "centroid", TrainOptions(duplicates=None)).save(tmp_path / "model")
+    model = Model.load(tmp_path / "model")
+    for seed in range(5):
+        labelled = read_labelled(tmp_path / "model", model, seed)
+        assert len(labelled.validation)
+        left = np.unique(labelled.codes[labelled.train])
+        assert set(labelled.codes[labelled.validation]) <= set(left)
+        assert labelled.classes[left].tolist() == model.classes.tolist()
 
 
 def test_labels_come_in_the_order_of_the_store(zoo: Store, labelled: Labelled) -> None:
