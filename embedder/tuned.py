@@ -159,7 +159,7 @@ def judge_tuned(
         class_weight=tuning.options.class_weight,
         seed=tuning.options.seed,
     )
-    coarse_of = model.record["coarse_of"]
+    coarse_of = model.record.get("coarse_of")  # models made before have none
     return Head(
         model=tuned,
         store=store,
