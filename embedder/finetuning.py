@@ -209,6 +209,7 @@ def _request(model: Model, labelled: Labelled, options: TuneOptions) -> dict[str
         "recipe": model.recipe.fingerprint,
         "images": hashlib.sha256(json.dumps(images).encode()).hexdigest(),
         "options": asdict(options),
+        "schedule": asdict(options.schedule()),  # what is usual can change from version to version
     }
 
 

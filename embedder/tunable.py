@@ -97,7 +97,8 @@ def make_tunable(
     network = network or load_network(recipe)
     network.trainable = True  # a network of the user's may be saved frozen
     for layer in leaf_layers(network):
-        layer.trainable = not is_normalisation(layer)
+        if is_normalisation(layer):
+            layer.trainable = False
     top = tapped_tensors(network, recipe)[column]
     features = pool(top, recipe.pooling, column)
     if recipe.l2_normalise:
