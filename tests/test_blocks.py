@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from embedder.backbones import make_recipe
-from embedder.blocks import MAX_GROUPS, block_name, can_cut, find_cut, layer_groups, layers_of
+from embedder.blocks import (
+    MAX_GROUPS,
+    block_name,
+    can_cut,
+    find_cut,
+    last_layers,
+    layer_groups,
+    layers_of,
+)
 from embedder.errors import RecipeError
 from embedder.networks import BACKBONES
 from embedder.tunable import make_tunable
@@ -54,6 +62,26 @@ def test_a_block_that_is_not_there_or_has_nothing_below_is_refused() -> None:
     network = BACKBONES["nasnet-mobile"].make(SIZE)  # its stem alone could be cut off
     with pytest.raises(RecipeError, match="at most 100 layers below"):
         find_cut(network, network.outputs[0], None)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "first", "last"),
+    [
+        ("efficientnet-lite0", "stage6_block1_expand_conv", "head_bn"),
+        ("resnet50", "conv5_block1_1_conv", "conv5_block3_3_bn"),
+        # Without a place to be cut at.
+        ("nasnet-mobile", "separable_conv_1_reduction_left1_reduce_8", None),
+    ],
+)
+def test_the_last_layers_are_those_of_the_last_resolution(
+    backbone: str, first: str, last: str | None
+) -> None:
+    network = BACKBONES[backbone].make(SIZE)
+    found = [layer.name for layer in last_layers(network) if layer.weights]
+    assert found[0] == first
+    everything = [layer.name for layer in leaf_layers(network) if layer.weights]
+    assert found == everything[everything.index(first) :]
+    assert last in (found[-1], None)
 
 
 def test_a_network_is_not_cut_between_two_uses_of_a_layer() -> None:
