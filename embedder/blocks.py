@@ -94,9 +94,8 @@ def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None
     order = below.operations
     place = order.index(start)
     for layer in reversed(order[max(0, place - _MAX_BETWEEN) : place]):
-        output = single_output(layer)
-        name = names.get(id(output))
-        if name is not None and can_cut(network, output, top):
+        name = names.get(id(layer.output))
+        if name is not None and can_cut(network, layer.output, top):
             return name
     raise RecipeError(
         f"The network must have a place at most {_MAX_BETWEEN} layers below the block where it can "
@@ -113,9 +112,7 @@ def last_layers(network: "keras.Model") -> "list[keras.Layer]":
     """
     layers = network.layers
     above = layers[layers.index(_last_resolution(network)) :]
-    return [
-        x for layer in above for x in (leaf_layers(layer) if hasattr(layer, "layers") else [layer])
-    ]
+    return [leaf for layer in above for leaf in leaf_layers(layer)]
 
 
 def can_cut(network: "keras.Model", output: "keras.KerasTensor", top: "keras.KerasTensor") -> bool:

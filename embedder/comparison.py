@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Against:
     num_worse: int
     p_value: float
     seconds: float
-    is_tuned: bool = True
+    is_tuned: bool
 
     @property
     def verdict(self) -> str:
@@ -127,8 +127,7 @@ def against(ours: Tested, theirs: Tested) -> Against:
         RecipeError: They were not tested on the same images.
     """
     check_same_images(ours, theirs)
-    found = judge(ours.is_right, theirs.is_right, ours.seconds)
-    return replace(found, is_tuned=bool(ours.tuning))
+    return judge(ours.is_right, theirs.is_right, ours.seconds, bool(ours.tuning))
 
 
 def check_same_images(ours: Tested, theirs: Tested) -> None:
@@ -146,11 +145,14 @@ def check_same_images(ours: Tested, theirs: Tested) -> None:
         )
 
 
-def judge(ours: NDArray[np.bool_], theirs: NDArray[np.bool_], seconds: float) -> Against:
+def judge(
+    ours: NDArray[np.bool_], theirs: NDArray[np.bool_], seconds: float, is_tuned: bool = True
+) -> Against:
     """Compare which of the same images, (n,), are right."""
     better, worse = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
-    return Against(paired_difference(ours, theirs), better, worse, float(p_value), seconds)
+    gain = paired_difference(ours, theirs)
+    return Against(gain, better, worse, float(p_value), seconds, is_tuned)
 
 
 def compare(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[Tested, Against | None]]:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,10 +251,12 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _version(package: str) -> str:
+def _versions(packages: Sequence[str]) -> dict[str, str]:
     # Such as onnxruntime, which a distribution called onnxruntime-gpu brings too.
-    distributions = importlib.metadata.packages_distributions().get(package, [package])
-    return importlib.metadata.version(distributions[0])
+    distributions = importlib.metadata.packages_distributions()
+    return {
+        name: importlib.metadata.version(distributions.get(name, [name])[0]) for name in packages
+    }
 
 
 def _describe(model: Model, exported: Exported, row: Format, folder: Path) -> None:
@@ -284,7 +286,7 @@ def _describe(model: Model, exported: Exported, row: Format, folder: Path) -> No
         "column": model.column,
         "head": {"kind": model.head, "sha256": model.head_sha256, "temperature": model.temperature},
         "parity": {"num_images": exported.num_images, "differences": exported.differences},
-        "versions": versions() | {name: _version(name) for name in runtime},
+        "versions": versions() | _versions(runtime),
     }
     # A folder's name can hold a line break, and a class would be two.
     lines = "".join(f"{' '.join(name.splitlines())}\n" for name in classes)

@@ -225,11 +225,10 @@ def _done_before(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None
 
 def _open(work: Path, request: dict[str, Any]) -> None:
     """Make the folder of a training, or leave the one that the same request began."""
-    file = work / _REQUEST_FILE
-    content = json.dumps(request)
-    if file.is_file() and file.read_text() == content:
+    if _is_of(work, request):
         logger.info("continuing what is in %s", work)
         return
+    file = work / _REQUEST_FILE
     if work.is_dir() and not file.is_file() and any(work.iterdir()):
         raise RecipeError(
             f"{work} is where a training is kept until it is done, and must be of embedder. "
@@ -238,14 +237,18 @@ def _open(work: Path, request: dict[str, Any]) -> None:
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
-    file.write_text(content)
+    file.write_text(json.dumps(request))
 
 
 def _close(work: Path, request: dict[str, Any]) -> None:
     """Delete the folder of a training that is done."""
-    file = work / _REQUEST_FILE
-    if file.is_file() and file.read_text() == json.dumps(request):
+    if _is_of(work, request):
         shutil.rmtree(work)
+
+
+def _is_of(work: Path, request: dict[str, Any]) -> bool:
+    file = work / _REQUEST_FILE
+    return file.is_file() and file.read_text() == json.dumps(request)
 
 
 class _Job:

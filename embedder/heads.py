@@ -103,8 +103,7 @@ def train(
         thresholds=fitted.thresholds,
         head=head,
         settings=fitted.settings,
-        record=_record(store, labels, options, targets, rows)
-        | {"coarse_of": None if coarse_of is None else coarse_of.tolist()},
+        record=_record(store, labels, options, targets, rows, coarse_of),
     )
     if is_streamed:
         test_rows = split.folds[0][1]
@@ -173,12 +172,18 @@ def _is_streamed(store: Store, column: str, head: str, options: TrainOptions) ->
 
 
 def _record(
-    store: Store, labels: str, options: TrainOptions, targets: Targets, rows: NDArray[np.int64]
+    store: Store,
+    labels: str,
+    options: TrainOptions,
+    targets: Targets,
+    rows: NDArray[np.int64],
+    coarse_of: NDArray[np.int64] | None,
 ) -> dict[str, Any]:
     sources = [run["source"] for run in store.runs()]
     return {
         "labels": labels,
         "options": {field.name: getattr(options, field.name) for field in fields(options)},
+        "coarse_of": None if coarse_of is None else coarse_of.tolist(),
         "provenance": {
             "store": str(store.path.absolute()),
             "source": sources[-1] if sources else None,

@@ -8,7 +8,6 @@ from embedder.backbones import (
     load_network,
     pool,
     row_of,
-    single_output,
     tapped_tensors,
 )
 from embedder.blocks import can_cut
@@ -113,7 +112,7 @@ def make_tunable(
             raise RecipeError(f"The network cannot be cut in two there. Received: cut={cut}")
     if auxiliary is not None:
         tensor = _named(named, auxiliary, "auxiliary")
-        is_below = all(tensor is not single_output(layer) for layer in below.operations)
+        is_below = all(tensor is not layer.output for layer in below.operations)
         if is_below or (cut is not None and not can_cut(network, bottom, tensor)):
             raise RecipeError(
                 f"The auxiliary output must be of a layer above the cut and below the features. "

@@ -92,7 +92,8 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Labe
     if not len(validation):
         groups = columns["group"][train]
         _, held = grouped_folds(codes[train], groups, _NUM_HELD_FOLDS, seed)[0]
-        held = _without_last_of_a_class(codes[train], groups, held)
+        has = _indicators(codes[train], np.arange(len(classes)))
+        held = _without_last_of_a_class(has, groups, held)
         train, validation = np.delete(train, held), train[held]
     return Labelled(
         ids=columns["image_id"],
@@ -106,11 +107,15 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Labe
     )
 
 
+def _indicators(codes: NDArray[np.integer], classes: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """(n, n_classes), which of these classes each image is of."""
+    return codes[:, None] == classes if codes.ndim == 1 else codes[:, classes] > 0
+
+
 def _without_last_of_a_class(
-    codes: NDArray[np.integer], groups: NDArray[np.int64], held: NDArray[np.int64]
+    has: NDArray[np.bool_], groups: NDArray[np.int64], held: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Rows to hold out, but for those whose class has no other row, and their near-duplicates."""
-    has = codes[:, None] == np.unique(codes) if codes.ndim == 1 else codes > 0
     lost = ~np.delete(has, held, axis=0).any(axis=0)
     needed = groups[held][has[held][:, lost].any(axis=1)]
     return held[~np.isin(groups[held], needed)]
@@ -119,9 +124,7 @@ def _without_last_of_a_class(
 def targets_of(labelled: Labelled, model: Model) -> NDArray[np.float32]:
     """float32 (n, n_known), 1 for an image's classes, of those that the model knows."""
     known = np.searchsorted(labelled.classes, model.classes)
-    codes = labelled.codes
-    has = codes[:, None] == known if codes.ndim == 1 else codes[:, known]
-    return np.asarray(has, np.float32)
+    return _indicators(labelled.codes, known).astype(np.float32)
 
 
 def weights_of(
@@ -129,13 +132,10 @@ def weights_of(
 ) -> NDArray[np.float32]:
     """Weight of each image's loss, (n,): 1, or with `balanced`, more for those of rare classes.
 
-    Raises:
-        RecipeError: Images can have several labels, and class weights are asked for.
+    Images have one label each where class weights are asked for.
     """
     if class_weight is None:
         return np.ones(len(targets), np.float32)
-    if (targets.sum(axis=1) > 1).any():
-        raise RecipeError("Class weights need images of one label each. Received: several")
     codes = targets.argmax(axis=1)
     known = np.unique(codes[train])
     weights = np.ones(targets.shape[1])
@@ -153,9 +153,6 @@ def examples_of(
         model: Whose classes they are.
         inputs: As in `Examples`, in the order of `labelled.learned`.
         options: Whether inputs are activations, and the class weights.
-
-    Raises:
-        RecipeError: As in `weights_of`.
     """
     targets, rows = targets_of(labelled, model), labelled.learned
     return Examples(

@@ -51,17 +51,25 @@ def head_task(
         model: The head.
         labelled: Its images.
         source: Where they are.
-        work: Folder for their features, where the model's own store is no longer there.
+        work: Folder for their features, where the model's own store is no longer what it was.
         run_options: How they are extracted.
 
     Raises:
         Unfinished: The features are of other bytes.
     """
-    store = _own_store(model, labelled)
-    if store is None:
-        recipe, made = model.recipe.model_copy(update={"views": 1}), work / "features"
-        run_extraction(source, {str(made): recipe}, run_options)
-        store = Store(made)
+    own = Path(model.record["provenance"]["store"])
+    if (own / RECIPE_FILE).is_file() and Store(own).recipe.fingerprint == model.recipe.fingerprint:
+        try:
+            return _task_of(model, labelled, Store(own))
+        except Unfinished as error:
+            logger.info("extracting features again: %s", error)
+    made = work / "features"
+    recipe = model.recipe.model_copy(update={"views": 1})
+    run_extraction(source, {str(made): recipe}, run_options)
+    return _task_of(model, labelled, Store(made))
+
+
+def _task_of(model: Model, labelled: Labelled, store: Store) -> HeadTask:
     targets, place_of = labelled_targets(labelled, store)
     task = Task(
         head=model.head,
@@ -72,22 +80,6 @@ def head_task(
         class_weight=model.record["options"]["class_weight"],
     )
     return HeadTask(task, targets, place_of)
-
-
-def _own_store(model: Model, labelled: Labelled) -> Store | None:
-    """The store that a model was trained on, if it is there and still what it was."""
-    path = Path(model.record["provenance"]["store"])
-    if not (path / RECIPE_FILE).is_file():
-        return None
-    store = Store(path)
-    if store.recipe.fingerprint != model.recipe.fingerprint:
-        return None
-    try:
-        labelled_targets(labelled, store)
-    except Unfinished as error:
-        logger.info("extracting features again: %s", error)
-        return None
-    return store
 
 
 def starting_model(model: Model, labelled: Labelled, found: HeadTask) -> Model:

@@ -198,13 +198,13 @@ def randomise(network: "keras.Model", seed: int) -> None:
         layer.set_weights(values)
 
 
-def leaf_layers(network: "keras.Model") -> "Iterator[keras.Layer]":
-    """Layers that are not models themselves, in the network's order."""
+def leaf_layers(network: "keras.Layer") -> "Iterator[keras.Layer]":
+    """Layers that are not models themselves, in the network's order; of such a layer, itself."""
+    if not hasattr(network, "layers"):
+        yield network
+        return
     for layer in network.layers:
-        if hasattr(layer, "layers"):
-            yield from leaf_layers(layer)
-        else:
-            yield layer
+        yield from leaf_layers(layer)
 
 
 # Keras itself --------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ from embedder.weights import import_keras
 SIZE = (64, 96)
 NUM_IMAGES = 40
 # Several shards, so that the order of a store's rows is none of the images' own.
-SHARDS = RunOptions(shard_size=9)
+SHARDS = RunOptions(shard_size=13)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_the_head_it_starts_from_has_not_seen_what_training_is_stopped_by(
     assert not (start.logits(features).argmax(axis=1) == codes).all()
     train = np.sort(found.place_of[labelled.train])
     logits = start.logits(found.task.plain[train])
-    assert (logits.argmax(axis=1) == found.task.codes[train]).mean() > 0.9
+    assert (logits.argmax(axis=1) == found.task.codes[train]).all()
 
 
 @pytest.mark.parametrize("where", ["gone", "norm.features", "others"])
@@ -179,7 +179,7 @@ def test_a_network_that_does_not_predict_what_the_head_does_is_refused(world: Pa
     tunable = replace(make_tunable(model.recipe, "embedding"), head=fold(model))
     check_start(tunable, pixels, model)
     kernel, _ = tunable.head.trainable_variables
-    kernel.assign(kernel * 1.1)
+    kernel.assign(kernel * 0.5)
     with pytest.raises(Unfinished, match="Before the first step.*probabilities that differ by"):
         check_start(tunable, pixels, model)
 
@@ -558,6 +558,9 @@ def test_several_labels_an_image_are_tuned_in_half_precision(world: Path, tmp_pa
     options = TrainOptions(duplicates=None, separator=";")
     labels = f"{tmp_path}/labels.csv:labels"
     train(Store(world / "features"), labels, "logistic", options).save(tmp_path / "model")
+    balanced = TuneOptions(strategy="scratch", class_weight="balanced")
+    with pytest.raises(RecipeError, match="Class weights need images of one label each"):
+        finetune(tmp_path / "model", world / "photos", tmp_path / "out", balanced)
     tuning = TuneOptions(strategy="scratch", epochs=1, precision="bfloat16")
     tuned = finetune(tmp_path / "model", world / "photos", tmp_path / "out", tuning)
     model = Model.load(tuned.path)
@@ -580,6 +583,7 @@ def test_unlabelled_images_get_pseudo_labels_if_they_help(tmp_path: Path) -> Non
     assert "kept round" in found["verdict"]
     pseudo = pq.read_table(tuned.path / "pseudo_labels.parquet")
     assert pseudo.num_rows == found["num_pseudo_labels"] > 100
+    assert set(pseudo["label"].to_pylist()) <= {"cats", "dogs"}
     is_right = [
         i.startswith(x)
         for i, x in zip(*(pseudo[c].to_pylist() for c in ("image_id", "label")), strict=True)

@@ -328,6 +328,7 @@ def test_what_is_no_better_than_the_start_is_not_kept() -> None:
     )
     losses = [epoch.validation_loss or 0.0 for epoch in epochs]
     assert losses.index(min(losses)) == 0
+    assert len(epochs) == losses.index(min(losses[1:])) + 1 + 2  # two of patience
     assert all(np.array_equal(a, b) for a, b in zip(state_of(tiny), trained, strict=True))
 
 
