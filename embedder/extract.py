@@ -21,7 +21,7 @@ from embedder.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import VIEW, Recipe
 from embedder.refresh import refresh_shard
 from embedder.sources import list_images
-from embedder.store import FAILURES, Store, remove_abandoned
+from embedder.store import FAILURES, Store
 from embedder.summary import Summary
 from embedder.weights import logger
 
@@ -288,7 +288,7 @@ class _Target:
     def tidy(self) -> None:
         """Leave the store as if one run had made it."""
         self.summary.num_dropped += drop_repeated(self.store)
-        remove_abandoned(self.store.path)  # of an earlier run, whose workers died meanwhile
+        self.store.remove_abandoned()  # of an earlier run, whose workers died meanwhile
         self.summary.status = "done"
 
 

@@ -7,12 +7,11 @@ done. Every file is written under a temporary name and renamed, so a shard that 
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder.errors import RecipeError, RecipeMismatch, StoreError
+from embedder.files import remove_abandoned, whole_file
 from embedder.recipe import VIEW, Recipe
 from embedder.sources import MODIFIED_TYPE
 
@@ -190,10 +190,11 @@ class Store:
                 (folder / name).mkdir(parents=True, exist_ok=True)
             if not is_written:
                 _replace(file, json.dumps(content | where, indent=2).encode())
-            remove_abandoned(folder)
+            store = cls(folder)
+            store.remove_abandoned()
         except OSError as error:
             raise StoreError(f"The store {folder} cannot be written: {error}") from error
-        return cls(folder)
+        return store
 
     # Reading -------------------------------------------------------------------------------
 
@@ -369,6 +370,11 @@ class Store:
             keep = pc.invert(pc.is_in(table["image_id"], pa.array(ids, pa.string())))
             self.replace_shard(name, table.filter(keep), kind)
 
+    def remove_abandoned(self) -> None:
+        """Remove what runs that were killed have left under temporary names."""
+        for place in (self.path, *(self.path / name for name in (EMBEDDINGS, FAILURES, RUNS))):
+            remove_abandoned(place)
+
     def write_run(self, record: dict[str, Any], run_id: str) -> None:
         """Keep the record of one run."""
         moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
@@ -431,41 +437,3 @@ def _reading(path: Path) -> Iterator[None]:
 def _replace(path: Path, content: bytes | pa.Buffer) -> None:
     with whole_file(path) as file:
         file.write(content)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that is there whole or not at all, over an older one if there is one."""
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove temporary files of processes of this machine that are no more."""
-    for path in _temporary_files(folder):
-        *_, process_id, _ = path.name.split(".")
-        if f".{socket.gethostname()}." in path.name and not _is_alive(int(process_id)):
-            path.unlink(missing_ok=True)
-
-
-def _temporary_files(folder: Path) -> Iterator[Path]:
-    for place in (folder, folder / EMBEDDINGS, folder / FAILURES, folder / RUNS):
-        yield from place.glob(".*.tmp")
-
-
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

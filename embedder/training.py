@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from embedder.augmentation import Augmenter
 from embedder.calibration import calibrate
 from embedder.errors import RecipeError, Unfinished
-from embedder.store import whole_file
+from embedder.files import whole_file
 from embedder.tunable import Tunable
 from embedder.weights import import_keras
 

@@ -12,7 +12,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "embedder"
 
 # Each module imports only from its left.
 ORDER = (
-    *("errors", "recipe", "torch_pickle", "sources", "views", "decode", "weights", "model_files"),
+    *(
+        "errors",
+        "files",
+        "recipe",
+        "torch_pickle",
+        "sources",
+        "views",
+        "decode",
+        "weights",
+        "model_files",
+    ),
     *("lite", "networks", "hub", "backbones", "engines", "store", "sums"),
     *("ridge", "centroid", "keras_head", "calibration", "model", "folding"),
     *("augmentation", "blocks", "tunable", "training", "channels", "strategies", "scratch"),
