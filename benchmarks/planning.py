@@ -62,11 +62,11 @@ def plan_again(path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     store = Store(path)
     times = [time.perf_counter()]
-    drop_repeated(store)
+    drop_repeated(store, refs)
     times.append(time.perf_counter())
     plan = make_plan(refs, store)
     times.append(time.perf_counter())
-    drop_repeated(store)
+    drop_repeated(store, refs)
     times.append(time.perf_counter())
     if plan.missing.num_rows or plan.stale.num_rows or plan.num_done != refs.num_rows:
         raise SystemExit("the plan should be empty: the store holds the whole listing")

@@ -91,10 +91,22 @@ def extract(
         float, typer.Option(help="Share of the images, 0 to 1, that may fail.")
     ] = 0.1,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try images again that failed before.")
+        bool,
+        typer.Option(
+            "--retry-failed", help="Try all failed images again, not only those that may do now."
+        ),
     ] = False,
     prune: Annotated[
         bool, typer.Option("--prune", help="Drop rows of images that the source no longer has.")
+    ] = False,
+    prune_share: Annotated[
+        float, typer.Option(help="Share of STORE, 0 to 1, that --prune may drop.")
+    ] = 0.1,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Put damaged shards aside and make them again.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another run that is writing STORE.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
@@ -125,6 +137,9 @@ def extract(
             max_failures=max_failures,
             retry_failed=retry_failed,
             prune=prune,
+            prune_share=prune_share,
+            repair=repair,
+            wait=wait,
         )
         with console.progress(quiet) as on_progress:
             summaries = run_extraction(source, recipes, options, on_progress, console.started())

@@ -8,11 +8,14 @@ EmbedderError
 │   └── OutOfMemory    a batch is too large for the device; a smaller one is tried
 ├── ClusterError       the scheduler does not answer, or has no workers
 ├── StoreError         the store cannot be read or written
-│   └── RecipeMismatch the store was made with another recipe
+│   ├── RecipeMismatch the store was made with another recipe
+│   ├── DamagedShard   a shard's bytes are not those that were written
+│   └── StoreBusy      another run is writing the store
 ├── ModelError         the model cannot be read or written, or its files are not to be trusted
 ├── JobError           the job file cannot be read, or is no job
-├── ReadError          the bytes of one image cannot be had; recorded as a failure, never fatal
-├── DecodeError        the bytes of one image are unusable; recorded as a failure, never fatal
+├── ImageError         something is wrong with one image; recorded as a failure, never fatal
+│   ├── ReadError      its bytes cannot be had
+│   └── DecodeError    its bytes are unusable
 └── Unfinished         the job ran, but did not finish what it was asked
 
 `exit_status` is what the command line ends with: 2, the request makes no sense and nothing was
@@ -58,6 +61,16 @@ class RecipeMismatch(StoreError):  # noqa: N818 - says what it is
     """The store was made with another recipe."""
 
 
+class DamagedShard(StoreError):  # noqa: N818 - says what it is
+    """A shard's bytes are not those that were written."""
+
+
+class StoreBusy(StoreError):  # noqa: N818 - says what it is
+    """Another run is writing the store; this one has done nothing."""
+
+    exit_status = 1
+
+
 class ModelError(EmbedderError):
     """The model cannot be read or written, or its files are not to be trusted."""
 
@@ -66,11 +79,24 @@ class JobError(EmbedderError):
     """The job file cannot be read, or is no job; nothing was started."""
 
 
-class ReadError(EmbedderError):
+class ImageError(EmbedderError):
+    """Base of what can be wrong with one image; recorded as a failure, never fatal.
+
+    Attributes:
+        is_passing: Whether it may be over by the next run, which then tries the image again.
+    """
+
+    def __init__(self, message: str, *, is_passing: bool = False) -> None:
+        """Say what is wrong, and whether that may pass."""
+        super().__init__(message)
+        self.is_passing = is_passing
+
+
+class ReadError(ImageError):
     """The bytes of one image cannot be had; recorded as a failure, never fatal."""
 
 
-class DecodeError(EmbedderError):
+class DecodeError(ImageError):
     """The bytes of one image are unusable; recorded as a failure, never fatal."""
 
 

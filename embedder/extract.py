@@ -1,11 +1,13 @@
 """The job: plan, run, summarise."""
 
+import math
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,14 @@ from embedder import cluster, engines
 from embedder.backbones import DEFAULT_BACKBONE, make_recipe
 from embedder.cluster import Pool, Task
 from embedder.errors import RecipeError, StoreError, Unfinished
-from embedder.pipeline import Job, Receipt, extract_shard, toolbox_of
+from embedder.files import local_path
+from embedder.lease import lease
+from embedder.pipeline import Earlier, Job, Receipt, extract_shard, toolbox_of
 from embedder.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import VIEW, Recipe
-from embedder.refresh import refresh_shard
+from embedder.refresh import Refreshed, refresh_shard
 from embedder.sources import list_images
-from embedder.store import FAILURES, Store
+from embedder.store import EMBEDDINGS, FAILURES, Store, check_place
 from embedder.summary import Summary
 from embedder.weights import logger
 
@@ -46,8 +50,13 @@ class RunOptions:
         scheduler: Address of a running Dask scheduler, in place of local workers.
         limit: Only the first so many images of the source.
         max_failures: Share of the source's images, 0 to 1, that may fail.
-        retry_failed: Whether images that failed before are tried again though unchanged.
+        retry_failed: Whether all images that failed before are tried again though unchanged; those
+            whose trouble may have passed always are.
         prune: Whether rows of images that the source no longer has are dropped.
+        prune_share: Share of the store's images, 0 to 1, up to which `prune` drops any: more are
+            gone where a disk is missing than where images were deleted.
+        repair: Whether shards that are damaged are put aside and made again.
+        wait: Whether to wait for another run's end that is writing the store.
     """
 
     engine: str = "auto"
@@ -59,6 +68,9 @@ class RunOptions:
     max_failures: float = 0.1
     retry_failed: bool = False
     prune: bool = False
+    prune_share: float = 0.1
+    repair: bool = False
+    wait: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -71,11 +83,12 @@ class RunOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"`{name}` must be at least 1. Received: {name}={value}")
-        if not 0.0 <= self.max_failures <= 1.0:
-            raise RecipeError(
-                f"`max_failures` must be a share between 0 and 1. "
-                f"Received: max_failures={self.max_failures}"
-            )
+        for name in ("max_failures", "prune_share"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise RecipeError(
+                    f"`{name}` must be a share between 0 and 1. Received: {name}={value}"
+                )
         engines.choose(self.engine)
 
     @property
@@ -115,7 +128,8 @@ def extract(source: str | os.PathLike[str], store: str | os.PathLike[str], **opt
     Raises:
         RecipeError: The request makes no sense.
         SourceError: The source is missing, empty or unreadable.
-        StoreError: The store cannot be written, or was made with another recipe.
+        StoreError: The store cannot be written, was made with another recipe, or is being written
+            by another run.
         Unfinished: Too many images failed, or the disk is full; what is done is kept.
     """
     run_names = {field.name for field in fields(RunOptions)}
@@ -170,42 +184,64 @@ def run_extraction(
             engines.prepare(recipe.of_features, options.engine)
         began = started or time.time()
         targets = []
+        for path in sorted(recipes):  # in one order, so that two runs cannot wait for each other
+            check_place(local_path(path))
+            stack.enter_context(lease(Path(path), wait=options.wait))
         for path, recipe in recipes.items():
             store = Store.open_or_create(path, recipe, engines.versions())
             summary = Summary.begin(source, store, options, listing, began)
-            targets.append(_Target(store, summary))
-        try:
+            targets.append(_Target(store, summary, listing.refs))
+        with _recorded(targets):
             watch.enter("comparing with the store")
             for target in targets:
-                target.compare(listing.refs, options)
+                target.compare(options)
             if any(target.has_work for target in targets):
                 if pool is None:
                     pool = stack.enter_context(cluster.connect(None, options.num_workers))
-                for target in targets:
-                    target.refresh(pool, watch)
-                _embed(pool, targets, options, watch)
-            for target in targets:
-                target.tidy()
-        except StoreError as error:
-            _set_status(targets, str(error))
-            raise Unfinished(
-                f"{error}. What is written is kept; run the same command again"
-            ) from error
-        except KeyboardInterrupt:
-            _set_status(targets, "interrupted")
-            raise
-        except Exception as error:
-            _set_status(targets, str(error))
-            raise
-        finally:
-            for target in targets:
-                target.summary.finish(target.store)
+                with _settled(targets):
+                    for target in targets:
+                        target.refresh(pool, watch, options)
+                    _embed(pool, targets, options, watch)
     return [target.summary for target in targets]
 
 
-def _set_status(targets: "list[_Target]", status: str) -> None:
-    for target in targets:
-        target.summary.status = status
+@contextmanager
+def _recorded(targets: "list[_Target]") -> Iterator[None]:
+    """Keep the record of a run in its stores, whatever becomes of it."""
+    status = "done"
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        status = str(interrupt) or "interrupted"
+        raise
+    except Exception as error:
+        status = str(error)
+        raise
+    finally:
+        for target in targets:
+            target.summary.status = status
+            try:
+                target.summary.finish(target.store)
+            except StoreError as error:  # it must not hide what ended the run
+                if status == "done":
+                    raise Unfinished(f"All is done, but not recorded: {error}") from error
+                logger.warning("the run is not recorded: %s", error)
+
+
+@contextmanager
+def _settled(targets: "list[_Target]") -> Iterator[None]:
+    """Leave each image one row or one failure, also where a run ends early."""
+    try:
+        yield
+        for target in targets:
+            target.tidy()
+    except StoreError as error:
+        raise Unfinished(f"{error}. What is written is kept; run the same command again") from error
+    except BaseException:
+        for target in targets:
+            with suppress(StoreError):  # the next run sees to it
+                target.tidy()
+        raise
 
 
 def _check_columns(refs: pa.Table, recipe: Recipe) -> None:
@@ -242,20 +278,33 @@ class _Watch:
 class _Target:
     """One store of a run: what it lacks, and what becomes of it."""
 
-    def __init__(self, store: Store, summary: Summary) -> None:
+    def __init__(self, store: Store, summary: Summary, refs: pa.Table) -> None:
         self.store, self.summary = store, summary
+        self._refs = refs
         self._plan: Plan
+        self._replaced: dict[str, str] = {}  # sha256 of the rows that are to be replaced
+        self._shard_of: dict[str, str] = {}  # where they are
         self.job: Job
         self.todo: pa.Table
 
-    def compare(self, refs: pa.Table, options: RunOptions) -> None:
-        """Plan what to do, and drop what the plan and the options say is to go."""
-        self.summary.num_dropped += drop_repeated(self.store)
+    def compare(self, options: RunOptions) -> None:
+        """Plan what to do, and drop what the plan and the options say is to go.
+
+        Raises:
+            RecipeError: More would be pruned than is allowed.
+            StoreError: The store has damaged shards, or shards of another recipe.
+        """
+        if options.repair:
+            self.summary.repaired = self.store.put_damaged_aside()
+            for name, reason in self.summary.repaired.items():
+                logger.warning("put aside as damaged/%s: %s", name.replace("/", "-"), reason)
+        self.summary.num_dropped += drop_repeated(self.store, self._refs)
         plan = self._plan = make_plan(
-            refs, self.store, limit=options.limit, retry_failed=options.retry_failed
+            self._refs, self.store, limit=options.limit, retry_failed=options.retry_failed
         )
         self.summary.num_done, self.summary.num_deleted = plan.num_done, plan.num_deleted
         if options.prune:
+            _check_prune(plan, options.prune_share)
             self.store.drop(plan.deleted)
             self.store.drop(plan.deleted_failures, FAILURES)
             self.summary.num_dropped += plan.num_deleted
@@ -267,49 +316,95 @@ class _Target:
     def has_work(self) -> bool:
         return self.job.num_images > 0
 
-    def refresh(self, pool: Pool, watch: _Watch) -> None:
-        """Update rows whose content is the same; drop the others, which are to be embedded."""
-        plan = self._plan
-        changed = _refresh(pool, self.job, plan, self.summary, watch)
-        self.store.drop(plan.stale_failures, FAILURES)
-        self.todo = pa.concat_tables([plan.missing, changed]).sort_by("image_id")
+    def refresh(self, pool: Pool, watch: _Watch, options: RunOptions) -> None:
+        """Find out which of the files that look changed are to be embedded again.
+
+        Raises:
+            Unfinished: Too many files cannot be read.
+        """
+        stale, summary = self._plan.stale, self.summary
+        self.todo = self._plan.missing
+        if stale.num_rows == 0:
+            return
+        watch.enter("comparing changed files", stale.num_rows)
+        by_shard = (
+            (self.job, name, stale.filter(pc.equal(stale["shard"], name)))
+            for name in pc.unique(stale["shard"]).to_pylist()
+        )
+        with closing(pool.run(_refresh_shard, by_shard, watch.add)) as results:
+            for found in results:
+                self._replaced |= found.replaced
+                summary.num_updated += found.num_same
+                summary.unreadable += found.unreadable
+        summary.num_changed = len(self._replaced)
+        is_replaced = pc.is_in(stale["image_id"], pa.array([*self._replaced], pa.string()))
+        replaced = stale.filter(is_replaced)
+        self._shard_of = dict(
+            zip(replaced["image_id"].to_pylist(), replaced["shard"].to_pylist(), strict=True)
+        )
+        changed = replaced.drop_columns(["shard", "same_file"])
+        self.todo = pa.concat_tables([self.todo, changed]).sort_by("image_id")
+        self._check_failures(options.max_failures)
+
+    def earlier(self, refs: pa.Table) -> Earlier:
+        """What the store has of images that are to be embedded."""
+        known = self._plan.stale_failures.keys() | self._replaced.keys()
+        if not known:
+            return {}
+        ids = refs["image_id"].to_pylist()
+        return {image_id: self._replaced.get(image_id) for image_id in ids if image_id in known}
 
     def add(self, receipt: Receipt, max_failures: float) -> None:
-        """Count one shard.
+        """Count one shard, and drop what its rows and failures take the place of.
 
         Raises:
             Unfinished: Too many images failed.
+            StoreError: A shard cannot be read or written.
         """
         self.summary.add(receipt)
-        num_failed = self._plan.num_failed + self.summary.num_failures
-        if num_failed > max_failures * self.summary.num_inputs:
-            raise Unfinished(_too_many_failures(num_failed, max_failures, self.summary))
+        for kind, shard_of in (
+            (EMBEDDINGS, self._shard_of),
+            (FAILURES, self._plan.stale_failures),
+        ):
+            superseded: dict[str, list[str]] = {}
+            for image_id in receipt.settled:
+                # A shard's new failures have been written over its old ones.
+                is_gone = (
+                    kind == FAILURES
+                    and receipt.failures
+                    and (shard_of.get(image_id) == receipt.shard)
+                )
+                if image_id in shard_of and not is_gone:
+                    superseded.setdefault(shard_of[image_id], []).append(image_id)
+            self.store.drop(superseded, kind)
+        self._check_failures(max_failures)
+
+    def _check_failures(self, max_failures: float) -> None:
+        summary = self.summary
+        num_unreadable = summary.unreadable.total()
+        num_failed = self._plan.num_failed + summary.num_failures + num_unreadable
+        if num_failed > max_failures * summary.num_inputs:
+            raise Unfinished(_too_many_failures(num_failed, max_failures, summary))
 
     def tidy(self) -> None:
         """Leave the store as if one run had made it."""
-        self.summary.num_dropped += drop_repeated(self.store)
+        self.summary.num_dropped += drop_repeated(self.store, self._refs)
         self.store.remove_abandoned()  # of an earlier run, whose workers died meanwhile
-        self.summary.status = "done"
 
 
-def _refresh(pool: Pool, job: Job, plan: Plan, summary: Summary, watch: _Watch) -> pa.Table:
-    """Update rows whose content is the same; drop the others, and return their refs."""
-    stale = plan.stale
-    if stale.num_rows == 0:
-        return plan.missing.slice(0, 0)
-    watch.enter("comparing changed files", stale.num_rows)
-    by_shard = (
-        (job, name, stale.filter(pc.equal(stale["shard"], name)))
-        for name in pc.unique(stale["shard"]).to_pylist()
-    )
-    changed_ids: list[str] = []
-    with closing(pool.run(_refresh_shard, by_shard, watch.add)) as results:
-        for ids in results:
-            changed_ids.extend(ids)
-    summary.num_changed = len(changed_ids)
-    summary.num_updated = stale.num_rows - len(changed_ids)
-    changed = stale.filter(pc.is_in(stale["image_id"], pa.array(changed_ids, pa.string())))
-    return changed.drop_columns(["shard", "same_file"])
+def _check_prune(plan: Plan, prune_share: float) -> None:
+    """Refuse to drop more than is likely to have been deleted.
+
+    Raises:
+        RecipeError: It is more.
+    """
+    if plan.num_deleted > math.ceil(prune_share * plan.num_stored):
+        raise RecipeError(
+            f"`--prune` drops a share of {prune_share} of a store at most, in case a disk is "
+            f"missing or the source is another. Received: a source that no longer has "
+            f"{plan.num_deleted:,} of {plan.num_stored:,} images. If they are to go, say so with "
+            f"a larger --prune-share. Nothing was changed"
+        )
 
 
 def _embed(pool: Pool, targets: list[_Target], options: RunOptions, watch: _Watch) -> None:
@@ -318,7 +413,11 @@ def _embed(pool: Pool, targets: list[_Target], options: RunOptions, watch: _Watc
     watch.enter("embedding", sum(refs.num_rows for _, refs in work))
     for target in targets:
         target.summary.num_workers = pool.num_workers
-    shards = ((jobs, refs) for jobs, todo in work for refs in _shards(todo, options.shard_size))
+    shards = (
+        (jobs, refs, [by_store[job.store].earlier(refs) for job in jobs])
+        for jobs, todo in work
+        for refs in _shards(todo, options.shard_size)
+    )
     with closing(pool.run(_extract_shard, shards, watch.add)) as results:
         for receipts in results:
             for store, receipt in receipts.items():
@@ -359,12 +458,13 @@ def _shards(todo: pa.Table, shard_size: int) -> Iterator[pa.Table]:
 
 def _too_many_failures(num_failed: int, max_failures: float, summary: Summary) -> str:
     reasons: Counter[str] = Counter()
-    for (stage, error), count in summary.failures.items():
+    for (stage, error), count in (summary.failures + summary.unreadable).items():
         reasons[f"{stage}: {error}"] += count
     most = "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(3))
     return (
         f"{num_failed:,} of {summary.num_inputs:,} images failed; `--max-failures` allows a share "
-        f"of {max_failures}. Most often: {most}. What is done is kept: see "
+        f"of {max_failures}. Most often: {most}. What is done is kept, and so are rows of images "
+        f"that cannot be read now: see "
         f"`embedder inspect {summary.store}`, and run again with a larger share to go on"
     )
 
@@ -372,13 +472,15 @@ def _too_many_failures(num_failed: int, max_failures: float, summary: Summary) -
 # What runs on the workers. -----------------------------------------------------------------
 
 
-def _extract_shard(task: Task, jobs: list[Job], refs: pa.Table) -> dict[str, Receipt]:
+def _extract_shard(
+    task: Task, jobs: list[Job], refs: pa.Table, earlier: list[Earlier]
+) -> dict[str, Receipt]:
     toolboxes = [toolbox_of(job, task.num_threads()) for job in jobs]
-    receipts = extract_shard(jobs, toolboxes, refs, task.report, task.is_stopped)
+    receipts = extract_shard(jobs, toolboxes, refs, task.report, task.is_stopped, earlier)
     return dict(zip((job.store for job in jobs), receipts, strict=True))
 
 
-def _refresh_shard(task: Task, job: Job, name: str, refs: pa.Table) -> list[str]:
-    changed_ids = refresh_shard(Store(job.store), name, refs, task.is_stopped)
+def _refresh_shard(task: Task, job: Job, name: str, refs: pa.Table) -> Refreshed:
+    found = refresh_shard(Store(job.store), name, refs, task.is_stopped)
     task.report(refs.num_rows)
-    return changed_ids
+    return found

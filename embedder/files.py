@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from embedder.errors import EmbedderError
+
 _HOST = re.escape(socket.gethostname())
 # The second form is that of stores written by 0.1.0 before this module was.
 _TEMPORARY = re.compile(rf"\.embedder-{_HOST}-(\d+)-[0-9a-f]{{8}}\.tmp|\..+\.{_HOST}\.(\d+)\.tmp")
@@ -116,6 +118,26 @@ def _move_files(new: Path, path: Path) -> None:
     for older in path.iterdir():
         if older.name not in names:
             shutil.rmtree(older) if older.is_dir() else older.unlink()
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path of this machine's file systems.
+
+    Raises:
+        EmbedderError: It is a URL, which would become a folder of that name.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        raise EmbedderError(
+            f"What is written must be on a file system; buckets cannot be written to. "
+            f"Received: {text}"
+        )
+    return Path(text)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is of what is not whole yet, of whichever machine."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def remove_abandoned(folder: Path) -> None:

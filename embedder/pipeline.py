@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -77,6 +77,9 @@ class Receipt:
         shard: File name of the shard.
         num_rows: Images embedded.
         failures: Number of failures by (stage, error).
+        kept: Number of images that keep the row they had, since nothing could be made of what
+            they are now, by (stage, error).
+        settled: Ids of images that had a row or a failure, and have another one now.
         seconds: Busy time of each stage, summed over threads. Threads that share a core are
             all busy.
         decode_cpu_seconds: Of these, what decoding took of the cores.
@@ -96,6 +99,8 @@ class Receipt:
     shard: str
     num_rows: int = 0
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
+    kept: Counter[tuple[str, str]] = field(default_factory=Counter)
+    settled: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     decode_cpu_seconds: float = 0.0
     waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -108,6 +113,11 @@ class Receipt:
     batch_size: int = 0
     num_threads: int = 0
     num_parallel: int = 0
+
+
+# What a store has of images that are to be embedded, by id: the sha256 of the row, or None of a
+# failure. Images that it does not know are not in it.
+Earlier = Mapping[str, str | None]
 
 
 class Stopped(Unfinished):
@@ -230,6 +240,7 @@ def load_head(recipe: Recipe) -> "Model | None":
 class _Failure(NamedTuple):
     stage: str
     error: str
+    is_passing: bool = False
 
 
 class LoadedImage(NamedTuple):
@@ -249,7 +260,7 @@ def load_image(path: bytes, recipe: Recipe) -> LoadedImage:
     try:
         encoded = read_bytes(path)
     except ReadError as error:
-        failure = _Failure("read", str(error))
+        failure = _Failure("read", str(error), error.is_passing)
         return LoadedImage(None, None, failure, time.perf_counter() - begin, 0.0, 0.0)
     sha256 = hashlib.sha256(encoded).hexdigest()
     read, cpu = time.perf_counter(), time.thread_time()
@@ -257,7 +268,7 @@ def load_image(path: bytes, recipe: Recipe) -> LoadedImage:
     try:
         outcome = decode_rgb(encoded, recipe)
     except DecodeError as error:
-        outcome = _Failure("decode", str(error))
+        outcome = _Failure("decode", str(error), error.is_passing)
     end, cpu = time.perf_counter(), time.thread_time() - cpu
     return LoadedImage(len(encoded), sha256, outcome, read - begin, end - read, cpu)
 
@@ -268,6 +279,7 @@ def extract_shard(
     refs: pa.Table,
     report: Callable[[int, int], None],
     is_stopped: Callable[[], bool],
+    earlier: Sequence[Earlier] | None = None,
 ) -> list[Receipt]:
     """Embed the images of one shard and write it: to one store, or with each network to its own.
 
@@ -279,6 +291,7 @@ def extract_shard(
         report: Called now and then with the number of images done and of failures among them,
             since the last call.
         is_stopped: Asked before each image; once true, the shard is given up.
+        earlier: What each job's store has of these images.
 
     Returns:
         A receipt for each job.
@@ -289,8 +302,8 @@ def extract_shard(
     """
     stores = [Store(job.store) for job in jobs]
     shards = [
-        _ShardInWork(job.recipe, toolbox, refs)
-        for job, toolbox in zip(jobs, toolboxes, strict=True)
+        _ShardInWork(job.recipe, toolbox, refs, of_job)
+        for job, toolbox, of_job in zip(jobs, toolboxes, earlier or [{}] * len(jobs), strict=True)
     ]
     loading = _Loading()
     reporter = _Reporter(report)
@@ -392,11 +405,14 @@ class _ShardInWork:
     nothing depends on the order in which batches come back.
     """
 
-    def __init__(self, recipe: Recipe, toolbox: Toolbox, refs: pa.Table) -> None:
+    def __init__(self, recipe: Recipe, toolbox: Toolbox, refs: pa.Table, earlier: Earlier) -> None:
         self.refs = refs
         self.recipe = recipe
         self.toolbox = toolbox
-        self.receipt = Receipt(shard_name(recipe, refs["image_id"].to_pylist()))
+        self._ids: list[str] = refs["image_id"].to_pylist()
+        self._earlier = earlier
+        replaced = {image_id: sha256 for image_id, sha256 in earlier.items() if sha256}
+        self.receipt = Receipt(shard_name(recipe, self._ids, replaced))
         self.failures: list[tuple[_Row, _Failure]] = []
         self._rows: list[_Row] = []
         self._not_finite: set[int] = set()  # positions of images that failed by one of their views
@@ -485,6 +501,7 @@ class _ShardInWork:
         receipt.decode_cpu_seconds = loading.decode_cpu_seconds
         receipt.waits["decode"] = loading.wait_seconds
         receipt.num_bytes_read = loading.num_bytes_read
+        self._set_kept_apart()
         begin = time.perf_counter()
         rows = self._rows_table()
         receipt.num_bytes = store.write_shard(rows, self._failures_table(), receipt.shard)
@@ -492,6 +509,22 @@ class _ShardInWork:
         receipt.num_rows, receipt.ended = rows.num_rows // self.recipe.views, time.time()
         receipt.failures = Counter((failure.stage, failure.error) for _, failure in self.failures)
         return receipt
+
+    def _set_kept_apart(self) -> None:
+        """Leave the rows of images of which nothing can be said but that something went wrong.
+
+        A failure takes the place of a row only if other bytes were read, and are of no use.
+        """
+        kept_ids, failures = set(), []
+        for row, failure in self.failures:
+            stored = self._earlier.get(self._ids[row.position])
+            if stored and (failure.is_passing or row.sha256 in (None, stored)):
+                kept_ids.add(self._ids[row.position])
+                self.receipt.kept[failure.stage, failure.error] += 1
+            else:
+                failures.append((row, failure))
+        self.failures = failures
+        self.receipt.settled = [i for i in self._ids if i in self._earlier and i not in kept_ids]
 
     def _rows_table(self) -> pa.Table:
         """The shard's rows, in the refs' order."""
@@ -537,6 +570,7 @@ class _ShardInWork:
             mine["modified"],
             [failure.stage for _, failure in self.failures],
             [failure.error for _, failure in self.failures],
+            [failure.is_passing for _, failure in self.failures],
         ]
         return pa.table(columns, schema=FAILURE_SCHEMA)
 

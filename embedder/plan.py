@@ -1,12 +1,15 @@
 """What is left to do: the listing minus the store."""
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedder.store import EMBEDDINGS, FAILURES, Store, extra_columns
+from embedder.store import EMBEDDINGS, FAILURES, PASSING, Store, extra_columns
 
 
 @dataclass(frozen=True)
@@ -18,18 +21,20 @@ class Plan:
         stale: Refs with rows whose size, time of change or manifest columns differ from the
             listing, with `shard` (the file that holds the row) and `same_file` (the size and the
             time of change are as before, so the bytes need not be read again).
-        stale_failures: Ids of failures to be tried again, by shard.
+        stale_failures: Shards of failures to be tried again, by id.
         deleted: Ids of rows that the listing no longer has, by shard.
         deleted_failures: Ids of failures that the listing no longer has, by shard.
+        num_stored: Images that the store knows, as rows or as failures.
         num_done: Images whose row is as it should be.
         num_failed: Images whose failure stands.
     """
 
     missing: pa.Table
     stale: pa.Table
-    stale_failures: dict[str, list[str]]
+    stale_failures: dict[str, str]
     deleted: dict[str, list[str]]
     deleted_failures: dict[str, list[str]]
+    num_stored: int
     num_done: int
     num_failed: int
 
@@ -48,7 +53,8 @@ def make_plan(
         refs: Table of refs with unique ids.
         store: Its ids are unique; see `drop_repeated`.
         limit: Look at the first so many refs only.
-        retry_failed: Whether failures whose file has not changed are tried again.
+        retry_failed: Whether failures whose file has not changed are tried again, though what was
+            in the way is not known to pass.
     """
     rows, failures = store.index(), store.index(FAILURES)
     wanted = refs if limit is None else refs.slice(0, limit)
@@ -62,48 +68,80 @@ def make_plan(
     stale = with_row.append_column("shard", its_row["shard"]).append_column("same_file", same_file)
 
     with_failure, its_failure = wanted.filter(has_failure), failures.take(failure_of.drop_null())
-    stands = _same_file(with_failure, its_failure)
+    stands = pc.and_(_same_file(with_failure, its_failure), pc.invert(its_failure[PASSING]))
     if retry_failed:
         stands = pc.and_(stands, False)
     retried = with_failure.filter(pc.invert(stands))
+    their_shards = its_failure["shard"].filter(pc.invert(stands))
     neither = wanted.filter(pc.invert(pc.or_(has_row, has_failure)))
 
     return Plan(
         missing=pa.concat_tables([neither, retried]).sort_by("image_id"),
         stale=stale.filter(pc.invert(same_row)),
-        stale_failures=_by_shard(its_failure.filter(pc.invert(stands))),
+        stale_failures=dict(
+            zip(retried["image_id"].to_pylist(), their_shards.to_pylist(), strict=True)
+        ),
         deleted=_by_shard(_without(rows, refs)),
         deleted_failures=_by_shard(_without(failures, refs)),
+        num_stored=rows.num_rows + failures.num_rows,
         num_done=pc.sum(same_row).as_py() or 0,
         num_failed=pc.sum(stands).as_py() or 0,
     )
 
 
-def drop_repeated(store: Store) -> int:
+# Repeated images. --------------------------------------------------------------------------
+
+
+def drop_repeated(store: Store, refs: pa.Table) -> int:
     """Keep one row of every image, and no failure of an image that has a row.
 
-    Nothing of the kind is written by one run. Runs at the same time can, when their listings or
-    shard sizes differ; the first shard by name is kept, so that all of them keep the same.
+    A run that is killed between writing what became of a changed image and dropping its old row
+    leaves both. What fits the listing is kept; of several that do, or where none does, a row
+    before a failure, and then the first shard by name.
+
+    Args:
+        store: The store.
+        refs: Table of refs with unique ids.
 
     Returns:
         Number of rows and failures dropped.
     """
-    num_dropped = 0
-    taken = pa.array([], pa.string())
-    for kind in (EMBEDDINGS, FAILURES):
-        index = store.index(kind)
-        ids = index["image_id"].combine_chunks()
-        repeated = pc.is_in(ids, taken)
-        if pc.count_distinct(ids).as_py() < len(ids):
-            codes = ids.dictionary_encode().indices.to_numpy()
-            is_first = np.zeros(len(ids), bool)
-            is_first[np.unique(codes, return_index=True)[1]] = True
-            repeated = pc.or_(repeated, pa.array(~is_first))
-        if num_repeated := pc.sum(repeated).as_py():
-            store.drop(_by_shard(index.filter(repeated)), kind)
-            num_dropped += num_repeated
-        taken = ids
-    return num_dropped
+    found = pa.concat_tables(
+        [_entries(store.index(kind), kind, refs) for kind in (EMBEDDINGS, FAILURES)]
+    )
+    counts = found["image_id"].combine_chunks().value_counts()
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated) == 0:
+        return 0
+    by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in found.filter(pc.is_in(found["image_id"], repeated)).to_pylist():
+        by_id[entry["image_id"]].append(entry)
+    dropped: dict[str, dict[str, set[str]]] = {EMBEDDINGS: {}, FAILURES: {}}
+    for image_id, entries in by_id.items():
+        for entry in sorted(entries, key=lambda entry: (entry["rank"], entry["shard"]))[1:]:
+            dropped[entry["kind"]].setdefault(entry["shard"], set()).add(image_id)
+    for kind, ids_by_shard in dropped.items():
+        store.drop({shard: sorted(ids) for shard, ids in ids_by_shard.items()}, kind)
+    return sum(len(ids) for by_shard in dropped.values() for ids in by_shard.values())
+
+
+def _entries(index: pa.Table, kind: str, refs: pa.Table) -> pa.Table:
+    """Where each image is, and a rank, of which the least is kept."""
+    ref_of = pc.index_in(index["image_id"], refs["image_id"].combine_chunks())
+    fits = pc.and_(pc.is_valid(ref_of), _same_file(refs.take(ref_of), index))
+    if kind == EMBEDDINGS:
+        rank = pc.if_else(fits, 0, 2)
+    else:
+        # Only of bytes that were read can it be said that they are of no use.
+        is_known = pc.and_(pc.is_valid(index["sha256"]), pc.invert(index[PASSING]))
+        rank = pc.if_else(pc.and_(fits, is_known), 1, 3)
+    columns = {
+        "image_id": index["image_id"],
+        "shard": index["shard"].cast(pa.string()),
+        "kind": pa.repeat(kind, index.num_rows),
+        "rank": rank,
+    }
+    return pa.table(columns)
 
 
 def _same_file(refs: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
@@ -123,7 +161,7 @@ def _same_extras(refs: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
     }:
         return pc.and_(same, False)
     for name in mine:
-        same = pc.and_(same, _equal(refs[name], rows[name]))
+        same = pc.and_(same, _equal_values(refs[name], rows[name]))
     return same
 
 
@@ -131,6 +169,20 @@ def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
     """Equal, or both null."""
     both_null = pc.and_(pc.is_null(left), pc.is_null(right))
     return pc.or_(both_null, pc.fill_null(pc.equal(left, right), False))
+
+
+def _equal_values(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Equal in any type that a manifest can have; a NaN equals a NaN."""
+    if pa.types.is_string(left.type) or pa.types.is_integer(left.type):
+        return _equal(left, right)
+    # Arrow does not compare lists, structs and float16; their texts are the same where they are.
+    texts = zip(_texts(left), _texts(right), strict=True)
+    return pa.chunked_array([pa.array([mine == theirs for mine, theirs in texts], pa.bool_())])
+
+
+def _texts(column: pa.ChunkedArray) -> Iterator[str]:
+    for chunk in column.chunks:
+        yield from map(repr, chunk.to_pylist())
 
 
 def _without(index: pa.Table, refs: pa.Table) -> pa.Table:

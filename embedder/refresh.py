@@ -1,12 +1,16 @@
-"""Rows whose file looks changed: keep those whose bytes are the same, drop the others.
+"""Rows whose file looks changed: which hold the same bytes, which others, which cannot be read.
 
 A copied or unpacked archive has new times of change and old content. Reading and hashing it is
-all that such files cost: their vectors are kept.
+all that such files cost: their vectors are kept. A row whose file holds other bytes stays until
+the new vector is written, and one whose file cannot be read stays.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,19 +20,34 @@ from embedder.sources import read_bytes
 from embedder.store import Store, extra_columns
 
 
+@dataclass(frozen=True)
+class Refreshed:
+    """What the files of a shard's stale rows hold.
+
+    Attributes:
+        replaced: sha256 of the rows whose files hold other bytes now, by id.
+        num_same: Rows whose files hold what they held.
+        unreadable: Number of rows whose files cannot be read, by (stage, error).
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    num_same: int = 0
+    unreadable: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
 def refresh_shard(
     store: Store, name: str, stale: pa.Table, is_stopped: Callable[[], bool]
-) -> list[str]:
-    """Bring a shard's stale rows up to date, or drop them.
+) -> Refreshed:
+    """Read the files of a shard's stale rows, and bring up to date what needs no new vector.
+
+    Rows take a manifest's columns from their refs; those whose files hold the same bytes take the
+    time of change too.
 
     Args:
         store: The store.
         name: File name of the shard.
         stale: Part of `Plan.stale` that this shard holds.
         is_stopped: Asked before each file; once true, the shard is left as it is.
-
-    Returns:
-        Ids of the rows dropped: their files hold other bytes now, or cannot be read.
 
     Raises:
         Stopped: `is_stopped` said so.
@@ -37,41 +56,61 @@ def refresh_shard(
     table = store.read_shard(name)
     positions = pc.index_in(stale["image_id"], table["image_id"].combine_chunks())
     stored_hashes = table["sha256"].take(positions).to_pylist()
-    changed_ids = []
-    for ref, stored_hash in zip(
-        stale.select(["image_id", "path", "same_file"]).to_pylist(), stored_hashes, strict=True
-    ):
+    found = Refreshed()
+    is_same = np.ones(stale.num_rows, bool)
+    refs = stale.select(["image_id", "path", "same_file"]).to_pylist()
+    for number, (ref, stored_hash) in enumerate(zip(refs, stored_hashes, strict=True)):
         if is_stopped():
             raise Stopped(f"stopped while shard {name} was being compared")
-        if not ref["same_file"] and hash_of(ref["path"]) != stored_hash:
-            changed_ids.append(ref["image_id"])
-    keep = pc.invert(pc.is_in(table["image_id"], pa.array(changed_ids, pa.string())))
-    store.replace_shard(name, _with_columns_of(stale, table, store).filter(keep))
-    return changed_ids
+        if ref["same_file"]:
+            continue
+        try:
+            is_same[number] = hash_of(ref["path"]) == stored_hash
+        except ReadError as error:
+            is_same[number] = False
+            found.unreadable["read", str(error)] += 1
+        else:
+            if not is_same[number]:
+                found.replaced[ref["image_id"]] = stored_hash
+    refreshed = _with_columns_of(stale, pa.array(is_same), table, store)
+    if not refreshed.equals(table):
+        store.replace_shard(name, refreshed)
+    return Refreshed(found.replaced, int(is_same.sum()), found.unreadable)
 
 
-def hash_of(path: bytes) -> str | None:
-    """sha256 of the bytes behind a ref's path, or None where they cannot be read."""
-    try:
-        return hashlib.sha256(read_bytes(path)).hexdigest()
-    except ReadError:
-        return None
+def hash_of(path: bytes) -> str:
+    """sha256 of the bytes behind a ref's path.
+
+    Raises:
+        ReadError: They cannot be read.
+    """
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
-def _with_columns_of(refs: pa.Table, table: pa.Table, store: Store) -> pa.Table:
-    """Take `modified` and a manifest's columns from the refs; other rows keep what they have."""
-    row_of = pc.index_in(table["image_id"], refs["image_id"].combine_chunks())
-    is_stale = pc.is_valid(row_of)
+def _with_columns_of(
+    refs: pa.Table, is_same: pa.BooleanArray, table: pa.Table, store: Store
+) -> pa.Table:
+    """Take a manifest's columns from the refs, and `modified` of those that are the same."""
+    ref_of = pc.index_in(table["image_id"], refs["image_id"].combine_chunks())
+    same_of = pc.if_else(is_same.take(ref_of), ref_of, None)
     columns = {f.name: (f, table[f.name]) for f in table.schema}
     last = {name: columns.pop(name) for name in store.recipe.columns}
     for name in store.extra_columns(columns):
         del columns[name]
     for name in ["modified", *extra_columns(refs.drop_columns(["same_file"]).column_names)]:
         field = refs.schema.field(name)
-        ours = refs[name].take(row_of)
         theirs = pa.nulls(len(table), field.type)
         if name in table.column_names and table.schema.field(name).type == field.type:
             theirs = table[name]
-        columns[name] = field, pc.if_else(is_stale, ours, theirs)
+        chosen = same_of if name == "modified" else ref_of
+        columns[name] = field, _merged(refs[name], chosen, theirs)
     fields, arrays = zip(*columns.values(), *last.values(), strict=True)
     return pa.table(list(arrays), schema=pa.schema(fields, metadata=table.schema.metadata))
+
+
+def _merged(ours: pa.ChunkedArray, place: pa.ChunkedArray, theirs: pa.Array) -> pa.ChunkedArray:
+    """Values of `ours` at places that are given, and of `theirs` where none is, of any type."""
+    chunks = theirs.chunks if isinstance(theirs, pa.ChunkedArray) else [theirs]
+    both = pa.chunked_array([*ours.chunks, *chunks], ours.type)
+    own = pa.array(np.arange(len(theirs)) + len(ours), pa.int32())
+    return both.take(pc.if_else(pc.is_valid(place), place, own))

@@ -3,16 +3,20 @@
 A table of refs has the columns of `REF_SCHEMA`, then any extra columns of a manifest.
 """
 
+import asyncio
+import errno
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+import fsspec.asyn
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -34,6 +38,18 @@ IMAGE_EXTENSIONS = frozenset(
 )
 MANIFEST_EXTENSIONS = (".txt", ".csv", ".parquet")
 MAX_FILE_BYTES = 2**30  # no image file is larger; reading one would fill the memory
+READ_SECONDS = 60  # for one remote image, from the request to its last byte
+# As a file that is not there, what lasts until somebody mends it, and then shows in the listing.
+_LASTING_ERRORS = {errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
+_PASSING_STATUSES = {408, 423, 425, 429}
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+_Result = TypeVar("_Result")
 
 MODIFIED_TYPE = pa.timestamp("us", tz="UTC")
 REF_SCHEMA = pa.schema(
@@ -108,15 +124,25 @@ def list_images(source: str | os.PathLike[str]) -> Listing:
             f"The source must be a folder, a glob, a manifest ({', '.join(MANIFEST_EXTENSIONS)}) "
             f"or a URL. Received: {text}, which does not exist"
         )
-    ids = listing.refs["image_id"]
-    if pc.count_distinct(ids).as_py() < len(ids):
-        raise SourceError(
-            f"The source {text} has two files whose names read the same once bytes that are not "
-            f"UTF-8 are written as \\xNN; rename one"
-        )
+    _check_unique(listing.refs, text)
     if listing.refs.num_rows == 0:
         raise SourceError(f"The source {text} holds no image{_describe_skipped(listing.skipped)}")
     return listing
+
+
+def _check_unique(refs: pa.Table, source: str) -> None:
+    counts = refs["image_id"].combine_chunks().value_counts()
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        same = refs.filter(pc.equal(refs["image_id"], repeated[0]))["path"].to_pylist()
+        raise SourceError(
+            f"Every image of a source must have an id of its own. Received: {source}, with files "
+            f"whose names read the same once bytes that are not UTF-8 are written as \\xNN: "
+            f"{' and '.join(map(repr, same))}; rename one"
+        )
+
+
+# From a ref to its bytes. ------------------------------------------------------------------
 
 
 def read_bytes(path: bytes) -> bytes:
@@ -126,38 +152,109 @@ def read_bytes(path: bytes) -> bytes:
         path: The `path` of a ref.
 
     Raises:
-        ReadError: The file is missing, cannot be read, or is larger than `MAX_FILE_BYTES`.
+        ReadError: The file is missing, is no regular file, cannot be read, or is larger than
+            `MAX_FILE_BYTES`. It says whether that may pass.
     """
     try:
-        if b"://" in path:
-            return _read_url(path.decode())
-        with open(path, "rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            if num_bytes > MAX_FILE_BYTES:
-                raise ReadError(f"larger than {MAX_FILE_BYTES:,} bytes: {num_bytes:,}")
-            return file.read()
+        if (url := _url_of(path)) is not None:
+            return _read_url(url)
+        return _read_file(path.removeprefix(b"file://"))
     except ReadError:
         raise
     except OSError as error:
         # Without the path: it is the row's image_id, and the root may differ between workers.
-        raise ReadError(f"{type(error).__name__}: {error.strerror or error}") from error
-    # Every remote file system has exceptions of its own; a name with a NUL is a ValueError.
-    except Exception as error:
+        reason = f"{type(error).__name__}: {error.strerror or error}"
+        is_lasting = isinstance(error, FileNotFoundError) or error.errno in _LASTING_ERRORS
+        raise ReadError(reason, is_passing=not is_lasting) from error
+    except ValueError as error:  # a name with a NUL
         raise ReadError(f"{type(error).__name__}: {error}") from error
+    except MemoryError as error:
+        raise ReadError("not enough memory to read it", is_passing=True) from error
+    # Every remote file system has exceptions of its own.
+    except Exception as error:
+        raise ReadError(f"{type(error).__name__}: {error}", is_passing=True) from error
+
+
+def _url_of(path: bytes) -> str | None:
+    """The URL that a ref's path is; None of a file's."""
+    scheme, is_url, _ = path.partition(b"://")
+    return path.decode() if is_url and scheme != b"file" else None
+
+
+def _read_file(path: bytes) -> bytes:
+    # Opening a FIFO waits for its writer, and opening a device can do anything.
+    _check_regular(os.stat(path))
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        _check_regular(status)
+        _check_size(status.st_size)
+        content = file.read(status.st_size + 1)
+        if len(content) > status.st_size:  # it grows, or it is a file of /proc, which say 0
+            content += file.read(MAX_FILE_BYTES + 1 - len(content))
+            _check_size(len(content))
+    return content
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise ReadError(f"not a regular file, but {kind}")
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MAX_FILE_BYTES:
+        raise ReadError(f"larger than {MAX_FILE_BYTES:,} bytes: {num_bytes:,}")
+
+
+def _read_url(url: str) -> bytes:
+    # Not `fsspec.open`, which takes a `::` in a name for a chain of file systems.
+    filesystem = fsspec.filesystem(url.split("://")[0])
+    content: bytes
+    if url.startswith(("http://", "https://")):
+        content = _within_deadline(filesystem, _get(filesystem, url))
+    elif filesystem.async_impl:
+        info: dict[str, Any] = _within_deadline(filesystem, filesystem._info(url))
+        _check_size(info.get("size") or 0)
+        content = _within_deadline(filesystem, filesystem._cat_file(url))
+    else:
+        _check_size(filesystem.size(url) or 0)
+        content = filesystem.cat_file(url)
+    return content
+
+
+def _within_deadline(filesystem: Any, reading: Coroutine[Any, Any, _Result]) -> _Result:
+    """Wait for what a remote file system reads, but not for ever."""
+
+    async def bounded() -> _Result:
+        return await asyncio.wait_for(reading, READ_SECONDS)
+
+    try:
+        result: _Result = fsspec.asyn.sync(filesystem.loop, bounded)
+    except TimeoutError as error:
+        raise ReadError(f"no answer within {READ_SECONDS} seconds", is_passing=True) from error
+    return result
+
+
+async def _get(filesystem: Any, url: str) -> bytes:
+    """One GET. What it gives is counted as it comes, unpacked: a server can say any length."""
+    session = await filesystem.set_session()
+    async with session.get(filesystem.encode_url(url)) as response:
+        if response.status >= 400:
+            is_passing = response.status >= 500 or response.status in _PASSING_STATUSES
+            reason = f"HTTP status {response.status} {response.reason or ''}".rstrip()
+            raise ReadError(reason, is_passing=is_passing)
+        content = bytearray()
+        async for chunk in response.content.iter_chunked(2**20):
+            content += chunk
+            _check_size(len(content))
+        return bytes(content)
 
 
 # The columns of `REF_SCHEMA`; the time is in microseconds since the epoch.
 _RefRow = tuple[str, bytes, int | None, int | None]
 
 
-def _read_url(url: str) -> bytes:
-    # Not `fsspec.open`, which takes a `::` in a name for a chain of file systems.
-    filesystem = fsspec.filesystem(url.split("://")[0])
-    num_bytes = filesystem.size(url)
-    if num_bytes is not None and num_bytes > MAX_FILE_BYTES:
-        raise ReadError(f"larger than {MAX_FILE_BYTES:,} bytes: {num_bytes:,}")
-    content: bytes = filesystem.cat_file(url)
-    return content
+# Listing. -----------------------------------------------------------------------------------
 
 
 def _describe_skipped(skipped: Counter[str]) -> str:
@@ -187,25 +284,31 @@ def _list_folder(root: Path, pattern: re.Pattern[str] | None) -> Listing:
         if _extension(entry.name) not in IMAGE_EXTENSIONS:
             skipped[_extension(entry.name) or "no extension"] += 1
             continue
+        if not entry.is_symlink() and not entry.is_file():
+            skipped["FIFO, socket or device"] += 1
+            continue
         num_bytes, modified = _stat(entry.path)
         rows.append((_readable(relative), os.fsencode(entry.path), num_bytes, modified))
     return Listing(_make_refs(rows), skipped)
 
 
-def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    """Every file below a folder; a link that leads nowhere counts as a file, to be reported."""
-    try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _walk(entry.path)
-                elif entry.is_symlink():
-                    if not os.path.isdir(entry.path):
+def _walk(root: Path) -> Iterator[os.DirEntry[str]]:
+    """Every file below a folder, however deep; folders themselves, and links to them, are not.
+
+    FIFOs and devices are files here, as are links that lead nowhere: they are to be reported.
+    """
+    folders: list[str | Path] = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif not entry.is_symlink() or not os.path.isdir(entry.path):
                         yield entry
-                elif entry.is_file():
-                    yield entry
-    except OSError as error:
-        raise SourceError(f"The folder {folder} cannot be listed: {error.strerror}") from error
+        except OSError as error:
+            raise SourceError(f"The folder {folder} cannot be listed: {error.strerror}") from error
 
 
 def _stat(path: str) -> tuple[int | None, int | None]:
@@ -280,9 +383,18 @@ def _list_manifest(manifest: Path) -> Listing:
     )
     for name in table.column_names:
         if name != "path":
-            refs = refs.append_column(table.schema.field(name), table[name])
+            refs = refs.append_column(name, _plain(table[name]))
     unique = _first_of_each(refs).sort_by("image_id")
     return Listing(unique, num_repeated=refs.num_rows - unique.num_rows)
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column in the type that it has when it comes back from a store."""
+    if pa.types.is_dictionary(column.type):
+        return column.cast(column.type.value_type)
+    if pa.types.is_string_view(column.type):
+        return column.cast(pa.string())
+    return column
 
 
 def _first_of_each(refs: pa.Table) -> pa.Table:

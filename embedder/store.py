@@ -1,4 +1,4 @@
-"""The feature store: schema, atomic shard write, what is done, reading back.
+"""The feature store: what is done, reading it back, adding to it.
 
 A store is a folder of plain Parquet files with no other record of progress: what is in it is
 done. Every file is written under a temporary name and renamed, so a shard that exists is whole.
@@ -7,8 +7,7 @@ done. Every file is written under a temporary name and renamed, so a shard that 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError, RecipeMismatch, StoreError
-from embedder.files import remove_abandoned, whole_file
+from embedder import shard_file
+from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
+from embedder.files import is_temporary, local_path, remove_abandoned, whole_file
+from embedder.lease import LOCK_FILE
 from embedder.recipe import VIEW, Recipe
+from embedder.shard_file import vector_array as vector_array
+from embedder.shard_file import vectors_of as vectors_of
 from embedder.sources import MODIFIED_TYPE
 
 EMBEDDINGS = "embeddings"
 FAILURES = "failures"
 RUNS = "runs"
 RECIPE_FILE = "recipe.json"
+DAMAGED = "damaged"  # files that `repair` has put aside
+PASSING = "passing"
 
 FAILURE_SCHEMA = pa.schema(
     [
@@ -37,8 +41,12 @@ FAILURE_SCHEMA = pa.schema(
         pa.field("modified", MODIFIED_TYPE),
         pa.field("stage", pa.string(), nullable=False),  # read, decode or embed
         pa.field("error", pa.string(), nullable=False),
+        # Whether the next run tries again: what was in the way may be gone. Null in files of
+        # older versions, where it is so of what could not be read.
+        pa.field(PASSING, pa.bool_()),
     ]
 )
+_OLDEST_FAILURE_SCHEMA = pa.schema([field for field in FAILURE_SCHEMA if field.name != PASSING])
 _ROW_FIELDS = [
     pa.field("image_id", pa.string(), nullable=False),
     pa.field("sha256", pa.string(), nullable=False),
@@ -49,36 +57,16 @@ _ROW_FIELDS = [
     pa.field("modified", MODIFIED_TYPE),
 ]
 _VIEW_FIELD = pa.field(VIEW, pa.int16(), nullable=False)
-_ROW_GROUP_ROWS = 8192
+_RUN_FIELDS: dict[str, Any] = {  # of a run's record, those that are read again
+    "when": str,
+    "status": str,
+    "source": str,
+    "counts": dict,
+    "images_per_second": (int, float),
+    "seconds_total": (int, float),
+    "bottleneck": str,
+}
 _WHERE = ("weights_source", "head_source")  # of the recipe: where this machine finds its parts
-
-
-def vector_array(vectors: NDArray[Any]) -> pa.Array:
-    """Wrap vectors as an Arrow array, without a copy.
-
-    Args:
-        vectors: (n, dim), or (n, height, width, channels) where a feature map is not pooled.
-
-    Returns:
-        Lists of fixed length; a feature map's carry its shape as Arrow's `fixed_shape_tensor`.
-    """
-    size = int(np.prod(vectors.shape[1:]))
-    item = pa.field("item", pa.from_numpy_dtype(vectors.dtype), nullable=False)
-    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
-    lists = pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(item, size))
-    if vectors.ndim == 2:
-        return lists
-    tensor = pa.fixed_shape_tensor(item.type, vectors.shape[1:])
-    return pa.ExtensionArray.from_storage(tensor, lists.cast(tensor.storage_type))
-
-
-def vectors_of(array: pa.Array) -> NDArray[Any]:
-    """The vectors that `vector_array` wrapped; read-only, and without a copy."""
-    if isinstance(array, pa.FixedShapeTensorArray):
-        vectors: NDArray[Any] = array.to_numpy_ndarray()
-        return vectors
-    flat: NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(array), -1)
 
 
 def row_schema(
@@ -90,7 +78,7 @@ def row_schema(
     """
     vectors = [pa.field(name, types[name], nullable=False) for name in recipe.columns]
     fields = [*_row_fields(recipe), *extra_fields, *vectors]
-    return pa.schema(fields, metadata=_metadata(recipe))
+    return pa.schema(fields, metadata=shard_file.metadata_of(recipe))
 
 
 def _row_fields(recipe: Recipe) -> list[pa.Field]:
@@ -112,13 +100,6 @@ def extra_columns(names: Iterable[str]) -> list[str]:
     return [name for name in names if name not in own]
 
 
-def _metadata(recipe: Recipe) -> dict[str, str]:
-    return {
-        "embedder.fingerprint": recipe.fingerprint,
-        "embedder.recipe": recipe.model_dump_json(),
-    }
-
-
 class Store:
     """A feature store, for reading and for adding to.
 
@@ -137,18 +118,26 @@ class Store:
         Raises:
             StoreError: There is no store at this path, or its recipe cannot be read.
         """
-        self.path = Path(path)
+        self.path = local_path(path)
         file = self.path / RECIPE_FILE
         try:
             content = json.loads(file.read_bytes())
             where = {name: content[name] for name in _WHERE if content.get(name)}
             self.recipe = Recipe(**content["recipe"], **where)
-        except FileNotFoundError:
+            fingerprint = content["fingerprint"]
+        except (FileNotFoundError, NotADirectoryError):
             raise StoreError(
                 f"{self.path} is not a feature store: it has no {RECIPE_FILE}"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecipeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
             raise StoreError(f"{file} cannot be read: {error}") from error
+        except RecursionError:
+            raise StoreError(f"{file} cannot be read: it is nested too deeply") from None
+        if fingerprint != self.recipe.fingerprint:
+            raise StoreError(
+                f"The fingerprint in {file} must be that of its recipe, {self.recipe.fingerprint}. "
+                f"Received: {fingerprint}; one of the two was changed by hand"
+            )
 
     @classmethod
     def open_or_create(
@@ -160,7 +149,7 @@ class Store:
             RecipeMismatch: The store was made with another recipe.
             StoreError: The folder holds something else, or cannot be written.
         """
-        folder = Path(path)
+        folder = local_path(path)
         file = folder / RECIPE_FILE
         content = {
             "recipe": recipe.model_dump(mode="json"),
@@ -180,16 +169,14 @@ class Store:
                     f"The store {folder} was made with another recipe. It has "
                     f"{'; '.join(differences)}. Use another store, or the store's own options"
                 )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise StoreError(
-                f"A new store must be an empty folder, or one that does not exist. "
-                f"Received: {folder}, which holds something else"
-            )
+        else:
+            check_place(folder)
         try:
             for name in (EMBEDDINGS, FAILURES, RUNS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             if not is_written:
-                _replace(file, json.dumps(content | where, indent=2).encode())
+                with whole_file(file) as written:
+                    written.write(json.dumps(content | where, indent=2).encode())
             store = cls(folder)
             store.remove_abandoned()
         except OSError as error:
@@ -199,24 +186,87 @@ class Store:
     # Reading -------------------------------------------------------------------------------
 
     def shards(self, kind: str = EMBEDDINGS) -> list[Path]:
-        """Parquet files of `embeddings` or `failures`, in the order that reading uses."""
-        return sorted((self.path / kind).glob("*.parquet"))
+        """Parquet files of `embeddings` or `failures`, in the order that reading uses.
+
+        Raises:
+            StoreError: The folder cannot be listed.
+        """
+        folder = self.path / kind
+        try:
+            names = sorted(entry.name for entry in os.scandir(folder))
+        except FileNotFoundError:  # something copied the store without its empty folders
+            return []
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be listed: {error.strerror}") from error
+        shards = [name for name in names if name.endswith(".parquet") and not name.startswith(".")]
+        return [folder / name for name in shards]
 
     def table(self, columns: list[str] | None = None, kind: str = EMBEDDINGS) -> pa.Table:
         """Read columns of all rows, views too, in the order of `ids` and `vectors`."""
-        tables = [_read(path, columns) for path in self.shards(kind)]
+        tables = [self.read_shard(path.name, kind, columns) for path in self.shards(kind)]
         if not tables:
             schema = FAILURE_SCHEMA if kind == FAILURES else pa.schema(_row_fields(self.recipe))
             return schema.empty_table().select(columns or schema.names)
         return pa.concat_tables(tables, promote_options="default")
 
+    def read_shard(
+        self, name: str, kind: str = EMBEDDINGS, columns: list[str] | None = None
+    ) -> pa.Table:
+        """Read one shard, or some of its columns.
+
+        Raises:
+            DamagedShard: It is not as it was written.
+            StoreError: It is of another recipe, or cannot be read just now.
+        """
+        path = self.path / kind / name
+        table = shard_file.read(path, self.recipe, self._expected(kind), columns)
+        if kind == EMBEDDINGS:
+            for column in set(self.recipe.columns).intersection(table.column_names):
+                self._check_vectors(path, column, table.schema.field(column).type)
+        return table
+
+    def _expected(self, kind: str) -> pa.Schema:
+        if kind == FAILURES:
+            return _OLDEST_FAILURE_SCHEMA
+        return pa.schema(_row_fields(self.recipe))
+
+    def _check_vectors(self, path: Path, column: str, found: pa.DataType) -> None:
+        lists = getattr(found, "storage_type", found)
+        dtype = pa.from_numpy_dtype(np.dtype(self.recipe.store_dtype))
+        if not pa.types.is_fixed_size_list(lists) or lists.value_type != dtype:
+            raise DamagedShard(
+                f"The shard {path} is damaged: vectors must be lists of fixed length of {dtype}. "
+                f"Received: {column} of {found}"
+            )
+
+    def num_rows_of(self, name: str) -> int:
+        """Number of a shard's rows, views too, without reading them."""
+        return shard_file.num_rows_of(self.path / EMBEDDINGS / name)
+
+    def _schemas(self) -> Iterator[pa.Schema]:
+        expected = self._expected(EMBEDDINGS)
+        for path in self.shards():
+            yield shard_file.read_schema(path, self.recipe, expected)
+
     def column_names(self) -> list[str]:
         """Names of the columns that the rows have, in any shard."""
         names: dict[str, None] = {}
-        for path in self.shards():
-            with _reading(path):
-                names |= dict.fromkeys(pq.read_schema(path).names)
+        for schema in self._schemas():
+            names |= dict.fromkeys(schema.names)
         return list(names) or [field.name for field in _row_fields(self.recipe)]
+
+    def dim(self, column: str) -> int:
+        """Length of the vectors of a feature, of a feature map all its values; 0 of an empty store.
+
+        Raises:
+            StoreError: A shard has no such column.
+        """
+        schema = next(self._schemas(), None)
+        if schema is None:
+            return 0
+        if column not in schema.names:
+            raise StoreError(f"The store {self.path} has no vectors {column}")
+        return shard_file.length_of(schema.field(column).type)
 
     def ids(self, *, view: int | None = 0) -> NDArray[np.object_]:
         """Image ids, in the order of `vectors(view=view)`: array of str of shape (n_rows,).
@@ -266,6 +316,12 @@ class Store:
         ]
         if not arrays:
             raise StoreError(f"The store {self.path} has no rows yet")
+        if len({array.shape[1:] for array in arrays}) > 1:
+            raise StoreError(
+                f"All vectors of a store must be of one length. Received: {self.path} with "
+                f"{', '.join(sorted({str(array.shape[1:]) for array in arrays}))}; "
+                f"`embedder verify` says which shards are damaged"
+            )
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def _tables(self, column: str, view: int | None) -> Iterator[pa.Table]:
@@ -277,9 +333,9 @@ class Store:
             )
         for path in self.shards():
             if view is None or self.recipe.views == 1:
-                yield _read(path, [column])
+                yield self.read_shard(path.name, columns=[column])
             else:
-                table = _read(path, [column, VIEW])
+                table = self.read_shard(path.name, columns=[column, VIEW])
                 yield table.filter(pc.equal(table[VIEW], view))
 
     def failures(self) -> pa.Table:
@@ -291,36 +347,51 @@ class Store:
 
         Returns:
             Table of one row for each image, also where it has several views, with `image_id`,
-            `bytes`, `modified`, a manifest's columns, and `shard`, its file's name.
+            `bytes`, `modified`, of failures `sha256` and `passing`, any manifest columns, and
+            `shard`, the name of the file.
         """
-        views = [VIEW] if kind == EMBEDDINGS and self.recipe.views > 1 else []
         tables = []
         for path in self.shards(kind):
-            # Not `pq.read_table`, which takes longer to open a small file than to read it.
-            with _reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
-                extras = self.extra_columns(file.schema_arrow.names)
-                table = file.read(["image_id", "bytes", "modified", *extras, *views])
-            if views:  # an image's views are in one shard, and are kept or dropped together
-                table = table.filter(pc.equal(table[VIEW], 0)).drop_columns(views)
+            table = self._done_in(path) if kind == EMBEDDINGS else self._failed_in(path)
             shard = pa.array(np.zeros(table.num_rows, np.int32))
             names_of = pa.DictionaryArray.from_arrays(shard, pa.array([path.name]))
             tables.append(table.append_column("shard", names_of))
         if not tables:
-            return self.table(["image_id", "bytes", "modified"], kind).append_column(
+            known = ["image_id", "bytes", "modified"]
+            known += [] if kind == EMBEDDINGS else ["sha256", PASSING]
+            return self.table(known, kind).append_column(
                 "shard", pa.array([], pa.dictionary(pa.int32(), pa.string()))
             )
         return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
 
+    def _done_in(self, path: Path) -> pa.Table:
+        """A shard's images and the columns of their manifest."""
+        others = {"sha256", "width", "height", "format", *self.recipe.columns}
+        table = shard_file.read(path, self.recipe, self._expected(EMBEDDINGS), without=others)
+        if self.recipe.views > 1:  # an image's are in one shard, and are kept or dropped together
+            table = table.filter(pc.equal(table[VIEW], 0)).drop_columns([VIEW])
+        return table
+
+    def _failed_in(self, path: Path) -> pa.Table:
+        table = self.read_shard(path.name, FAILURES)
+        if PASSING not in table.column_names:  # of an older version
+            table = table.append_column(PASSING, pc.equal(table["stage"], "read"))
+        return table.select(["image_id", "bytes", "modified", "sha256", PASSING])
+
     def runs(self) -> list[dict[str, Any]]:
-        """Records of past runs, oldest first."""
-        return [json.loads(path.read_bytes()) for path in sorted((self.path / RUNS).glob("*.json"))]
+        """Records of past runs, oldest first; those that cannot be read are left out."""
+        return [record for record in map(_read_run, self._run_files()) if record is not None]
+
+    def unreadable_runs(self) -> list[str]:
+        """Names of the files in `runs/` that are no records of runs."""
+        return [file.name for file in self._run_files() if _read_run(file) is None]
+
+    def _run_files(self) -> list[Path]:
+        return sorted((self.path / RUNS).glob("*.json"))
 
     def __len__(self) -> int:
         """Number of embedded images."""
-        num_rows = 0
-        for path in self.shards():
-            with _reading(path):
-                num_rows += pq.read_metadata(path).num_rows
+        num_rows = sum(self.num_rows_of(path.name) for path in self.shards())
         return num_rows // self.recipe.views
 
     def extra_columns(self, names: Iterable[str]) -> list[str]:
@@ -356,12 +427,11 @@ class Store:
         path = self.path / kind / name
         if table.num_rows:
             self._write(path, table)
-        else:
+            return
+        try:
             path.unlink(missing_ok=True)
-
-    def read_shard(self, name: str, kind: str = EMBEDDINGS) -> pa.Table:
-        """Read one shard whole."""
-        return _read(self.path / kind / name, None)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be removed: {error.strerror}") from error
 
     def drop(self, ids_by_shard: dict[str, list[str]], kind: str = EMBEDDINGS) -> None:
         """Drop images by id, with all their views, from the shards that hold them."""
@@ -370,70 +440,111 @@ class Store:
             keep = pc.invert(pc.is_in(table["image_id"], pa.array(ids, pa.string())))
             self.replace_shard(name, table.filter(keep), kind)
 
+    def put_damaged_aside(self) -> dict[str, str]:
+        """Read all files, and move those that are damaged to STORE/damaged/.
+
+        Returns:
+            Why, by name: `embeddings/NAME` or `failures/NAME`.
+
+        Raises:
+            StoreError: A file cannot be read just now, or cannot be moved.
+        """
+        damaged = {}
+        for kind in (EMBEDDINGS, FAILURES):
+            for path in self.shards(kind):
+                try:
+                    self.read_shard(path.name, kind)
+                except DamagedShard as error:
+                    damaged[f"{kind}/{path.name}"] = str(error)
+        try:
+            for name in damaged:
+                aside = self.path / DAMAGED / name.replace("/", "-")
+                aside.parent.mkdir(exist_ok=True)
+                (self.path / name).replace(aside)
+        except OSError as error:
+            raise StoreError(f"{aside} cannot be written: {error.strerror}") from error
+        return damaged
+
     def remove_abandoned(self) -> None:
         """Remove what runs that were killed have left under temporary names."""
         for place in (self.path, *(self.path / name for name in (EMBEDDINGS, FAILURES, RUNS))):
             remove_abandoned(place)
 
     def write_run(self, record: dict[str, Any], run_id: str) -> None:
-        """Keep the record of one run."""
-        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-        content = json.dumps(record, indent=2).encode()
-        _replace(self.path / RUNS / f"{moment}-{run_id}.json", content)
+        """Keep the record of one run.
 
-    def _write(self, path: Path, table: pa.Table) -> int:
-        # The C library's memory goes back to the system as soon as it is freed; Arrow's own would
-        # keep it for the next shard, which is seconds away.
-        pool = pa.system_memory_pool()
-        sink = pa.BufferOutputStream(pool)
-        schema = table.schema.with_metadata(_metadata(self.recipe))
-        pq.write_table(
-            table.replace_schema_metadata(schema.metadata),
-            sink,
-            compression="zstd",
-            row_group_size=_ROW_GROUP_ROWS,
-            use_dictionary=["format", "stage"],  # on vectors it makes reading slower
-            write_statistics=[n for n in table.column_names if n not in self.recipe.columns],
-            write_page_checksum=True,
-            memory_pool=pool,
-        )
-        buffer = sink.getvalue()
+        Raises:
+            StoreError: It cannot be written.
+        """
+        moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        path = self.path / RUNS / f"{moment}-{run_id}.json"
         try:
-            _replace(path, buffer)
+            with whole_file(path) as file:
+                file.write(json.dumps(record, indent=2).encode())
         except OSError as error:
             raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
-        return int(buffer.size)
+
+    def _write(self, path: Path, table: pa.Table) -> int:
+        tied = ["image_id"]  # each image to its bytes and its vectors
+        if path.parent.name == EMBEDDINGS:
+            tied += ["sha256", *([VIEW] if self.recipe.views > 1 else []), *self.recipe.columns]
+        return shard_file.write(path, table, self.recipe, tied)
 
 
-def shard_name(recipe: Recipe, ids: Iterable[str]) -> str:
-    """File name of a shard: the same recipe and refs always give the same."""
+def check_place(folder: Path) -> None:
+    """Refuse a place for a new store that holds something else.
+
+    A store that was being made when its run was killed is none yet, and no hindrance.
+
+    Raises:
+        StoreError: It does.
+    """
+    if (folder / RECIPE_FILE).exists():
+        return
+    own = {EMBEDDINGS, FAILURES, RUNS, LOCK_FILE}
+    try:
+        entries = list(folder.iterdir()) if folder.exists() else []
+        others = [e.name for e in entries if e.name not in own and not is_temporary(e)]
+        others += [
+            f"{name}/{path.name}" for name in own for path in (folder / name).glob("*.parquet")
+        ]
+    except OSError as error:  # a file, or a folder that may not be read
+        raise StoreError(f"The store {folder} cannot be opened: {error.strerror}") from error
+    if others:
+        raise StoreError(
+            f"A new store must be an empty folder, or one that does not exist. "
+            f"Received: {folder}, which holds something else, such as {min(others)}"
+        )
+
+
+def shard_name(
+    recipe: Recipe, ids: Iterable[str], replaced: Mapping[str, str] | None = None
+) -> str:
+    """File name of a shard: the same recipe and refs always give the same.
+
+    Args:
+        recipe: What is computed.
+        ids: Of the shard's images.
+        replaced: sha256 of the rows that the images have in other shards, by id: until the new
+            ones are written, the old ones must not be written over.
+    """
     digest = hashlib.sha256(recipe.fingerprint.encode())
     for image_id in ids:
         digest.update(b"\0" + image_id.encode())
+        if replaced and image_id in replaced:
+            digest.update(b"\0\0" + replaced[image_id].encode())
     return f"{digest.hexdigest()[:20]}.parquet"
 
 
-def _read(path: Path, columns: list[str] | None) -> pa.Table:
-    with _reading(path):
-        return pq.read_table(
-            path, columns=columns, partitioning=None, page_checksum_verification=True
-        )
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Name the shard, and what to do, where it cannot be read."""
+def _read_run(file: Path) -> dict[str, Any] | None:
     try:
-        yield
-    except FileNotFoundError as error:
-        raise StoreError(f"{path} vanished while it was to be read") from error
-    except (pa.ArrowException, OSError) as error:
-        raise StoreError(
-            f"The shard {path} is damaged: {error}. Delete it and run `embedder extract` again: "
-            f"its images will be embedded anew"
-        ) from error
-
-
-def _replace(path: Path, content: bytes | pa.Buffer) -> None:
-    with whole_file(path) as file:
-        file.write(content)
+        record = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and all(
+        isinstance(record.get(name), kind) for name, kind in _RUN_FIELDS.items()
+    )
+    is_counted = is_record and all(
+        isinstance(record["counts"].get(name), int) for name in ("embedded", "failed")
+    )
+    return record if is_counted else None

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder.calibration import calibrate
@@ -45,8 +44,7 @@ def shape_of(store: Store, column: str | None) -> tuple[int, int]:
     column = column or store.recipe.columns[0]
     if num_rows == 0 or column not in store.recipe.columns:
         return num_rows, 0
-    lists = pq.read_schema(store.shards()[0]).field(column).type
-    return num_rows, int(getattr(lists, "storage_type", lists).list_size)
+    return num_rows, store.dim(column)
 
 
 def parts_of(store: Store, column: str, rows: Rows) -> Iterator[NDArray[np.float32]]:
@@ -62,7 +60,7 @@ def parts_of(store: Store, column: str, rows: Rows) -> Iterator[NDArray[np.float
     """
     num_views, start = store.recipe.views, 0  # rows of an image, one after the other
     for path in store.shards():
-        stop = start + pq.read_metadata(path).num_rows // num_views
+        stop = start + store.num_rows_of(path.name) // num_views
         first, last = np.searchsorted(rows, [start, stop])
         if first < last:
             vectors = vectors_of(store.read_shard(path.name)[column].combine_chunks())

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
@@ -116,7 +115,7 @@ def _shards(store: Store) -> Iterator[tuple[list[str], slice]]:
     start = stop = 0
     for path in store.shards():
         names.append(path.name)
-        stop += pq.read_metadata(path).num_rows
+        stop += store.num_rows_of(path.name)
         if stop - start >= CHUNK_ROWS:
             yield names, slice(start, stop)
             names, start = [], stop

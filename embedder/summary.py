@@ -29,13 +29,16 @@ class Summary:
         num_done: Of these, rows that were there already.
         num_embedded: Rows that this run made.
         num_failures: Images that failed in this run.
-        num_changed: Rows dropped and embedded anew, since their file's content changed.
+        num_changed: Rows whose file's content changed, to be replaced.
         num_updated: Rows whose file has a new time or manifest columns, but the same content.
         num_deleted: Images in the store that the source no longer has.
         num_dropped: Rows and failures dropped.
         num_repeated: Lines of a manifest that name a path again.
         skipped: Files that do not have the extension of an image format, by extension.
         failures: Of this run, by (stage, error).
+        unreadable: Images that cannot be read now and keep the row that they have, by
+            (stage, error).
+        repaired: Why shards were put aside as damaged, by name.
         seconds: Busy time by stage, summed over threads and workers.
         decode_cpu_seconds: Of these, what decoding took of the cores.
         waits: Seconds that shards waited for decode and for the network.
@@ -73,6 +76,8 @@ class Summary:
     num_deleted: int = 0
     num_dropped: int = 0
     failures: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unreadable: Counter[tuple[str, str]] = field(default_factory=Counter)
+    repaired: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     decode_cpu_seconds: float = 0.0
     waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -120,6 +125,7 @@ class Summary:
         self.num_embedded += receipt.num_rows
         self.num_failures += receipt.failures.total()
         self.failures += receipt.failures
+        self.unreadable += receipt.kept
         for stage, seconds in receipt.seconds.items():
             self.seconds[stage] += seconds
         for stage, seconds in receipt.waits.items():
@@ -199,7 +205,11 @@ class Summary:
         }[stage]
 
     def finish(self, store: Store) -> None:
-        """Count what the store holds now, and keep the record there."""
+        """Count what the store holds now, and keep the record there.
+
+        Raises:
+            StoreError: The store cannot be read or written.
+        """
         self.total_rows = len(store)
         self.total_failures = store.index(FAILURES).num_rows
         self.seconds_total = time.time() - self.started
@@ -223,6 +233,7 @@ class Summary:
                 "done_before": self.num_done,
                 "embedded": self.num_embedded,
                 "failed": self.num_failures,
+                "unreadable": self.unreadable.total(),
                 "changed": self.num_changed,
                 "updated": self.num_updated,
                 "deleted": self.num_deleted,
@@ -233,6 +244,7 @@ class Summary:
             },
             "failures": dict(by_stage),
             "skipped_files": dict(self.skipped),
+            "repaired": self.repaired,
             "seconds": {stage: round(self.seconds[stage], 3) for stage in STAGES},
             "decode_cpu_seconds": round(self.decode_cpu_seconds, 3),
             "waits": {stage: round(seconds, 3) for stage, seconds in self.waits.items()},

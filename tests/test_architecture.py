@@ -23,7 +23,7 @@ ORDER = (
         "weights",
         "model_files",
     ),
-    *("lite", "networks", "hub", "backbones", "engines", "store", "sums"),
+    *("lite", "networks", "hub", "backbones", "engines", "lease", "shard_file", "store", "sums"),
     *("ridge", "centroid", "keras_head", "calibration", "model", "folding"),
     *("augmentation", "blocks", "tunable", "training", "channels", "strategies", "scratch"),
     *("plan", "pipeline", "refresh", "cluster", "streaming", "summary", "extract", "verify"),
@@ -94,6 +94,7 @@ DOORS = {
         *("folding", "self_training", "unlabelled", "report", "tuning_data"),
     },
     "tensorflow": {"engines", "formats", "training", "channels"},
+    "xxhash": {"shard_file"},
     "typer": {"cli", "cli_heads", "cli_tuning", "console"},
 }
 

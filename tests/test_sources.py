@@ -146,7 +146,9 @@ def test_a_folder_named_like_an_image_is_a_folder(tmp_path: Path) -> None:
 
 def test_what_is_neither_file_nor_folder_is_left_out(photos: Path) -> None:
     os.mkfifo(photos / "pipe.jpg")  # reading it would wait for ever
-    assert "pipe.jpg" not in ids(list_images(photos))
+    listing = list_images(photos)
+    assert "pipe.jpg" not in ids(listing)
+    assert listing.skipped["FIFO, socket or device"] == 1
 
 
 def test_names_that_are_not_utf8_are_readable_and_can_be_read(tmp_path: Path) -> None:
@@ -607,8 +609,8 @@ def test_an_object_that_vanished_cannot_be_read(s3: Any) -> None:
     ("path", "rule"),
     [
         (b"/nowhere/a.jpg", "^FileNotFoundError: No such file or directory$"),
-        (os.fsencode(Path(__file__).parent), "^IsADirectoryError: Is a directory$"),
-        (b"/nul\0.jpg", "^ValueError: embedded null byte$"),
+        (os.fsencode(Path(__file__).parent), "^not a regular file, but a folder$"),
+        (b"/nul\0.jpg", "^ValueError: .*embedded null"),
         (b"nosuch://a.jpg", "^ValueError: Protocol not known: nosuch"),
         (b"memory://caf\xe9.jpg", "^UnicodeDecodeError: "),
         (b"memory://nowhere/a.jpg", "^FileNotFoundError: /nowhere/a.jpg$"),

@@ -34,10 +34,11 @@ def make_rows(recipe: Recipe, ids: list[str], first: float = 0.0) -> pa.Table:
     return rows_of(recipe, ids, np.repeat(values[:, None], DIM, axis=1))
 
 
-def make_failures(ids: list[str]) -> pa.Table:
-    count = len(ids)
-    columns = [ids, [1] * count, [None] * count, [None] * count, ["read"] * count, ["gone"] * count]
-    return pa.table(columns, schema=FAILURE_SCHEMA)
+def make_failures(ids: list[str], **changes: Any) -> pa.Table:
+    """Failures of images of 1 byte that are gone, but for the changes."""
+    failure = {"bytes": 1, "stage": "read", "error": "gone", "passing": False} | changes
+    rows = [{"image_id": image_id} | failure for image_id in ids]
+    return pa.Table.from_pylist(rows, schema=FAILURE_SCHEMA)
 
 
 def write(store: Store, rows: list[str], failures: list[str] | None = None) -> str:
@@ -135,7 +136,7 @@ def test_a_damaged_shard_is_named_with_what_to_do(
     name = write(store, ["a", "b"])
     path = store.path / "embeddings" / name
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(StoreError, match=rf"{name} is damaged.*Delete it"):
+    with pytest.raises(StoreError, match=rf"{name} is damaged.*--repair"):
         read(store)
 
 

@@ -172,6 +172,7 @@ def test_ridge_learns_from_every_view_and_is_judged_by_the_plain_one(
     for part in (slice(0, 24), slice(24, 60)):
         ids = [f"a/{animal}/{n}.jpg" for n, animal in enumerate(animals)][part]
         rows = rows_of(mean_colour_recipe, list(np.repeat(ids, 2)), views[part].reshape(-1, DIM))
+        rows = rows.replace_schema_metadata()  # they are of another recipe, which the store refuses
         rows = rows.add_column(1, "view", [np.tile(np.arange(2, dtype=np.int16), len(ids))])
         store.write_shard(rows, FAILURE_SCHEMA.empty_table(), f"{part.start:02d}.parquet")
     head = train(store, "parent", "ridge", ALONE)
@@ -332,6 +333,7 @@ def test_one_of_several_features_must_be_named(tmp_path: Path, mean_colour_recip
     recipe = mean_colour_recipe.model_copy(update={"layers": ("low", "top")})
     store = Store.open_or_create(tmp_path / "layers", recipe, {})
     rows = rows_of(mean_colour_recipe, ["cats/1.jpg", "dogs/1.jpg"], np.eye(2))
+    rows = rows.replace_schema_metadata()  # they are of another recipe, which the store refuses
     low, top = rows["embedding"], vector_array(np.ones((2, 5), np.float32))
     rows = rows.drop_columns("embedding").append_column("low", low).append_column("top", top)
     store.write_shard(rows, FAILURE_SCHEMA.empty_table(), "0.parquet")

@@ -1,0 +1,93 @@
+"""One run at a time on a store: a lock that the system takes back from a run that is killed."""
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from embedder.errors import StoreBusy, StoreError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+_POLL_SECONDS = 0.5
+logger = logging.getLogger("embedder")
+
+
+@contextmanager
+def lease(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a store for one run; a second one is told whose it is.
+
+    The lock is `flock`'s on STORE/.lock: the system takes it back when its process ends, however
+    that comes, so that nothing has to be deleted by hand. On file systems that cannot lock, runs
+    are not kept apart, which is told.
+
+    Args:
+        folder: Of the store; made if it does not exist.
+        wait: Whether to wait for the other run's end.
+
+    Raises:
+        StoreBusy: Another run holds the store, and `wait` is false.
+        StoreError: The folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("a+b")
+    except OSError as error:
+        raise StoreError(f"The store {folder} cannot be written: {error.strerror}") from error
+    with file:
+        if not _is_locked(file, folder):
+            holder = _describe(file)
+            if not wait:
+                raise StoreBusy(
+                    f"The store {folder} can be written by one run at a time. {holder} is writing "
+                    f"it. With --wait this one begins when that one ends"
+                )
+            logger.info("%s is writing the store %s: waiting until it ends", holder, folder)
+            while not _is_locked(file, folder):
+                time.sleep(_POLL_SECONDS)
+        _sign(file)
+        yield
+
+
+def _is_locked(file: BinaryIO, folder: Path) -> bool:
+    """Try to lock; true also where there is nothing to lock with."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning(
+            "the file system of %s cannot lock (%s): see to it that one run at a time writes it",
+            *(folder, error.strerror),
+        )
+    return True
+
+
+def _sign(file: BinaryIO) -> None:
+    """Say whose the lock is, for those who find it taken."""
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    whose = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+    file.truncate(0)
+    file.write(json.dumps(whose).encode())
+    file.flush()
+
+
+def _describe(file: BinaryIO) -> str:
+    file.seek(0)
+    try:
+        whose = json.loads(file.read())
+        return f"Process {whose['process']} on {whose['host']}, since {whose['since']},"
+    except (OSError, ValueError, KeyError, TypeError):  # it is signing just now
+        return "Another run"
