@@ -186,6 +186,8 @@ def inspect(store: _StorePath) -> None:
             )
         console.out.print()
         console.out.print(table)
+        if unreadable := opened.unreadable_runs():
+            console.out.print(f"no records of runs, in runs/: {', '.join(unreadable)}")
         if last := next((run for run in reversed(opened.runs()) if run["images_per_second"]), None):
             console.out.print()
             console.print_facts({"bottleneck": last["bottleneck"]})

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -19,12 +20,15 @@ except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 10.0  # without --wait: for a run that is just ending
 logger = logging.getLogger("embedder")
 
 
 @contextmanager
-def lease(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def lease(
+    folder: Path, *, wait: bool = False, patience: float = _PATIENCE_SECONDS
+) -> Iterator[None]:
     """Hold a store for one run; a second one is told whose it is.
 
     The lock is `flock`'s on STORE/.lock: the system takes it back when its process ends, however
@@ -33,10 +37,11 @@ def lease(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
     Args:
         folder: Of the store; made if it does not exist.
-        wait: Whether to wait for the other run's end.
+        wait: Whether to wait for another run's end, however long that takes.
+        patience: Seconds to wait for it otherwise.
 
     Raises:
-        StoreBusy: Another run holds the store, and `wait` is false.
+        StoreBusy: Another run holds the store, and goes on.
         StoreError: The folder cannot be written.
     """
     try:
@@ -46,14 +51,15 @@ def lease(folder: Path, *, wait: bool = False) -> Iterator[None]:
         raise StoreError(f"The store {folder} cannot be written: {error.strerror}") from error
     with file:
         if not _is_locked(file, folder):
-            holder = _describe(file)
-            if not wait:
-                raise StoreBusy(
-                    f"The store {folder} can be written by one run at a time. {holder} is writing "
-                    f"it. With --wait this one begins when that one ends"
-                )
-            logger.info("%s is writing the store %s: waiting until it ends", holder, folder)
+            logger.info("%s is writing the store %s: waiting for it", _describe(file), folder)
+            deadline = math.inf if wait else time.monotonic() + patience
             while not _is_locked(file, folder):
+                if time.monotonic() > deadline:
+                    raise StoreBusy(
+                        f"The store {folder} can be written by one run at a time. "
+                        f"{_describe(file)} is writing it. With --wait this run begins when that "
+                        f"one ends"
+                    )
                 time.sleep(_POLL_SECONDS)
         _sign(file)
         yield

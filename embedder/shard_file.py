@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ from embedder.recipe import Recipe
 
 _FINGERPRINT, _RECIPE, _DIGESTS = b"embedder.fingerprint", b"embedder.recipe", b"embedder.digests"
 _ROW_GROUP_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a file must have; it may have other columns too.
+
+    Attributes:
+        recipe: What its rows must have been made with.
+        fields: Columns and their types.
+        vectors: Columns of vectors, of the recipe's `store_dtype`.
+    """
+
+    recipe: Recipe
+    fields: pa.Schema
+    vectors: tuple[str, ...] = ()
 
 
 def metadata_of(recipe: Recipe) -> dict[bytes, bytes]:
@@ -62,7 +78,7 @@ def vectors_of(array: pa.Array) -> NDArray[Any]:
         vectors: NDArray[Any] = array.to_numpy_ndarray()
         return vectors
     flat: NDArray[Any] = array.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(array), -1)
+    return flat.reshape(len(array), array.type.list_size)
 
 
 def length_of(vectors: pa.DataType) -> int:
@@ -151,8 +167,7 @@ def write(path: Path, table: pa.Table, recipe: Recipe, digested: Iterable[str]) 
 
 def read(
     path: Path,
-    recipe: Recipe,
-    expected: pa.Schema,
+    expected: Columns,
     columns: Iterable[str] | None = None,
     without: Container[str] = (),
 ) -> pa.Table:
@@ -160,8 +175,7 @@ def read(
 
     Args:
         path: The file.
-        recipe: What its rows must have been made with.
-        expected: Fields that the file must have; others may be there too.
+        expected: What it must have.
         columns: Which to read; None for all.
         without: Which not to read.
 
@@ -172,13 +186,17 @@ def read(
     with reading(path):
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
-            check_schema(path, schema, recipe, expected)
+            _check_schema(path, schema, expected)
             names = schema.names if columns is None else columns
             table = file.read([c for c in schema.names if c in names and c not in without])
         _check_digests(path, table)
-        for name in set(expected.names).intersection(table.column_names):
-            if not expected.field(name).nullable and table[name].null_count:
-                raise DamagedShard(_damaged(path, f"the column {name} has nulls"))
+        for field in expected.fields:
+            if (
+                field.name in table.column_names
+                and not field.nullable
+                and table[field.name].null_count
+            ):
+                raise DamagedShard(_damaged(path, f"the column {field.name} has nulls"))
     if columns is not None and (missing := set(columns) - set(table.column_names)):
         raise StoreError(
             f"The shard {path} has no column {', '.join(sorted(missing))}. "
@@ -187,7 +205,7 @@ def read(
     return table
 
 
-def read_schema(path: Path, recipe: Recipe, expected: pa.Schema) -> pa.Schema:
+def read_schema(path: Path, expected: Columns) -> pa.Schema:
     """Names and types of a file's columns.
 
     Raises:
@@ -195,7 +213,7 @@ def read_schema(path: Path, recipe: Recipe, expected: pa.Schema) -> pa.Schema:
     """
     with reading(path):
         schema = pq.read_schema(path)
-        check_schema(path, schema, recipe, expected)
+        _check_schema(path, schema, expected)
     return schema
 
 
@@ -214,19 +232,19 @@ def has_digests(table: pa.Table) -> bool:
     return _DIGESTS in (table.schema.metadata or {})
 
 
-def check_schema(path: Path, schema: pa.Schema, recipe: Recipe, expected: pa.Schema) -> None:
-    """Refuse a file that is not of this recipe, or not of these columns.
-
-    Raises:
-        StoreError: It is not.
-    """
-    _check_fingerprint(path, (schema.metadata or {}).get(_FINGERPRINT), recipe)
-    for field in expected:
-        if field.name not in schema.names or schema.field(field.name).type != field.type:
-            found = schema.field(field.name).type if field.name in schema.names else "nothing"
-            raise DamagedShard(
-                _damaged(path, f"the column {field.name} must be {field.type}, and is {found}")
-            )
+def _check_schema(path: Path, schema: pa.Schema, expected: Columns) -> None:
+    _check_fingerprint(path, (schema.metadata or {}).get(_FINGERPRINT), expected.recipe)
+    found = dict(zip(schema.names, schema.types, strict=True))
+    for field in expected.fields:
+        if found.get(field.name) != field.type:
+            reason = f"{field.name} must be of {field.type}, and is of {found.get(field.name)}"
+            raise DamagedShard(_damaged(path, reason))
+    dtype = pa.from_numpy_dtype(np.dtype(expected.recipe.store_dtype))
+    for name in expected.vectors:
+        lists = getattr(found.get(name), "storage_type", found.get(name))
+        if not isinstance(lists, pa.FixedSizeListType) or lists.value_type != dtype:
+            reason = f"{name} must be of vectors of {dtype}, and is of {found.get(name)}"
+            raise DamagedShard(_damaged(path, reason))
 
 
 def _check_fingerprint(path: Path, found: bytes | None, recipe: Recipe) -> None:

@@ -22,6 +22,7 @@ from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreErro
 from embedder.files import is_temporary, local_path, remove_abandoned, whole_file
 from embedder.lease import LOCK_FILE
 from embedder.recipe import VIEW, Recipe
+from embedder.shard_file import Columns
 from embedder.shard_file import vector_array as vector_array
 from embedder.shard_file import vectors_of as vectors_of
 from embedder.sources import MODIFIED_TYPE
@@ -218,26 +219,12 @@ class Store:
             DamagedShard: It is not as it was written.
             StoreError: It is of another recipe, or cannot be read just now.
         """
-        path = self.path / kind / name
-        table = shard_file.read(path, self.recipe, self._expected(kind), columns)
-        if kind == EMBEDDINGS:
-            for column in set(self.recipe.columns).intersection(table.column_names):
-                self._check_vectors(path, column, table.schema.field(column).type)
-        return table
+        return shard_file.read(self.path / kind / name, self._expected(kind), columns)
 
-    def _expected(self, kind: str) -> pa.Schema:
+    def _expected(self, kind: str) -> Columns:
         if kind == FAILURES:
-            return _OLDEST_FAILURE_SCHEMA
-        return pa.schema(_row_fields(self.recipe))
-
-    def _check_vectors(self, path: Path, column: str, found: pa.DataType) -> None:
-        lists = getattr(found, "storage_type", found)
-        dtype = pa.from_numpy_dtype(np.dtype(self.recipe.store_dtype))
-        if not pa.types.is_fixed_size_list(lists) or lists.value_type != dtype:
-            raise DamagedShard(
-                f"The shard {path} is damaged: vectors must be lists of fixed length of {dtype}. "
-                f"Received: {column} of {found}"
-            )
+            return Columns(self.recipe, _OLDEST_FAILURE_SCHEMA)
+        return Columns(self.recipe, pa.schema(_row_fields(self.recipe)), self.recipe.columns)
 
     def num_rows_of(self, name: str) -> int:
         """Number of a shard's rows, views too, without reading them."""
@@ -246,7 +233,7 @@ class Store:
     def _schemas(self) -> Iterator[pa.Schema]:
         expected = self._expected(EMBEDDINGS)
         for path in self.shards():
-            yield shard_file.read_schema(path, self.recipe, expected)
+            yield shard_file.read_schema(path, expected)
 
     def column_names(self) -> list[str]:
         """Names of the columns that the rows have, in any shard."""
@@ -259,14 +246,11 @@ class Store:
         """Length of the vectors of a feature, of a feature map all its values; 0 of an empty store.
 
         Raises:
-            StoreError: A shard has no such column.
+            RecipeError: The store has no such feature.
         """
         schema = next(self._schemas(), None)
-        if schema is None:
-            return 0
-        if column not in schema.names:
-            raise StoreError(f"The store {self.path} has no vectors {column}")
-        return shard_file.length_of(schema.field(column).type)
+        column = self.recipe.column(column)
+        return 0 if schema is None else shard_file.length_of(schema.field(column).type)
 
     def ids(self, *, view: int | None = 0) -> NDArray[np.object_]:
         """Image ids, in the order of `vectors(view=view)`: array of str of shape (n_rows,).
@@ -367,7 +351,7 @@ class Store:
     def _done_in(self, path: Path) -> pa.Table:
         """A shard's images and the columns of their manifest."""
         others = {"sha256", "width", "height", "format", *self.recipe.columns}
-        table = shard_file.read(path, self.recipe, self._expected(EMBEDDINGS), without=others)
+        table = shard_file.read(path, self._expected(EMBEDDINGS), without=others)
         if self.recipe.views > 1:  # an image's are in one shard, and are kept or dropped together
             table = table.filter(pc.equal(table[VIEW], 0)).drop_columns([VIEW])
         return table

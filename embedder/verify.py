@@ -18,6 +18,7 @@ from embedder.pipeline import finished_vectors, load_head
 from embedder.plan import make_plan
 from embedder.recipe import VIEW, Recipe
 from embedder.refresh import hash_of
+from embedder.shard_file import has_digests
 from embedder.sources import list_images, read_bytes
 from embedder.store import EMBEDDINGS, FAILURES, Store, vectors_of
 
@@ -74,19 +75,23 @@ def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 
 
 
 def _check_shards(store: Store) -> Check:
-    problems, num_shards = [], 0
+    problems: list[str] = []
+    num_shards = num_without = 0
     for kind in (EMBEDDINGS, FAILURES):
         for path in store.shards(kind):
             num_shards += 1
             try:
-                metadata = store.read_shard(path.name, kind).schema.metadata or {}
+                num_without += not has_digests(store.read_shard(path.name, kind))
             except StoreError as error:
                 problems.append(str(error))
-                continue
-            fingerprint = metadata.get(b"embedder.fingerprint", b"").decode()
-            if fingerprint != store.recipe.fingerprint:
-                problems.append(f"{path} is of recipe {fingerprint or 'unknown'}")
-    detail = "; ".join(problems[:_MAX_NAMES]) or f"{num_shards:,} files read, checksums right"
+    detail = f"{num_shards:,} files read, checksums and digests right"
+    if num_without:
+        detail = (
+            f"{num_shards:,} files read, checksums right; {num_without:,} of an older version have "
+            f"no digests"
+        )
+    if problems:
+        detail = f"{len(problems):,} of {num_shards:,} files: {'; '.join(problems[:_MAX_NAMES])}"
     return Check("every shard whole, of this recipe", not problems, detail)
 
 
@@ -123,7 +128,7 @@ def _check_views(store: Store) -> Check:
 
 
 def _check_vectors(store: Store) -> Check:
-    num_rows = num_bad = 0
+    num_rows, bad = 0, []
     for path in store.shards():
         table = store.read_shard(path.name)
         is_finite = np.ones(table.num_rows, bool)
@@ -131,8 +136,11 @@ def _check_vectors(store: Store) -> Check:
             vectors = vectors_of(table[column].combine_chunks()).reshape(table.num_rows, -1)
             is_finite &= np.isfinite(vectors).all(axis=1)
         num_rows += table.num_rows
-        num_bad += int((~is_finite).sum())
-    return Check("every vector finite", num_bad == 0, f"{num_rows:,} vectors, {num_bad:,} not")
+        bad += table["image_id"].filter(pa.array(~is_finite)).to_pylist()
+    detail = f"{num_rows:,} vectors, {len(bad):,} not"
+    if bad:
+        detail += f": {', '.join(bad[:_MAX_NAMES])}"
+    return Check("every vector finite", not bad, detail)
 
 
 def _check_source(store: Store, source: str) -> Check:
@@ -143,13 +151,16 @@ def _check_source(store: Store, source: str) -> Check:
     hashes = stored["sha256"].take(
         pc.index_in(stale["image_id"], stored["image_id"].combine_chunks())
     )
-    num_changed = sum(
-        hash_of(path) != sha256
-        for path, sha256 in zip(stale["path"].to_pylist(), hashes.to_pylist(), strict=True)
-    )
+    num_changed = num_unreadable = 0
+    for path, sha256 in zip(stale["path"].to_pylist(), hashes.to_pylist(), strict=True):
+        try:
+            num_changed += hash_of(path) != sha256
+        except ReadError:
+            num_unreadable += 1
     problems = {
         "not in the store": plan.missing.num_rows,
         "changed since": num_changed,
+        "cannot be read now": num_unreadable,
         "no longer in the source": plan.num_deleted,
     }
     detail = ", ".join(f"{count:,} {problem}" for problem, count in problems.items())
@@ -170,6 +181,9 @@ def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
     refs = list_images(source).refs
     paths = dict(zip(refs["image_id"].to_pylist(), refs["path"].to_pylist(), strict=True))
     ids, random = store.ids(), np.random.default_rng(seed)
+    name = f"vectors are those of their images (cosine >= {MIN_COSINE})"
+    if not len(ids):
+        return Check(name, True, "the store has no rows to embed again")
     chosen = ids[random.permutation(len(ids))[:num_images]]
     rows = _rows_of(store, chosen)
     recipe, head = store.recipe, load_head(store.recipe)
@@ -190,7 +204,7 @@ def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
     detail = f"{len(chosen):,} images embedded again, lowest cosine {lowest:.7f}"
     if wrong:
         detail += f"; {len(wrong):,} wrong or changed: {', '.join(wrong[:_MAX_NAMES])}"
-    return Check(f"vectors are those of their images (cosine >= {MIN_COSINE})", not wrong, detail)
+    return Check(name, not wrong, detail)
 
 
 def _rows_of(store: Store, ids: NDArray[np.object_]) -> pa.Table:

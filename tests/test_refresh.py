@@ -1,0 +1,235 @@
+"""Rows whose files look changed: what is read decides, and nothing goes before its successor."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_archive
+from test_extract import SMALL, assert_same, counts, vectors_by_id
+
+import embedder
+from embedder import pipeline
+from embedder.errors import RecipeError, Unfinished
+from embedder.store import FAILURES, Store
+from embedder.verify import verify
+
+
+@pytest.fixture
+def manifest(archive: Path, tmp_path: Path) -> Path:
+    """A list of the pictures on a disk that can be missing."""
+    archive.rename(tmp_path / "disk")
+    paths = sorted(path.relative_to(tmp_path) for path in (tmp_path / "disk").rglob("*.*"))
+    manifest = tmp_path / "list.csv"
+    lines = [f"{path},{number}" for number, path in enumerate(paths)]
+    manifest.write_text("\n".join(["path,label", *lines, ""]))
+    return manifest
+
+
+def touch_all(folder: Path) -> None:
+    """Give every file another time of change."""
+    for path in folder.rglob("*.*"):
+        os.utime(path, (1e9, 1e9))
+
+
+def test_a_disk_that_is_missing_drops_no_row(manifest: Path, tmp_path: Path) -> None:
+    store = embedder.extract(manifest, tmp_path / "out", **SMALL)
+    before = vectors_by_id(store)
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    with pytest.raises(Unfinished, match=r"20 of 20 images failed.*20 x read: .*No such file"):
+        embedder.extract(manifest, tmp_path / "out", **SMALL)
+    assert vectors_by_id(store).keys() == before.keys()
+    assert counts(store)["unreadable"] == 20
+    assert counts(store)["dropped"] == store.failures().num_rows == 0
+    (tmp_path / "elsewhere").rename(tmp_path / "disk")
+    embedder.extract(manifest, tmp_path / "out", **SMALL)
+    assert counts(store)["unreadable"] == counts(store)["embedded"] == counts(store)["updated"] == 0
+    for image_id, vector in vectors_by_id(store).items():
+        np.testing.assert_array_equal(vector, before[image_id])
+
+
+def test_a_few_images_that_cannot_be_read_keep_their_rows_and_are_counted(
+    manifest: Path, tmp_path: Path
+) -> None:
+    store = embedder.extract(manifest, tmp_path / "out", **SMALL)
+    next((tmp_path / "disk").rglob("*.png")).unlink()
+    embedder.extract(manifest, tmp_path / "out", **SMALL)
+    assert (len(store), store.failures().num_rows, counts(store)["unreadable"]) == (20, 0, 1)
+
+
+def test_an_image_that_becomes_unreadable_while_it_is_embedded_keeps_its_row(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes were read and are others, and then cannot be read again."""
+    store = embedder.extract(archive, tmp_path / "out", **SMALL)
+    before = vectors_by_id(store)
+    shutil.rmtree(archive)
+    make_archive(archive, 20, first_seed=100)
+    gone = bytes(archive / "cats" / "002.jpg")
+
+    def read_bytes(path: bytes) -> bytes:
+        if path == gone:
+            raise embedder.errors.ReadError("the disk is gone", is_passing=True)
+        return embedder.sources.read_bytes(path)
+
+    monkeypatch.setattr(pipeline, "read_bytes", read_bytes)
+    embedder.extract(archive, tmp_path / "out", **SMALL)
+    after = vectors_by_id(store)
+    assert after.keys() == before.keys()
+    same = [i for i in after if np.array_equal(after[i], before[i])]
+    assert same == ["cats/002.jpg"]
+    assert (counts(store)["embedded"], counts(store)["unreadable"]) == (19, 1)
+    monkeypatch.undo()
+    embedder.extract(archive, tmp_path / "out", **SMALL)
+    assert_same(store, embedder.extract(archive, tmp_path / "undisturbed", **SMALL))
+
+
+def test_an_image_that_changes_to_rubbish_becomes_a_failure(archive: Path, tmp_path: Path) -> None:
+    store = embedder.extract(archive, tmp_path / "out", **SMALL)
+    (archive / "cats" / "002.jpg").write_bytes(b"no image any more")
+    embedder.extract(archive, tmp_path / "out", **SMALL)
+    assert len(store) == 19
+    assert store.failures()["image_id"].to_pylist() == ["cats/002.jpg"]
+    assert all(check.passed for check in verify(store, str(archive)))
+
+
+def test_changed_images_whose_old_rows_are_still_there_are_settled_by_the_listing(
+    archive: Path, tmp_path: Path
+) -> None:
+    """What a kill leaves between writing new rows and dropping old ones."""
+    store = embedder.extract(archive, tmp_path / "out", **SMALL)
+    (old,) = store.shards()
+    kept = shutil.copy(old, tmp_path / "kept.parquet")
+    for name in ("002.jpg", "004.jpg"):
+        shutil.copy(archive / "cats" / "008.jpg", archive / "cats" / name)
+    (archive / "cats" / "010.jpg").write_bytes(b"no image")
+    embedder.extract(archive, tmp_path / "out", **SMALL)
+    for name in ("!first.parquet", "zlast.parquet"):  # in the order of reading
+        shutil.copy(kept, old.with_name(name))
+    embedder.extract(archive, tmp_path / "out", **SMALL)
+    assert all(check.passed for check in verify(store, str(archive), audit=20))
+    assert_same(store, embedder.extract(archive, tmp_path / "undisturbed", **SMALL))
+    assert store.failures()["image_id"].to_pylist() == ["cats/010.jpg"]
+
+
+def test_pruning_more_than_a_tenth_must_be_said(archive: Path, tmp_path: Path) -> None:
+    store = embedder.extract(archive, tmp_path / "out", **SMALL)
+    for number in (0, 2, 4):
+        next((archive / "cats").glob(f"{number:03d}.*")).unlink()
+    with pytest.raises(RecipeError, match=r"share of 0\.1.*no longer has 3 of 20.*prune-share"):
+        embedder.extract(archive, tmp_path / "out", prune=True, **SMALL)
+    assert len(store) == 20
+    embedder.extract(archive, tmp_path / "out", prune=True, prune_share=0.2, **SMALL)
+    assert len(store) == 17
+
+
+# Failures that may pass. ---------------------------------------------------------------------
+
+
+def failing(what: str, error: Exception) -> Callable[..., Any]:
+    original = getattr(pipeline, what)
+
+    def fail(*arguments: Any) -> Any:
+        if arguments[0].endswith(b"002.jpg") or b"no image" in arguments[0]:
+            raise error
+        return original(*arguments)
+
+    return fail
+
+
+@pytest.mark.parametrize("is_passing", [True, False])
+def test_only_what_may_have_passed_is_tried_again_by_the_next_run(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_passing: bool
+) -> None:
+    error = embedder.errors.ReadError("the network is down", is_passing=is_passing)
+    monkeypatch.setattr(pipeline, "read_bytes", failing("read_bytes", error))
+    store = embedder.extract(archive, tmp_path / "out", **SMALL)
+    assert store.failures()["passing"].to_pylist() == [is_passing]
+    monkeypatch.undo()
+    embedder.extract(archive, tmp_path / "out", **SMALL)
+    assert len(store) == (20 if is_passing else 19)
+    assert store.failures().num_rows == (0 if is_passing else 1)
+    assert all(check.passed for check in verify(store))
+
+
+def test_of_failures_that_older_versions_wrote_those_to_read_are_tried_again(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (archive / "bad.jpg").write_bytes(b"no image")
+    error = embedder.errors.ReadError("FileNotFoundError: of a 503")
+    monkeypatch.setattr(pipeline, "read_bytes", failing("read_bytes", error))
+    store = embedder.extract(archive, tmp_path / "out", **SMALL)
+    monkeypatch.undo()
+    (path,) = store.shards(FAILURES)
+    pq.write_table(pq.read_table(path, partitioning=None).drop_columns("passing"), path)
+    embedder.extract(archive, tmp_path / "out", **SMALL)
+    assert len(store) == 20
+    assert store.failures()["image_id"].to_pylist() == ["bad.jpg"]
+
+
+# Columns of a manifest. ----------------------------------------------------------------------
+
+
+def test_columns_of_any_type_settle_after_one_run(manifest: Path, tmp_path: Path) -> None:
+    paths = pa.array(["disk/cats/002.jpg", "disk/cats/004.jpg", "disk/dogs/001.jpg"])
+    columns = {
+        "half": pa.array(np.array([1, 2, np.nan], np.float16)),
+        "duration": pa.array([1, 2, None], pa.duration("us")),
+        "struct": pa.array([{"a": 1, "b": "x"}, {"a": 2, "b": None}, None]),
+        "list": pa.array([[1, 2], None, []]),
+        "nan": pa.array([float("nan"), 1.0, None]),
+        "dictionary": pa.array(["a", "b", "a"]).dictionary_encode(),
+        "view": pa.array(["a", None, "b"], pa.string_view()),
+        "seconds": pa.array([1, 2, 3], pa.timestamp("s")),
+        "map": pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int64())),
+        "null": pa.nulls(3),
+    }
+    table = pa.table({"path": paths} | columns)
+    pq.write_table(table, manifest.with_suffix(".parquet"))
+    source = manifest.with_suffix(".parquet")
+    store = embedder.extract(source, tmp_path / "out", **SMALL)
+    first = store.shards()[0].read_bytes()
+    embedder.extract(source, tmp_path / "out", **SMALL)
+    assert (counts(store)["done_before"], counts(store)["updated"]) == (3, 0)
+    assert store.shards()[0].read_bytes() == first
+    changed = table.set_column(4, "list", pa.array([[1, 2], None, [7]]))
+    pq.write_table(changed, source)
+    embedder.extract(source, tmp_path / "out", **SMALL)
+    assert (counts(store)["done_before"], counts(store)["updated"]) == (2, 1)
+    rows = store.table(["image_id", "list", "struct"]).sort_by("image_id").to_pylist()
+    assert [row["list"] for row in rows] == [[1, 2], None, [7]]
+    assert rows[1]["struct"] == {"a": 2, "b": None}
+
+
+def test_a_row_that_keeps_its_vector_takes_new_columns_but_no_new_time(
+    manifest: Path, tmp_path: Path
+) -> None:
+    store = embedder.extract(manifest, tmp_path / "out", **SMALL)
+    before = dict(zip(store.ids(), store.table(["modified"])["modified"].to_pylist(), strict=True))
+    (tmp_path / "disk" / "cats" / "002.jpg").unlink()
+    manifest.write_text(
+        manifest.read_text().replace(",", ",class-").replace("class-label", "label")
+    )
+    embedder.extract(manifest, tmp_path / "out", **SMALL)
+    rows = {
+        row["image_id"]: row for row in store.table(["image_id", "label", "modified"]).to_pylist()
+    }
+    assert all(row["label"].startswith("class-") for row in rows.values())
+    assert rows["disk/cats/002.jpg"]["modified"] == before["disk/cats/002.jpg"]
+
+
+def test_touched_files_keep_their_vectors_and_take_the_new_time(
+    archive: Path, tmp_path: Path
+) -> None:
+    store = embedder.extract(archive, tmp_path / "out", **SMALL)
+    touch_all(archive)
+    embedder.extract(archive, tmp_path / "out", **SMALL)
+    assert (counts(store)["updated"], counts(store)["embedded"]) == (20, 0)
+    embedder.extract(archive, tmp_path / "out", **SMALL)
+    assert counts(store)["done_before"] == 20
+    assert isinstance(Store(store.path), Store)
