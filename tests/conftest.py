@@ -1,10 +1,13 @@
 """What several tests share: small generated archives, the shared photographs, the model cache."""
 
+import contextlib
 import hashlib
 import os
 import shutil
 import tarfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +179,64 @@ def zoo(store: Store) -> Store:
         ids = [f"set-{number}/{animal}/{i:02d}.jpg" for i, animal in enumerate(animals)]
         add_rows(store, ids, animal_vectors(animals, seed=number))
     return store
+
+
+# A real server on the loopback. --------------------------------------------------------------
+
+
+class WebServer:
+    """An HTTP server whose answers are functions of a request handler, by path.
+
+    Attributes:
+        url: Of its root, with no slash at the end.
+        answers: By path, such as `/a.jpg`; what is not there is answered with 404.
+    """
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
+        answers = self.answers
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with contextlib.suppress(ConnectionError):  # whoever asked had enough
+                    answers.get(self.path, status(404))(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def status(code: int) -> Callable[[BaseHTTPRequestHandler], None]:
+    """An answer that is an error."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_error(code)
+
+    return answer
+
+
+def body(content: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    """An answer with this body, and a Content-Length that is true unless the headers say other."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        for name, value in ({"Content_Length": str(len(content))} | headers).items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    server = WebServer()
+    yield server
+    server.close()

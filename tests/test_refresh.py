@@ -2,21 +2,20 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_archive
+from conftest import WebServer, body, make_archive, status
 from test_extract import SMALL, assert_same, counts, vectors_by_id
 
 import embedder
-from embedder import pipeline
 from embedder.errors import RecipeError, Unfinished
-from embedder.store import FAILURES, Store
+from embedder.pipeline import Job, extract_shard, toolbox_of
+from embedder.sources import list_images
+from embedder.store import FAILURES
 from embedder.verify import verify
 
 
@@ -63,30 +62,29 @@ def test_a_few_images_that_cannot_be_read_keep_their_rows_and_are_counted(
 
 
 def test_an_image_that_becomes_unreadable_while_it_is_embedded_keeps_its_row(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archive: Path, tmp_path: Path
 ) -> None:
-    """Its bytes were read and are others, and then cannot be read again."""
+    """Its bytes are others than those of its row, and then cannot be read again."""
     store = embedder.extract(archive, tmp_path / "out", **SMALL)
     before = vectors_by_id(store)
+    (old,) = store.shards()
     shutil.rmtree(archive)
     make_archive(archive, 20, first_seed=100)
-    gone = bytes(archive / "cats" / "002.jpg")
-
-    def read_bytes(path: bytes) -> bytes:
-        if path == gone:
-            raise embedder.errors.ReadError("the disk is gone", is_passing=True)
-        return embedder.sources.read_bytes(path)
-
-    monkeypatch.setattr(pipeline, "read_bytes", read_bytes)
+    refs = list_images(archive).refs
+    (archive / "cats" / "002.jpg").unlink()
+    toolbox = toolbox_of(Job(store.recipe, str(store.path), "openvino", 4), 2)
+    sha256 = dict(zip(store.ids(), store.sha256(), strict=True))
+    job = Job(store.recipe, str(store.path), "openvino", 4)
+    never = lambda: False  # noqa: E731
+    (receipt,) = extract_shard([job], [toolbox], refs, lambda *_: None, never, [sha256])
+    assert receipt.shard != old.name  # which would have been written over, with that row in it
+    assert receipt.kept.total() == 1
+    assert sorted(receipt.settled) == sorted(before.keys() - {"cats/002.jpg"})
+    assert store.failures().num_rows == 0
     embedder.extract(archive, tmp_path / "out", **SMALL)
     after = vectors_by_id(store)
     assert after.keys() == before.keys()
-    same = [i for i in after if np.array_equal(after[i], before[i])]
-    assert same == ["cats/002.jpg"]
-    assert (counts(store)["embedded"], counts(store)["unreadable"]) == (19, 1)
-    monkeypatch.undo()
-    embedder.extract(archive, tmp_path / "out", **SMALL)
-    assert_same(store, embedder.extract(archive, tmp_path / "undisturbed", **SMALL))
+    assert [i for i in after if np.array_equal(after[i], before[i])] == ["cats/002.jpg"]
 
 
 def test_an_image_that_changes_to_rubbish_becomes_a_failure(archive: Path, tmp_path: Path) -> None:
@@ -131,45 +129,54 @@ def test_pruning_more_than_a_tenth_must_be_said(archive: Path, tmp_path: Path) -
 # Failures that may pass. ---------------------------------------------------------------------
 
 
-def failing(what: str, error: Exception) -> Callable[..., Any]:
-    original = getattr(pipeline, what)
+@pytest.fixture
+def urls(web: WebServer, archive: Path, tmp_path: Path) -> Path:
+    """A list of the pictures on a server."""
+    names = sorted(path.relative_to(archive).as_posix() for path in archive.rglob("*.*"))
+    for name in names:
+        web.answers[f"/{name}"] = body((archive / name).read_bytes())
+    manifest = tmp_path / "urls.txt"
+    manifest.write_text("\n".join(f"{web.url}/{name}" for name in names))
+    return manifest
 
-    def fail(*arguments: Any) -> Any:
-        if arguments[0].endswith(b"002.jpg") or b"no image" in arguments[0]:
-            raise error
-        return original(*arguments)
 
-    return fail
-
-
-@pytest.mark.parametrize("is_passing", [True, False])
+@pytest.mark.parametrize(
+    ("code", "reason", "is_passing"),
+    [
+        (503, "Service Unavailable", True),
+        (429, "Too Many Requests", True),
+        (404, "Not Found", False),
+    ],
+)
 def test_only_what_may_have_passed_is_tried_again_by_the_next_run(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_passing: bool
+    web: WebServer, urls: Path, tmp_path: Path, code: int, reason: str, is_passing: bool
 ) -> None:
-    error = embedder.errors.ReadError("the network is down", is_passing=is_passing)
-    monkeypatch.setattr(pipeline, "read_bytes", failing("read_bytes", error))
-    store = embedder.extract(archive, tmp_path / "out", **SMALL)
-    assert store.failures()["passing"].to_pylist() == [is_passing]
-    monkeypatch.undo()
-    embedder.extract(archive, tmp_path / "out", **SMALL)
+    healthy = web.answers["/cats/002.jpg"]
+    web.answers["/cats/002.jpg"] = status(code)
+    store = embedder.extract(urls, tmp_path / "out", **SMALL)
+    (failure,) = store.failures().to_pylist()
+    assert failure["error"] == f"HTTP status {code} {reason}"
+    assert failure["passing"] is is_passing
+    web.answers["/cats/002.jpg"] = healthy
+    embedder.extract(urls, tmp_path / "out", **SMALL)
     assert len(store) == (20 if is_passing else 19)
     assert store.failures().num_rows == (0 if is_passing else 1)
     assert all(check.passed for check in verify(store))
 
 
 def test_of_failures_that_older_versions_wrote_those_to_read_are_tried_again(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    web: WebServer, urls: Path, tmp_path: Path
 ) -> None:
-    (archive / "bad.jpg").write_bytes(b"no image")
-    error = embedder.errors.ReadError("FileNotFoundError: of a 503")
-    monkeypatch.setattr(pipeline, "read_bytes", failing("read_bytes", error))
-    store = embedder.extract(archive, tmp_path / "out", **SMALL)
-    monkeypatch.undo()
+    healthy = web.answers["/cats/002.jpg"]
+    web.answers["/cats/002.jpg"] = status(404)
+    web.answers["/cats/004.jpg"] = body(b"no image")
+    store = embedder.extract(urls, tmp_path / "out", **SMALL)
+    web.answers["/cats/002.jpg"] = healthy
     (path,) = store.shards(FAILURES)
     pq.write_table(pq.read_table(path, partitioning=None).drop_columns("passing"), path)
-    embedder.extract(archive, tmp_path / "out", **SMALL)
-    assert len(store) == 20
-    assert store.failures()["image_id"].to_pylist() == ["bad.jpg"]
+    embedder.extract(urls, tmp_path / "out", **SMALL)
+    assert len(store) == 19
+    assert store.failures()["stage"].to_pylist() == ["decode"]
 
 
 # Columns of a manifest. ----------------------------------------------------------------------
@@ -232,4 +239,3 @@ def test_touched_files_keep_their_vectors_and_take_the_new_time(
     assert (counts(store)["updated"], counts(store)["embedded"]) == (20, 0)
     embedder.extract(archive, tmp_path / "out", **SMALL)
     assert counts(store)["done_before"] == 20
-    assert isinstance(Store(store.path), Store)

@@ -1,10 +1,14 @@
 """Sources: folders, globs, manifests and URLs, to refs that find their bytes."""
 
 import csv
+import gzip
 import os
+import socket
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import WebServer, body, status
 from fsspec.registry import known_implementations
 
 from embedder import sources
@@ -634,3 +639,135 @@ def test_a_file_of_the_largest_size_is_read(
     touch(tmp_path, "a.jpg")
     monkeypatch.setattr(sources, "MAX_FILE_BYTES", len("a.jpg"))
     assert read_bytes(bytes(tmp_path / "a.jpg")) == b"a.jpg"
+
+
+# A server that is not to be trusted. -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "is_passing"), [(404, False), (403, False), (408, True), (429, True), (503, True)]
+)
+def test_a_status_is_named_and_says_whether_it_may_pass(
+    web: WebServer, code: int, is_passing: bool
+) -> None:
+    web.answers["/a.jpg"] = status(code)
+    with pytest.raises(ReadError, match=f"^HTTP status {code} ") as caught:
+        read_bytes(f"{web.url}/a.jpg".encode())
+    assert caught.value.is_passing == is_passing
+
+
+def test_one_request_reads_an_image(web: WebServer) -> None:
+    asked = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(handler.command)
+        body(b"content")(handler)
+
+    web.answers["/a.jpg"] = answer
+    assert read_bytes(f"{web.url}/a.jpg".encode()) == b"content"
+    assert asked == ["GET"]
+
+
+def endless(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(100_000):  # 6 GB, if nobody hangs up
+        handler.wfile.write(bytes(2**16))
+
+
+def bomb(handler: BaseHTTPRequestHandler) -> None:
+    body(gzip.compress(bytes(2**26)), Content_Encoding="gzip")(handler)
+
+
+@pytest.mark.parametrize("answer", [endless, bomb], ids=lambda answer: answer.__name__)
+def test_a_body_is_counted_as_it_comes(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, answer: Callable[..., None]
+) -> None:
+    web.answers["/a.jpg"] = answer
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 2**24)
+    with pytest.raises(ReadError, match="^larger than 16,777,216 bytes") as caught:
+        read_bytes(f"{web.url}/a.jpg".encode())
+    assert not caught.value.is_passing
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_for_ever(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    web.answers["/a.jpg"] = lambda _: released.wait(60)
+    monkeypatch.setattr(sources, "READ_SECONDS", 0.2)
+    with pytest.raises(ReadError, match="no answer within 0.2 seconds") as caught:
+        read_bytes(f"{web.url}/a.jpg".encode())
+    released.set()
+    assert caught.value.is_passing
+
+
+@pytest.mark.parametrize("length", ["100", "7"])
+def test_a_body_that_is_cut_may_be_whole_next_time(web: WebServer, length: str) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        body(b"content", Content_Length=length)(handler)
+
+    web.answers["/a.jpg"] = answer
+    if length == "7":
+        assert read_bytes(f"{web.url}/a.jpg".encode()) == b"content"
+        return
+    with pytest.raises(ReadError, match="^ClientPayloadError: ") as caught:
+        read_bytes(f"{web.url}/a.jpg".encode())
+    assert caught.value.is_passing
+
+
+def test_a_port_where_nobody_listens_may_have_a_server_next_time(web: WebServer) -> None:
+    web.close()
+    with pytest.raises(ReadError, match="^ClientConnectorError: ") as caught:
+        read_bytes(f"{web.url}/a.jpg".encode())
+    assert caught.value.is_passing
+
+
+# What is no regular file. ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "link to a FIFO", "device", "socket", "file URL"])
+def test_only_regular_files_are_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.jpg"
+    if kind in ("FIFO", "file URL"):
+        os.mkfifo(path)
+    elif kind == "link to a FIFO":
+        os.mkfifo(tmp_path / "fifo")
+        path.symlink_to(tmp_path / "fifo")
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    name = bytes(path) if kind != "file URL" else b"file://" + bytes(path)
+    with pytest.raises(ReadError, match="^not a regular file, but a ") as caught:
+        read_bytes(name)
+    assert not caught.value.is_passing
+
+
+def test_a_file_that_says_it_is_empty_is_read_to_its_end() -> None:
+    assert read_bytes(b"/proc/self/status").startswith(b"Name:")
+
+
+def test_a_file_that_grows_is_read_no_further_than_the_largest_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 100)  # of /proc, which say that they are empty
+    with pytest.raises(ReadError, match="^larger than 100 bytes"):
+        read_bytes(b"/proc/self/status")
+
+
+def test_folders_may_be_deeper_than_python_calls_functions(tmp_path: Path) -> None:
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(os.open("a.jpg", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    os.close(here)
+    assert ids(list_images(tmp_path)) == ["d/" * 1200 + "a.jpg"]
+    while (tmp_path / "d" / "d").exists():  # pytest could not remove it
+        (tmp_path / "d" / "d").rename(tmp_path / "e")
+        (tmp_path / "d").rmdir()
+        (tmp_path / "e").rename(tmp_path / "d")
