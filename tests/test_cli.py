@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pytest
 
 from embedder import doctor
@@ -163,3 +164,43 @@ def test_too_many_failures_end_with_1(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "1 of 1 images failed" in done.stderr
     assert Store(tmp_path / "out").failures().num_rows == 1
+
+
+def test_repair_makes_damaged_shards_again_and_says_which(extracted: Path, archive: Path) -> None:
+    before = dict(zip(Store(extracted).ids(), Store(extracted).vectors(), strict=True))
+    (path,) = Store(extracted).shards()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40  # in the midst of the vectors
+    path.write_bytes(content)
+    verified = run("verify", extracted)
+    assert verified.returncode == 1
+    assert "--repair" in verified.stdout
+    repaired = run("extract", archive, extracted, *SMALL, "--repair")
+    assert repaired.returncode == 0, repaired.stderr
+    assert f"Warning: put aside as damaged/embeddings-{path.name}" in repaired.stderr
+    after = Store(extracted)
+    assert all(
+        np.array_equal(v, before[i]) for i, v in zip(after.ids(), after.vectors(), strict=True)
+    )
+    assert len(after) == 20
+    assert run("verify", extracted).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["extract", "inspect", "verify", "train", "predict"])
+def test_a_store_that_is_a_url_is_refused(archive: Path, tmp_path: Path, command: str) -> None:
+    places = {
+        "extract": (archive, "s3://bucket/store"),
+        "train": ("s3://bucket/store", tmp_path / "model"),
+        "predict": (tmp_path / "model", archive, "s3://bucket/out.parquet"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "embedder", command, *places.get(command, ("s3://bucket/store",))],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "s3:").exists()
+    assert "s3:/" in done.stderr or command == "predict"

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_cli import run
 
 from embedder.errors import StoreBusy, StoreError
 from embedder.lease import LOCK_FILE, lease
+from embedder.store import Store
 
+COMMAND = sys.executable, "-m", "embedder"
 _HOLD = """
 import sys, time
 from pathlib import Path
@@ -88,3 +91,28 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot be written: "), lease(tmp_path / "file" / "store"):
         pass
+
+
+def test_the_command_line_tells_a_second_run_and_waits_when_asked(
+    archive: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    other = hold(store)
+    second = run("extract", archive, store, "--image-size", "64x96")
+    assert second.returncode == 1
+    assert f"Process {other.pid} on " in second.stderr
+    assert "With --wait this run begins when that one ends" in second.stderr
+    assert not (store / "recipe.json").exists()
+    waiting = subprocess.Popen(
+        [*COMMAND, "extract", archive, store, "--image-size", "64x96", "--wait"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stderr is not None
+    for line in waiting.stderr:
+        if "waiting for it" in line:
+            break
+    other.communicate("\n")
+    waiting.communicate()
+    assert waiting.returncode == 0
+    assert len(Store(store)) == 20

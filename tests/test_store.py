@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import rows_of
 
-from embedder.errors import RecipeMismatch, StoreError
+from embedder.errors import EmbedderError, RecipeMismatch, StoreError
 from embedder.recipe import Recipe
 from embedder.store import FAILURE_SCHEMA, FAILURES, Store, shard_name
 
@@ -116,10 +116,87 @@ def test_a_folder_without_a_recipe_is_no_store(tmp_path: Path) -> None:
         Store(tmp_path)
 
 
-def test_a_recipe_that_cannot_be_read_is_told(store: Store) -> None:
-    (store.path / "recipe.json").write_text('{"recipe": {"backbone": ')
+def test_a_store_that_was_being_made_when_its_run_was_killed_is_made(
+    tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    for name in ("embeddings", "failures", "runs"):
+        (tmp_path / "half" / name).mkdir(parents=True)
+    (tmp_path / "half" / ".lock").touch()
+    (tmp_path / "half" / f".recipe.json.{socket.gethostname()}.1.tmp").touch()
+    store = Store.open_or_create(tmp_path / "half", mean_colour_recipe, {})
+    assert store.recipe == mean_colour_recipe
+
+
+def test_shards_without_a_recipe_are_no_new_store(store: Store) -> None:
+    name = write(store, ["a"])
+    (store.path / "recipe.json").unlink()
+    with pytest.raises(StoreError, match=rf"holds something else, such as embeddings/{name}"):
+        Store.open_or_create(store.path, store.recipe, {})
+
+
+@pytest.mark.parametrize(
+    "content", ['{"recipe": {"backbone": ', "[]", "null", "3", '{"recipe": []}', "[" * 100_000, ""]
+)
+def test_a_recipe_that_cannot_be_read_is_told(store: Store, content: str) -> None:
+    (store.path / "recipe.json").write_text(content)
     with pytest.raises(StoreError, match=r"recipe\.json cannot be read"):
         Store(store.path)
+
+
+def test_a_fingerprint_that_is_not_the_recipes_is_told(store: Store) -> None:
+    file = store.path / "recipe.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"fingerprint": "0" * 16}))
+    with pytest.raises(StoreError, match=rf"{store.recipe.fingerprint}\. Received: 0{{16}}"):
+        Store(store.path)
+    file.write_text(json.dumps(content | {"recipe": content["recipe"] | {"crop": "pad"}}))
+    with pytest.raises(StoreError, match="one of the two was changed by hand"):
+        Store(store.path)
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/store", "https://host/store", "file:///store"])
+def test_a_url_does_not_become_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mean_colour_recipe: Recipe, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EmbedderError, match=f"Received: {path}"):
+        Store.open_or_create(path, mean_colour_recipe, {})
+    with pytest.raises(EmbedderError, match=f"Received: {path}"):
+        Store(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_records_that_are_none_are_left_out_and_named(store: Store) -> None:
+    record = {
+        "when": "2026-01-01",
+        "status": "done",
+        "source": "photos",
+        "counts": {"embedded": 1, "failed": 0},
+        "images_per_second": 1.0,
+        "seconds_total": 1,
+        "bottleneck": "nothing to embed",
+    }
+    store.write_run(record, "0")
+    strange = {"a": "", "b": "[]", "c": "null", "d": "{}", "e": json.dumps(record | {"counts": 1})}
+    for name, content in strange.items():
+        (store.path / "runs" / f"{name}.json").write_text(content)
+    assert store.runs() == [record]
+    assert store.unreadable_runs() == [f"{name}.json" for name in strange]
+
+
+def test_damaged_files_are_put_aside_by_name(store: Store) -> None:
+    good, bad = write(store, ["a"]), write(store, ["b"], ["c"])
+    for kind in ("embeddings", "failures"):
+        path = store.path / kind / bad
+        path.write_bytes(path.read_bytes()[:100])
+    damaged = store.put_damaged_aside()
+    assert list(damaged) == [f"embeddings/{bad}", f"failures/{bad}"]
+    assert all("is damaged" in reason for reason in damaged.values())
+    assert list(store.ids()) == ["a"]
+    assert [path.name for path in store.shards()] == [good]
+    aside = {path.name for path in (store.path / "damaged").iterdir()}
+    assert aside == {f"embeddings-{bad}", f"failures-{bad}"}
+    assert store.put_damaged_aside() == {}
 
 
 def test_reading_an_empty_store_says_so(store: Store) -> None:
