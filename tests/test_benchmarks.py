@@ -191,3 +191,10 @@ def test_cut(head: Path) -> None:
     ((*_, same, usual),) = figures(r"\| stage7 " + 7 * r"\| ([\d.e-]+) ", output)
     assert same == 0
     assert usual < 1e-4
+
+
+def test_kills() -> None:
+    output = run("kills.py", "--kills", 1, "--images", 12, "--commands", "extract")
+    assert re.fullmatch(
+        r"extract +\d+ kills, 1 ends, 0 refused, 0 not whole, 0 different\n", output
+    )
