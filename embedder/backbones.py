@@ -207,6 +207,7 @@ def build(recipe: Recipe) -> "keras.Model":
     pixels = keras.Input((*recipe.image_size, 3), dtype="uint8", name="pixels")
     with dtype_policy(recipe.precision):
         network = load_network(recipe)
+        _check_finite(recipe, network)
         tapped = keras.Model(network.inputs, tapped_tensors(network, recipe))
         maps = tapped(row.preprocess(keras.ops.cast(pixels, "float32")))
     outputs = {column: pool(maps[column], recipe.pooling, column) for column in recipe.columns}
@@ -241,6 +242,16 @@ def load_network(recipe: Recipe) -> "keras.Model":
     network = row.make(recipe.image_size)
     row.load(network, path)
     return network
+
+
+def _check_finite(recipe: Recipe, network: "keras.Model") -> None:
+    """Refuse weights that are no numbers: an engine can make vectors of them that look like any."""
+    bad = [weight.path for weight in network.weights if not np.isfinite(weight.numpy()).all()]
+    if bad:
+        raise WeightsError(
+            f"All weights of a network must be finite. Received: {recipe.weights_source}, in which "
+            f"{len(bad):,} of {len(network.weights):,} arrays hold nan or inf, such as {bad[0]}"
+        )
 
 
 def _check_digest(recipe: Recipe, digest: str, source: str) -> None:

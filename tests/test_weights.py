@@ -288,3 +288,20 @@ def test_published_weights_are_checked(tmp_path: Path, monkeypatch: pytest.Monke
     wrong = PublishedWeights("http://x/file.h5", "file.h5", "0" * 32)
     with pytest.raises(WeightsError, match=r"its md5 must be 0000.*Received: 755f85c2.*Delete it"):
         wrong.find()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["mine.keras", "mine.weights.h5"])
+def test_weights_that_are_no_numbers_are_refused_before_a_store_is_made(
+    tmp_path: Path, archive: Path, name: str, value: float
+) -> None:
+    network = mobilenet_with_another_head()
+    weight = next(weight for weight in network.weights if "conv_pw_5" in weight.path)
+    array = weight.numpy()
+    array.flat[-1] = value
+    weight.assign(array)
+    save(network, tmp_path / name)
+    with pytest.raises(WeightsError, match=rf"must be finite.*{name}, in which 1 of .*conv_pw_5"):
+        source = str(tmp_path / name)
+        extract(archive, tmp_path / "out", backbone="mobilenet", weights=source, image_size=SIZE)
+    assert not (tmp_path / "out").exists()
