@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError, SourceError
+from embedder.errors import RecipeError, SourceError, StoreError
 from embedder.store import Store
 
 _JOINT = ";"  # between several labels of an image, where they are one text
@@ -84,9 +84,16 @@ def read_targets(
     Raises:
         RecipeError: The labels make no sense, or name fewer than two classes.
         SourceError: The label file cannot be read.
+        StoreError: The store has an image twice.
     """
     by_id = read_labels(store, labels)
     ids = store.ids()
+    if repeated := len(ids) - len(set(ids)):
+        raise StoreError(
+            f"A store must have each image once. Received: {store.path}, in which {repeated:,} "
+            f"stand again, as a run that was killed can leave them. `embedder extract` drops those "
+            f"that are not of the source's bytes"
+        )
     rows = np.array([row for row, image_id in enumerate(ids) if image_id in by_id], dtype=np.int64)
     several = [
         [name.strip() for name in by_id[ids[row]].split(separator)]

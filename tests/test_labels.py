@@ -151,3 +151,10 @@ def test_fewer_than_two_classes_are_refused_with_what_was_found(
 def test_a_store_without_rows_is_refused(store: Store) -> None:
     with pytest.raises((StoreError, RecipeError), match="no rows yet|0 of 0 images"):
         read_targets(store, "folder")
+
+
+def test_a_store_with_an_image_twice_is_not_learned_from(zoo: Store) -> None:
+    path = zoo.shards()[0]
+    path.with_name("again.parquet").write_bytes(path.read_bytes())
+    with pytest.raises(StoreError, match="each image once.*in which 30 stand again"):
+        read_targets(zoo, "parent")
