@@ -3,9 +3,11 @@
 import ctypes
 import hashlib
 import io
+import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError, _imaging
 from PIL.JpegImagePlugin import JpegImageFile
 
+from embedder.budget import PixelBudget
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
 from embedder.views import Augmentation, Box, draw_augmentation, part_of
@@ -25,6 +28,12 @@ except ImportError:  # there is no wheel for this platform
 # Pillow's own error level: half a gigabyte of RGB. No camera photo reaches it; a file of a few
 # bytes that declares more is an attack or a mistake.
 MAX_PIXELS = 178_956_970
+
+# A JPEG is decoded in time with its scans times its pixels, whatever its bytes: a scan that
+# changes nothing takes ten. Photos have 1 scan, progressive ones about 10 and rarely above 20; the
+# second number lets the largest picture have 24. The first is that of libjpeg-turbo's own fuzzers.
+MAX_SCANS = 500
+MAX_SCANNED_PIXELS = 2**32
 
 # EPS would be read by running Ghostscript on the file; the others are recognised by Pillow, but
 # not decoded.
@@ -46,9 +55,23 @@ if simd:
         "bicubic": simd.FilterType.catmull_rom,
         "lanczos": simd.FilterType.lanczos3,
     }
+# Of all threads of this process. A picture takes about 8 bytes a pixel while it is brought to RGB:
+# the large ones together take 1.4 GB, each other thread up to 0.27 GB. Photos of a camera of 33
+# megapixels are not large, so that they do not wait on a machine of 64 cores either.
+_budget = PixelBudget(MAX_PIXELS, num_ordinary=2**25)
 _of_thread = threading.local()  # holds a Resizer, which keeps its intermediate picture
 # Modes with more than eight bits a sample: `convert("RGB")` would clip them to 0..255.
 _DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
+
+# Pixels of a picture that are brought to RGB at a time, where that takes several copies of them: a
+# few MB, which fit the processor's cache.
+_STRIP_PIXELS = 2**18
+
+# Markers of a JPEG that a segment follows, and the one of its end: 0xFF before 0 is a byte of
+# pixels, and before 0xFF a filling; 1 and 0xD0 to 0xD8 stand alone.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+_NO_FRAME, _PROGRESSIVE = {0xC4, 0xC8, 0xCC}, {0xC2, 0xC6, 0xCA, 0xCE}
+_END, _SCAN = 0xD9, 0xDA
 
 # Of 1 MiB each. Without them each picture's memory is new to the process, and costs page faults.
 _MAX_KEPT_BLOCKS = 64
@@ -84,26 +107,15 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
         recipe: Gives `image_size`, `crop`, `crop_fraction`, `interpolation`, `decode` and `views`.
 
     Raises:
-        DecodeError: The bytes are truncated, not an image, or declare more than `MAX_PIXELS`
-            pixels.
+        DecodeError: The bytes are truncated, not an image, declare more than `MAX_PIXELS` pixels,
+            or are a JPEG of more scans than a photo has.
     """
     if not encoded:
         raise DecodeError("the file is empty")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             _check_size(image)
-            image_format = image.format or "unknown"
-            draft = _draft(image, recipe) if recipe.decode == "scaled" else None
-            # In place: a copy of a whole photo would cost time and memory.
-            ImageOps.exif_transpose(image, in_place=True)
-            image.load()
-            upright = image if image.im.size == image.size else image.copy()  # IPTC's loader
-            _check_size(upright)
-            size, box = draft or (upright.size, (0, 0, *upright.size))
-            rgb = _to_rgb(upright)
-            pixels = np.asarray(_fit(rgb, box, recipe))
-            augmented = tuple(_augmented(rgb, box, encoded, recipe)) if recipe.views > 1 else ()
-            return DecodedImage(pixels, *size, image_format, augmented)
+            return _decode(image, encoded, recipe)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
@@ -114,6 +126,38 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
     # struct.error, NotImplementedError and ZeroDivisionError on bad files.
     except Exception as error:
         raise DecodeError(f"{type(error).__name__}: {error}") from error
+
+
+def _decode(image: Image.Image, encoded: bytes, recipe: Recipe) -> DecodedImage:
+    """Decode an image whose header alone was read, when the budget of pixels has room for it."""
+    num_pixels = image.width * image.height
+    num_scans = _count_scans(encoded) if isinstance(image, JpegImageFile) else 1  # MPO is one too
+    _check_scans(image, num_scans)
+    draft = _draft(image, recipe) if recipe.decode == "scaled" else None
+    if num_scans == 1:  # else the coefficients of the whole are kept from scan to scan
+        num_pixels = image.width * image.height
+    with _budget.taken(num_pixels), closing(image):
+        return _load(image, draft, encoded, recipe)
+
+
+def _load(
+    image: Image.Image,
+    draft: tuple[tuple[int, int], Box] | None,
+    encoded: bytes,
+    recipe: Recipe,
+) -> DecodedImage:
+    """Decode the pixels and bring them to the recipe's size; `draft` is that of `_draft`."""
+    image_format = image.format or "unknown"
+    # In place: a copy of a whole photo would cost time and memory.
+    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    upright = image if image.im.size == image.size else image.copy()  # IPTC's loader
+    _check_size(upright)
+    size, box = draft or (upright.size, (0, 0, *upright.size))
+    rgb = _to_rgb(upright)
+    pixels = np.asarray(_fit(rgb, box, recipe))
+    augmented = tuple(_augmented(rgb, box, encoded, recipe)) if recipe.views > 1 else ()
+    return DecodedImage(pixels, *size, image_format, augmented)
 
 
 def prepare_decoders() -> None:
@@ -138,6 +182,37 @@ def _check_size(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise DecodeError(
             f"declares more than {MAX_PIXELS:,} pixels: {image.width} x {image.height}"
+        )
+
+
+def _count_scans(encoded: bytes) -> int:
+    """Scans that libjpeg would decode of a JPEG: 1 if the first one holds the whole picture.
+
+    What is inside other segments, such as a preview in the EXIF, and behind the end is not counted.
+    """
+    position = num_scans = 0
+    is_progressive, num_components = False, b""
+    while marker := _MARKER.search(encoded, position):
+        position = marker.end()
+        code, content = encoded[position - 1], encoded[position + 2 : position + 10]
+        if code == _END:
+            break
+        if code == _SCAN:
+            num_scans += 1
+            if not is_progressive and content[:1] >= num_components:
+                break
+        elif code <= 0xCF and code not in _NO_FRAME:
+            is_progressive, num_components = code in _PROGRESSIVE, content[5:6]
+        position += int.from_bytes(encoded[position : position + 2], "big")
+    return num_scans
+
+
+def _check_scans(image: Image.Image, num_scans: int) -> None:
+    limit = min(MAX_SCANS, MAX_SCANNED_PIXELS // (image.width * image.height))
+    if num_scans > limit:
+        raise DecodeError(
+            f"has {num_scans:,} scans; a JPEG of {image.width} x {image.height} pixels may have "
+            f"up to {limit}"
         )
 
 
@@ -172,23 +247,57 @@ def _draft(image: Image.Image, recipe: Recipe) -> tuple[tuple[int, int], Box] | 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _DEEP_MODES:
-        return _stretch(image).convert("RGB")
+        return _stretch(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        return _in_strips(image, _on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA"))
 
 
 def _stretch(image: Image.Image) -> Image.Image:
     """Map the samples' own range, smallest to largest, to 0..255."""
-    samples = np.asarray(image, dtype=np.float64)
-    finite = np.isfinite(samples)
-    low, high = samples[finite].min(initial=np.inf), samples[finite].max(initial=-np.inf)
+    low, high = _finite_range(image)
     if not high > low:  # one value everywhere, or none that is finite
-        return Image.fromarray(np.zeros(samples.shape, np.uint8))
-    stretched = np.where(finite, samples - low, 0.0) * (255.0 / (high - low))
-    return Image.fromarray(stretched.round().astype(np.uint8))
+        return Image.new("RGB", image.size)
+
+    def stretch(strip: Image.Image) -> Image.Image:
+        samples = np.asarray(strip, dtype=np.float64)  # has every integer of 32 bits, and a strip
+        above = np.where(np.isfinite(samples), samples - low, 0.0)  # takes 2 MB
+        return Image.fromarray((above * (255.0 / (high - low))).round().astype(np.uint8))
+
+    return _in_strips(image, stretch)
+
+
+def _finite_range(image: Image.Image) -> tuple[float, float]:
+    """Smallest and largest sample that is a number."""
+    low, high = np.inf, -np.inf
+    for box in _strips(image):
+        samples = np.asarray(image.crop(box))
+        samples = samples[np.isfinite(samples)]
+        if samples.size:
+            low, high = min(low, float(samples.min())), max(high, float(samples.max()))
+    return low, high
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The RGB of what becomes of each strip: copies are of a strip, never of the whole picture."""
+    rgb = Image.new("RGB", image.size)
+    for box in _strips(image):
+        rgb.paste(convert(image.crop(box)).convert("RGB"), box)
+    return rgb
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of up to `_STRIP_PIXELS` that cover an image: some rows, or a part of a long one."""
+    width = min(image.width, _STRIP_PIXELS)
+    height = _STRIP_PIXELS // width
+    for top in range(0, image.height, height):
+        for left in range(0, image.width, width):
+            yield left, top, min(left + width, image.width), min(top + height, image.height)
 
 
 def _fit(image: Image.Image, box: Box, recipe: Recipe) -> Image.Image:

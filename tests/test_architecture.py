@@ -12,17 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "embedder"
 
 # Each module imports only from its left.
 ORDER = (
-    *(
-        "errors",
-        "files",
-        "recipe",
-        "torch_pickle",
-        "sources",
-        "views",
-        "decode",
-        "weights",
-        "model_files",
-    ),
+    *("errors", "files", "recipe", "torch_pickle", "sources", "views", "budget", "decode"),
+    *("weights", "model_files"),
     *("lite", "networks", "hub", "backbones", "engines", "lease", "shard_file", "store", "sums"),
     *("ridge", "centroid", "keras_head", "calibration", "model", "folding"),
     *("augmentation", "blocks", "tunable", "training", "channels", "strategies", "scratch"),

@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from embedder import decode
+from embedder.budget import PixelBudget
 from embedder.decode import FORMATS, MAX_PIXELS, decode_rgb, prepare_decoders
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
@@ -229,6 +230,24 @@ def test_a_deep_picture_of_one_value_is_black() -> None:
     assert colours(decode_rgb(encode(values), make_recipe()).pixels) == {BLACK}
 
 
+@pytest.mark.parametrize("strip", [40, 200, 2**18])  # a part of a row, some rows, the whole
+@pytest.mark.parametrize("dtype", ["<u2", "<i4", "<f4"])
+def test_strips_of_a_deep_picture_are_stretched_like_the_whole(
+    dtype: str, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_STRIP_PIXELS", strip)
+    generator = np.random.default_rng(0)
+    step = 2**23 if dtype == "<i4" else 256  # of the samples, for one of the result
+    # Halfway between two results, or off by one, which float32 does not see at 32 bits.
+    halves = generator.integers(0, 255, (48, 64)) * step + step // 2
+    values = halves + generator.integers(-1, 2, (48, 64))
+    values[0, 0], values[-1, -1] = 0, 255 * step
+    expected = (values / step).round()
+    values -= {"<u2": 0, "<i4": 2**30, "<f4": 1000}[dtype]
+    decoded = decode_rgb(encode(values.astype(dtype), "TIFF"), make_recipe())
+    np.testing.assert_array_equal(decoded.pixels, np.repeat(expected[:, :, None], 3, axis=2))
+
+
 def test_transparency_is_blended_on_white() -> None:
     rgba = np.zeros((48, 64, 4), np.uint8)
     rgba[:, :20] = (*RED, 255)
@@ -258,6 +277,24 @@ def test_transparency_of_grey_and_palette_pictures_is_blended_on_white() -> None
         pixels = decode_rgb(encoded, make_recipe(interpolation="nearest")).pixels
         assert colours(pixels[:, :10]) == {left}
         assert colours(pixels[:, -10:]) == {right}
+
+
+@pytest.mark.parametrize("strip", [40, 200, 2**18])  # a part of a row, some rows, the whole
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "1"])
+def test_strips_of_a_transparent_picture_are_blended_like_the_whole(
+    mode: str, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_STRIP_PIXELS", strip)
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 4), dtype=np.uint8)
+    image = Image.fromarray(noise).convert("RGB" if mode == "P" else mode).convert(mode)
+    keys: dict[str, Any] = {"P": bytes(range(256)), "RGB": (0, 0, 0), "L": 100, "1": 255}
+    encoded = encode(image, **({"transparency": keys[mode]} if mode in keys else {}))
+    with Image.open(io.BytesIO(encoded)) as image:
+        assert image.has_transparency_data
+        white = Image.new("RGBA", image.size, "white")
+        expected = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    assert len(colours(np.asarray(expected))) > 1
+    np.testing.assert_array_equal(decode_rgb(encoded, make_recipe()).pixels, expected)
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "PNG", "TIFF", "WEBP"])
@@ -675,3 +712,218 @@ def test_postscript_is_refused_since_reading_it_would_run_it() -> None:
     encoded = encode(picture(1), "EPS")
     with pytest.raises(DecodeError, match=r"^not a readable image; begins with b'%!PS-Ado'$"):
         decode_rgb(encoded, make_recipe())
+
+
+# Memory and time -------------------------------------------------------------------------------
+
+# Prints the peak after a small picture, and after a large one in so many threads at once.
+PEAK = r"""
+import pathlib, re, sys
+from concurrent.futures import ThreadPoolExecutor
+from embedder import decode
+from embedder.budget import PixelBudget
+from embedder.recipe import Recipe
+
+recipe = Recipe(backbone="none", weights="0" * 64, image_size=(48, 64))
+decode._budget = PixelBudget(1, num_ordinary=0)  # one at a time
+for file in sys.argv[2:]:
+    encoded = pathlib.Path(file).read_bytes()
+    with ThreadPoolExecutor(int(sys.argv[1])) as threads:
+        list(threads.map(decode.decode_rgb, [encoded] * 8, [recipe] * 8))
+    print(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+def peak_bytes(folder: Path, num_threads: int, mode: str, **options: Any) -> float:
+    """Memory for each of 6 million pixels, beyond that of a small picture."""
+    files = [folder / "small", folder / "large"]
+    for file, size in zip(files, ((80, 60), (3000, 2000)), strict=True):
+        image = Image.new(mode, size)
+        image.putpixel((0, 0), 1 if mode in ("I;16", "F") else (1, 2, 3, 4)[: len(mode)])
+        lzw = {"compression": "tiff_lzw"} if mode in ("F", "CMYK") else {}
+        file.write_bytes(encode(image, "TIFF" if lzw else "PNG", **options, **lzw))
+    command = [sys.executable, "-c", PEAK, str(num_threads), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, peak = (int(line) * 1024 for line in done.stdout.split())
+    return (peak - before) / (3000 * 2000)
+
+
+needs_linux = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's count of memory"
+)
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("I;16", {}), ("F", {}), ("RGBA", {}), ("RGB", {"transparency": (1, 2, 3)}), ("CMYK", {})],
+)
+def test_a_picture_takes_little_more_than_itself_and_its_rgb(
+    mode: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    assert peak_bytes(tmp_path, 1, mode, **options) < 12  # each of the two takes up to 4
+
+
+@needs_linux
+def test_large_pictures_at_once_take_little_more_memory_than_one(tmp_path: Path) -> None:
+    assert peak_bytes(tmp_path, 8, "CMYK") < 16
+
+
+def is_let_in(budget: PixelBudget, future: Future[Any]) -> bool:
+    """Whether a thread gets on, or comes to wait for its turn: one of the two must happen."""
+    while not (future.done() or budget.turn.locked()):
+        pass
+    return future.done()
+
+
+def take(budget: PixelBudget, num_pixels: int) -> None:
+    with budget.taken(num_pixels):
+        pass
+
+
+def test_large_pictures_wait_until_enough_of_the_budget_is_free() -> None:
+    budget = PixelBudget(100, num_ordinary=10)
+    with ThreadPoolExecutor(1) as threads:
+        with budget.taken(60):
+            threads.submit(take, budget, 40).result(timeout=60)
+            threads.submit(take, budget, 10).result(timeout=60)
+            waiting = threads.submit(take, budget, 41)
+            assert not is_let_in(budget, waiting)
+        waiting.result(timeout=60)
+    assert budget.num_free == 100
+
+
+def test_a_picture_above_the_whole_budget_is_let_in_alone() -> None:
+    budget = PixelBudget(100, num_ordinary=10)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(take, budget, 1000).result(timeout=60)
+        with budget.taken(11):
+            waiting = threads.submit(take, budget, 1000)
+            assert not is_let_in(budget, waiting)
+        waiting.result(timeout=60)
+    assert budget.num_free == 100
+
+
+def test_a_large_picture_that_waits_is_not_overtaken_but_by_ordinary_ones() -> None:
+    budget = PixelBudget(100, num_ordinary=10)
+    order: list[str] = []
+
+    def note(num_pixels: int, name: str) -> None:
+        with budget.taken(num_pixels):
+            order.append(name)
+
+    with ThreadPoolExecutor(2) as threads:
+        with budget.taken(60):
+            first = threads.submit(note, 100, "first")
+            assert not is_let_in(budget, first)
+            second = threads.submit(note, 20, "second")
+            note(10, "ordinary")
+            with pytest.raises(TimeoutError):  # it would be let in at once
+                second.result(timeout=0.2)
+    assert order == ["ordinary", "first", "second"]
+
+
+def test_pictures_are_decoded_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = PixelBudget(90 * 120, num_ordinary=0)
+    monkeypatch.setattr(decode, "_budget", budget)
+    encoded = encode(picture(1, 90, 120))
+    alone = decode_rgb(encoded, make_recipe()).pixels
+    with ThreadPoolExecutor(4) as threads:
+        with budget.taken(1):
+            waiting = [threads.submit(decode_rgb, encoded, make_recipe()) for _ in range(4)]
+            assert not any(is_let_in(budget, future) for future in waiting)
+        for future in waiting:
+            np.testing.assert_array_equal(future.result(timeout=60).pixels, alone)
+    assert budget.num_free == 90 * 120
+
+
+def test_pictures_that_fail_give_back_their_part_of_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    budget = PixelBudget(90 * 120, num_ordinary=0)
+    monkeypatch.setattr(decode, "_budget", budget)
+    encoded = encode(noisy(90, 120), "JPEG")
+    for _ in range(3):
+        with pytest.raises(DecodeError, match=r"^OSError: image file is truncated"):
+            decode_rgb(encoded[:-200], make_recipe())
+    assert budget.num_free == 90 * 120
+    assert decode_rgb(encoded, make_recipe()).width == 120
+
+
+@pytest.mark.parametrize(("options", "divisor"), [({}, 4), ({"progressive": True}, 1)])
+def test_a_jpeg_takes_of_the_budget_what_is_decoded_of_it(
+    options: dict[str, Any], divisor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = encode(noisy(800, 960), "JPEG", **options)
+    budget = PixelBudget(800 * 960, num_ordinary=0)
+    monkeypatch.setattr(decode, "_budget", budget)
+    recipe = make_recipe((96, 100), decode="scaled")  # a quarter of each side, and twice the target
+    with ThreadPoolExecutor(1) as threads:
+        with budget.taken(800 * 960 * (divisor**2 - 1) // divisor**2):  # what it needs is left
+            threads.submit(decode_rgb, encoded, recipe).result(timeout=60)
+        with budget.taken(800 * 960 * (divisor**2 - 1) // divisor**2 + 1):
+            waiting = threads.submit(decode_rgb, encoded, recipe)
+            assert not is_let_in(budget, waiting)
+        waiting.result(timeout=60)
+
+
+def with_scans(encoded: bytes, num_scans: int) -> bytes:
+    """A grey progressive JPEG whose last scan is repeated, until there are so many."""
+    header, *scans = re.split(rb"(?=\xff\xc4)", encoded[:-2])  # each begins with its tables
+    num_missing = num_scans - encoded.count(b"\xff\xda")
+    return header + b"".join(scans) + scans[-1] * num_missing + encoded[-2:]
+
+
+@pytest.mark.parametrize("how", ["exact", "scaled"])
+def test_a_jpeg_of_more_scans_than_a_photo_has_is_refused(how: str) -> None:
+    grey = encode(Image.new("L", (300, 200), 77), "JPEG", progressive=True)
+    recipe = make_recipe(decode=how)
+    np.testing.assert_array_equal(
+        decode_rgb(with_scans(grey, 500), recipe).pixels, decode_rgb(grey, recipe).pixels
+    )
+    rule = r"^has 501 scans; a JPEG of 300 x 200 pixels may have up to 500$"
+    with pytest.raises(DecodeError, match=rule):
+        decode_rgb(with_scans(grey, 501), recipe)
+
+
+@pytest.mark.parametrize("how", ["exact", "scaled"])
+def test_the_larger_a_jpeg_the_fewer_scans_it_may_have(how: str) -> None:
+    grey = encode(Image.new("L", (8192, 4096), 77), "JPEG", progressive=True)
+    rule = r"^has 129 scans; a JPEG of 8192 x 4096 pixels may have up to 128$"
+    with pytest.raises(DecodeError, match=rule):
+        decode_rgb(with_scans(grey, 129), make_recipe(decode=how))
+    # Twice as many as Pillow writes for a colour photo, for the largest picture of all.
+    assert decode.MAX_SCANNED_PIXELS // MAX_PIXELS >= 20
+
+
+def test_scans_of_one_channel_each_are_counted_also_where_nothing_is_progressive() -> None:
+    def in_colour(num_scans: int) -> bytes:
+        """A grey picture as each of three channels, in scans of one channel."""
+        grey = encode(Image.new("L", (64, 48), 200), "JPEG")
+        frame = grey.index(b"\xff\xc0")
+        scan = grey.index(b"\xff\xda")
+        channels = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+        colour = b"\xff\xc0\0\x11" + grey[frame + 4 : frame + 9] + b"\3" + channels
+        scans = [
+            grey[scan : scan + 5] + bytes([number % 3 + 1]) + grey[scan + 6 : -2]
+            for number in range(num_scans)
+        ]
+        return grey[:frame] + colour + grey[frame + 13 : scan] + b"".join(scans) + b"\xff\xd9"
+
+    pixels = decode_rgb(in_colour(3), make_recipe()).pixels
+    expected = Image.new("YCbCr", (64, 48), (200, 200, 200)).convert("RGB")
+    assert mean_difference(pixels, np.asarray(expected)) < 1
+    with pytest.raises(DecodeError, match=r"^has 501 scans; "):
+        decode_rgb(in_colour(501), make_recipe())
+
+
+def test_what_only_looks_like_a_scan_is_not_counted() -> None:
+    scans = b"\xff\xda" * 600
+    for options in ({}, {"progressive": True}):
+        photo = noisy(90, 120)
+        plain = encode(photo, "JPEG", **options)
+        commented = encode(photo, "JPEG", comment=scans, **options)  # a preview has such bytes
+        for encoded in (commented, commented + scans, plain + scans):
+            np.testing.assert_array_equal(
+                decode_rgb(encoded, make_recipe()).pixels, decode_rgb(plain, make_recipe()).pixels
+            )
