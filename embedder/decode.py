@@ -265,9 +265,11 @@ def _stretch(image: Image.Image) -> Image.Image:
         return Image.new("RGB", image.size)
 
     def stretch(strip: Image.Image) -> Image.Image:
-        samples = np.asarray(strip, dtype=np.float64)  # has every integer of 32 bits, and a strip
-        above = np.where(np.isfinite(samples), samples - low, 0.0)  # takes 2 MB
-        return Image.fromarray((above * (255.0 / (high - low))).round().astype(np.uint8))
+        samples = np.array(strip, dtype=np.float64)  # which has every integer of 32 bits
+        samples[~np.isfinite(samples)] = low
+        samples -= low
+        samples *= 255.0 / (high - low)
+        return Image.fromarray(np.rint(samples, out=samples).astype(np.uint8))
 
     return _in_strips(image, stretch)
 
@@ -277,7 +279,8 @@ def _finite_range(image: Image.Image) -> tuple[float, float]:
     low, high = np.inf, -np.inf
     for box in _strips(image):
         samples = np.asarray(image.crop(box))
-        samples = samples[np.isfinite(samples)]
+        if samples.dtype.kind == "f":
+            samples = samples[np.isfinite(samples)]
         if samples.size:
             low, high = min(low, float(samples.min())), max(high, float(samples.max()))
     return low, high

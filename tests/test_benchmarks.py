@@ -155,6 +155,18 @@ def test_memory(photos: Path) -> None:
     assert second[1] == pytest.approx(second[0] / first[0], abs=0.001)
 
 
+def test_decode_memory() -> None:
+    output = run("decode_memory.py", "--side", 600, "--together", 2, "--kinds", "16 bits|^very")
+    rows = [line.split(" | ") for line in output.splitlines()[2:]]
+    assert [(row[0], row[2]) for row in rows] == [
+        *(("| grey, 16 bits.png", number) for number in ("1", "2")),
+        *(("| very many scans.jpg", number) for number in ("1", "2")),
+    ]
+    assert [row[-1].split(";")[0] for row in rows[:2]] == ["decoded |"] * 2
+    assert all(row[-1].startswith("has ") for row in rows[2:])
+    assert all(0 < float(row[4]) < 2 for row in rows)  # GiB
+
+
 def test_workers(photos: Path) -> None:
     output = run("workers.py", photos, "--images", 24, "--rounds", 1, "--shard-size", 8)
     assert "ratio" in output

@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -766,14 +766,16 @@ def test_a_picture_takes_little_more_than_itself_and_its_rgb(
 
 @needs_linux
 def test_large_pictures_at_once_take_little_more_memory_than_one(tmp_path: Path) -> None:
-    assert peak_bytes(tmp_path, 8, "CMYK") < 16
+    assert peak_bytes(tmp_path, 8, "CMYK") < 11  # bytes a pixel; alone 8
 
 
 def is_let_in(budget: PixelBudget, future: Future[Any]) -> bool:
     """Whether a thread gets on, or comes to wait for its turn: one of the two must happen."""
-    while not (future.done() or budget.turn.locked()):
-        pass
-    return future.done()
+    for _ in range(6000):
+        if future.done() or budget.turn.locked():
+            return future.done()
+        wait([future], timeout=0.01)  # seconds
+    raise AssertionError("It neither got on nor waited for its turn")
 
 
 def take(budget: PixelBudget, num_pixels: int) -> None:
@@ -785,8 +787,9 @@ def test_large_pictures_wait_until_enough_of_the_budget_is_free() -> None:
     budget = PixelBudget(100, num_ordinary=10)
     with ThreadPoolExecutor(1) as threads:
         with budget.taken(60):
+            with budget.taken(40):
+                threads.submit(take, budget, 10).result(timeout=60)  # not large
             threads.submit(take, budget, 40).result(timeout=60)
-            threads.submit(take, budget, 10).result(timeout=60)
             waiting = threads.submit(take, budget, 41)
             assert not is_let_in(budget, waiting)
         waiting.result(timeout=60)
@@ -918,12 +921,12 @@ def test_scans_of_one_channel_each_are_counted_also_where_nothing_is_progressive
 
 
 def test_what_only_looks_like_a_scan_is_not_counted() -> None:
-    scans = b"\xff\xda" * 600
+    scans = b"\xff\xda\0\x02" * 600  # such as those of a preview in a segment, or behind the end
+    comment = b"\xff\xfe" + (2 + len(scans)).to_bytes(2, "big") + scans
     for options in ({}, {"progressive": True}):
-        photo = noisy(90, 120)
-        plain = encode(photo, "JPEG", **options)
-        commented = encode(photo, "JPEG", comment=scans, **options)  # a preview has such bytes
-        for encoded in (commented, commented + scans, plain + scans):
+        plain = encode(noisy(90, 120), "JPEG", **options)
+        last = plain.rindex(b"\xff\xda")
+        for encoded in (plain[:last] + comment + plain[last:], plain + b"\0\x02" + scans):
             np.testing.assert_array_equal(
                 decode_rgb(encoded, make_recipe()).pixels, decode_rgb(plain, make_recipe()).pixels
             )
