@@ -108,7 +108,8 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
 
     Raises:
         DecodeError: The bytes are truncated, not an image, declare more than `MAX_PIXELS` pixels,
-            or are a JPEG of more scans than a photo has.
+            or are a JPEG of more scans than a photo has; or there is not enough memory, which may
+            pass.
     """
     if not encoded:
         raise DecodeError("the file is empty")
@@ -120,6 +121,8 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
         raise
     except Image.DecompressionBombError as error:
         raise DecodeError(f"declares more than {MAX_PIXELS:,} pixels") from error
+    except MemoryError as error:
+        raise DecodeError("not enough memory to decode it", is_passing=True) from error
     except UnidentifiedImageError as error:
         raise DecodeError(f"not a readable image; begins with {encoded[:8]!r}") from error
     # Pillow's plugins raise OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError,

@@ -930,3 +930,26 @@ def test_what_only_looks_like_a_scan_is_not_counted() -> None:
             np.testing.assert_array_equal(
                 decode_rgb(encoded, make_recipe()).pixels, decode_rgb(plain, make_recipe()).pixels
             )
+
+
+_LITTLE_MEMORY = """
+import io, resource, sys
+from PIL import Image
+from embedder.decode import decode_rgb
+from embedder.errors import DecodeError
+from embedder.recipe import Recipe
+recipe = Recipe(backbone="any", weights="0" * 64, image_size=(48, 64))
+file = io.BytesIO()
+Image.new("RGB", (8000, 8000)).save(file, "PNG")
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))  # a third of the picture
+try:
+    decode_rgb(file.getvalue(), recipe)
+except DecodeError as error:
+    print(error, error.is_passing)
+"""
+
+
+def test_a_lack_of_memory_may_pass() -> None:
+    done = subprocess.run([sys.executable, "-c", _LITTLE_MEMORY], capture_output=True, text=True)
+    assert done.stdout == "not enough memory to decode it True\n", done.stderr
