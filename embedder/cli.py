@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from embedder import backbones as backbone_table
-from embedder import cli_heads, cli_tuning, console
+from embedder import cli_heads, cli_tuning, console, interrupts
 from embedder import demo as demo_job
 from embedder import doctor as doctor_job
 from embedder import verify as verify_job
@@ -354,7 +354,8 @@ def _check_steps(steps: list[list[str]]) -> None:
 
 def main() -> None:
     """Entry point of the `embedder` command."""
-    app()
+    with interrupts.ending_the_process():
+        app()
 
 
 # Parsing ------------------------------------------------------------------------------------

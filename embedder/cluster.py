@@ -1,26 +1,34 @@
 """Many tasks on Dask: a local cluster by default, any scheduler by address, one code path."""
 
+import asyncio
 import importlib.metadata
 import logging
 import os
+import queue
 import signal
+import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import dask
 import distributed
 from dask.system import CPU_COUNT
+from distributed.client import ClosedClientError
 
 from embedder import engines
 from embedder.errors import ClusterError, Unfinished
+from embedder.weights import logger
 
 _CONNECT_SECONDS = 10
 _WORKERS_SECONDS = 30  # for the first worker of a scheduler that has none yet
+_GONE_SECONDS = 60  # for one to come back, once all are gone
+_LOOK_SECONDS = 1  # without a result, after which it is asked whether there are workers
 _TASKS_PER_WORKER = 2  # one task's start and end overlap with the other's middle
-_STOP_SECONDS = 30
+_STOP_SECONDS = 3  # for tasks in work to be given up; one may be in a decoder that never ends
+_CLOSE_SECONDS = 5  # for local workers to end, before they are killed
 NUM_CORES: int = CPU_COUNT  # those this process may use: affinity and cgroups are respected
 
 
@@ -63,6 +71,62 @@ def dask_setup(worker: distributed.Worker) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.name) % len(gpus)]
 
 
+class _NobodyLeft(Unfinished):
+    """There are no workers, or there is no scheduler, to do the work."""
+
+
+class _Watch:
+    """Tells it when all workers are gone, and when one is back."""
+
+    def __init__(self, client: distributed.Client, name: str, in_process: bool) -> None:
+        self._client, self._name, self._in_process = client, name, in_process
+        self._gone: float | None = None  # since when, by the monotonic clock
+
+    def look(self) -> None:
+        """Ask the scheduler whether it has workers.
+
+        Raises:
+            _NobodyLeft: There is no scheduler, or there have been no workers for too long.
+        """
+        if self._in_process:
+            return  # it cannot go, and a decoder that keeps Python to itself may let none answer
+        if self._client.status != "running":
+            raise self.lost()
+        try:
+            found = self._client.sync(
+                self._client.scheduler.identity, n_workers=0, callback_timeout=_CONNECT_SECONDS
+            )
+            trouble = "" if found["n_workers"] else f"All workers of {self._name} are gone"
+        except OSError:  # a time-out is one too
+            trouble = f"There is no answer from {self._name}"
+        if not trouble:
+            self.has_workers()
+        elif self._gone is None:
+            self._gone = time.monotonic()
+            logger.warning(
+                "%s, at %s; waiting up to %d s for one to come back",
+                *(trouble, time.strftime("%H:%M:%S"), _GONE_SECONDS),
+            )
+        elif time.monotonic() - self._gone > _GONE_SECONDS:
+            raise _NobodyLeft(
+                f"{trouble}, and none came back within {_GONE_SECONDS} seconds. What is written "
+                f"is kept; run the same command again"
+            )
+
+    def has_workers(self) -> None:
+        """Note that there are some."""
+        if self._gone is not None:
+            self._gone = None
+            logger.info("Work goes on, at %s", time.strftime("%H:%M:%S"))
+
+    def lost(self) -> _NobodyLeft:
+        """What to raise when there is no scheduler any more."""
+        return _NobodyLeft(
+            f"The connection to {self._name} was lost. What is written is kept; run the same "
+            f"command again"
+        )
+
+
 class Pool:
     """Workers that run functions.
 
@@ -70,15 +134,23 @@ class Pool:
         num_workers: Worker processes when the pool was opened.
     """
 
-    def __init__(self, client: distributed.Client, threads_per_worker: int | None) -> None:
+    def __init__(
+        self,
+        client: distributed.Client,
+        threads_per_worker: int | None,
+        name: str,
+        in_process: bool = False,
+    ) -> None:
         """Use the workers of a client.
 
         Args:
             client: Connected.
             threads_per_worker: CPU threads that the tasks of a worker may use; None for as many
                 as each worker was started with.
+            name: Of the scheduler, for messages.
+            in_process: Whether its only worker is in this process.
         """
-        self._client = client
+        self._client, self._watch = client, _Watch(client, name, in_process)
         self.num_workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
         self._threads_per_worker = threads_per_worker
 
@@ -102,14 +174,15 @@ class Pool:
             Results, in the order in which they come.
 
         Raises:
-            Unfinished: A worker died again and again on the same task.
+            Unfinished: A worker died again and again on the same task, all workers are gone, or
+                the scheduler is.
         """
         topic = f"embedder-{uuid.uuid4().hex}"
-        self._client.subscribe_topic(topic, lambda event: on_report(*event[1]))
         waiting = iter(arguments)
-        futures = distributed.as_completed()
+        results = distributed.as_completed(loop=self._client.loop, with_results=True)
         num_out = 0
         try:
+            self._client.subscribe_topic(topic, lambda event: on_report(*event[1]))
             while True:
                 while num_out < self.num_workers * _TASKS_PER_WORKER:
                     item = next(waiting, None)
@@ -118,31 +191,57 @@ class Pool:
                     future = self._client.submit(
                         function, Task(topic, self._threads_per_worker), *item, pure=False
                     )
-                    futures.add(future)
+                    results.add(future)
                     num_out += 1
                 if num_out == 0:
                     return
-                future = next(futures)
+                result = self._next_of(results)
                 num_out -= 1
-                yield future.result()
-                future.release()
+                yield result
         except distributed.KilledWorker as error:
             raise Unfinished(
                 f"A worker died {error.allowed_failures + 1} times on the same shard "
                 f"(out of memory, or a file that crashes its decoder): {error.task}"
             ) from error
+        except (_NobodyLeft, ClosedClientError) as error:
+            num_out = 0  # nor is there anyone to tell it
+            raise (error if isinstance(error, _NobodyLeft) else self._watch.lost()) from None
         finally:
             if num_out:
-                self._stop_tasks(topic, futures)
-            self._client.unsubscribe_topic(topic)
+                self._stop_tasks(topic, results)
+            with suppress(ClosedClientError):
+                self._client.unsubscribe_topic(topic)
 
-    def _stop_tasks(self, topic: str, futures: distributed.as_completed) -> None:
-        try:
-            self._client.run(_stop, topic)
-            outstanding = [future for future in futures.futures if not future.done()]
-            distributed.wait(outstanding, timeout=_STOP_SECONDS)
-        except (OSError, TimeoutError, distributed.comm.CommClosedError):
-            pass  # the cluster is gone, and its tasks with it
+    def _next_of(self, results: distributed.as_completed) -> Any:
+        """The next task's result.
+
+        Raises:
+            Exception: The task's own.
+            _NobodyLeft: There is nobody to do the work.
+        """
+        while True:
+            try:
+                # Results come here by themselves; to wait for one in `Future.result` would be to
+                # wait for a worker that may never come back.
+                future, result = results.queue.get(timeout=_LOOK_SECONDS)
+                break
+            except queue.Empty:
+                self._watch.look()
+        self._watch.has_workers()
+        if future.cancelled():
+            raise self._watch.lost()
+        if future.status == "error":
+            _, error, traceback = result
+            raise error.with_traceback(traceback)
+        future.release()
+        return result
+
+    def _stop_tasks(self, topic: str, results: distributed.as_completed) -> None:
+        deadline = time.monotonic() + _STOP_SECONDS
+        with suppress(OSError, ClosedClientError, queue.Empty):  # a time-out is an OSError
+            self._client.run(_stop, topic, on_error="ignore", callback_timeout=_STOP_SECONDS)
+            while results.count():
+                results.queue.get(timeout=max(0.0, deadline - time.monotonic()))
 
 
 @contextmanager
@@ -159,7 +258,8 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
         ClusterError: The scheduler does not answer, or has no workers.
     """
     # Dask tells of every lost connection; what matters of that reaches the user as an error.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in ("distributed", "distributed.client"):  # Dask gives the latter a level of its own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     config = {
         "distributed.comm.timeouts.connect": f"{_CONNECT_SECONDS}s",
         # By default Dask looks 100 times a second what a task does, and 50 times whether its event
@@ -170,9 +270,30 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
     with dask.config.set(config):
         if scheduler is not None:
             with _client_of(scheduler) as client:
-                yield Pool(client, None)
-            return
-        threads = max(1, NUM_CORES // num_workers)
+                yield Pool(client, None, f"the scheduler {scheduler}")
+        else:
+            with _local_client(num_workers) as client:
+                threads = max(1, NUM_CORES // num_workers)
+                yield Pool(client, threads, "the local scheduler", in_process=num_workers == 1)
+
+
+@contextmanager
+def _no_hang_up() -> Iterator[None]:
+    """Threads and processes started within, and those that they start, outlive their terminal.
+
+    So do the workers and the process in which Python keeps track of what they share, for which
+    there is no other way.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _local_client(num_workers: int) -> Iterator[distributed.Client]:
+    with _no_hang_up():
         cluster = distributed.LocalCluster(
             n_workers=num_workers,
             threads_per_worker=_TASKS_PER_WORKER,
@@ -184,8 +305,33 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
             silence_logs=logging.CRITICAL,
             **({"preload": [__name__]} if num_workers > 1 else {}),
         )
-        with cluster, distributed.Client(cluster) as client:
-            yield Pool(client, threads)
+    seconds = _CLOSE_SECONDS
+    try:
+        with distributed.Client(cluster) as client:
+            yield client
+    except BaseException:
+        seconds = 1  # they have been given time already
+        raise
+    finally:
+        with suppress(TimeoutError):
+            cluster.sync(_close_workers, cluster, seconds, callback_timeout=2 * _CLOSE_SECONDS)
+            cluster.close(timeout=_CLOSE_SECONDS)
+
+
+async def _close_workers(cluster: distributed.LocalCluster, seconds: float) -> None:
+    """End local workers, also those with a task that does not end: Dask alone would wait for it.
+
+    Worker processes are killed after about so many seconds; threads are left to themselves.
+    """
+    await asyncio.gather(
+        *(
+            worker.close(
+                timeout=seconds,
+                **({"executor_wait": False} if isinstance(worker, distributed.Worker) else {}),
+            )
+            for worker in cluster.workers.values()
+        )
+    )
 
 
 @contextmanager

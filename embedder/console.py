@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,19 @@ from rich.text import Text
 from embedder import verify as verify_job
 from embedder.errors import EmbedderError
 from embedder.extract import Progress
-from embedder.summary import Summary
+from embedder.summary import Summary, grouped_reasons
 
 _PLAIN_LINE_SECONDS = 5.0
 _PLAIN_WIDTH = 160  # characters, where the output is not a terminal
 # File names hold anything: they must never be read as markup.
 out = Console(
     markup=False,
+    emoji=False,
     highlight=False,
     soft_wrap=True,
     width=None if sys.stdout.isatty() else _PLAIN_WIDTH,
 )
-err = Console(markup=False, highlight=False, soft_wrap=True, stderr=True)
+err = Console(markup=False, emoji=False, highlight=False, soft_wrap=True, stderr=True)
 
 
 @contextmanager
@@ -45,8 +46,13 @@ def exit_status(quiet: bool = False) -> Iterator[None]:
     except EmbedderError as error:
         err.print(f"Error: {error}")
         raise typer.Exit(error.exit_status) from None
-    except KeyboardInterrupt:
-        err.print("\nInterrupted. Finished shards are kept: the same command continues from here.")
+    except KeyboardInterrupt as error:
+        reason = str(error) or "interrupted"
+        with suppress(OSError):  # the terminal may be gone
+            err.print(
+                f"\n{reason[0].upper()}{reason[1:]}. Finished shards are kept: the same command "
+                f"continues from here."
+            )
         raise typer.Exit(1) from None
     finally:
         logger.removeHandler(handler)
@@ -103,12 +109,12 @@ def progress(quiet: bool) -> Iterator[Any]:
         yield lambda _: None
     elif err.is_terminal:
         bar = ProgressBar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[speed]}", markup=False),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[failures]}"),
+            TextColumn("{task.fields[failures]}", markup=False),
             console=err,
             transient=True,
         )
@@ -232,14 +238,15 @@ def print_table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
 
 
 def print_reasons(reasons: Counter[tuple[str, str]]) -> None:
-    """Show the most frequent failures, by stage and reason."""
+    """Show the most frequent failures, by stage and kind of reason."""
     table = Table("failures", "stage", "reason", box=None, pad_edge=False)
-    for (stage, error), count in reasons.most_common(10):
+    groups = grouped_reasons(reasons)
+    for (stage, error), count in groups.most_common(10):
         table.add_row(f"{count:,}", stage, error)
     out.print()
     out.print(table)
-    if len(reasons) > 10:
-        out.print(f"and {len(reasons) - 10:,} more reasons, in failures/*.parquet")
+    if len(groups) > 10:
+        out.print(f"and {len(groups) - 10:,} more reasons, in failures/*.parquet")
 
 
 def print_checks(checks: list[verify_job.Check]) -> None:

@@ -1,6 +1,7 @@
 """What became of a run: its counts, its speed, and what held it back."""
 
 import os
+import re
 import socket
 import time
 import uuid
@@ -14,6 +15,41 @@ from embedder.pipeline import STAGES, Receipt
 from embedder.recipe import Recipe
 from embedder.sources import Listing
 from embedder.store import FAILURES, Store
+
+# What differs between failures of one kind: quoted bytes, checksums and addresses, numbers.
+_PARTICULARS = re.compile(
+    r"""(b'(?:[^'\\]|\\.)*'|b"(?:[^"\\]|\\.)*"|0x[0-9a-f]+|\b(?=[a-f]*\d)[0-9a-f]{6,}\b|\d[\d,.]*\d|\d)""",
+    re.IGNORECASE,
+)
+
+
+def grouped_reasons(reasons: Counter[tuple[str, str]]) -> Counter[tuple[str, str]]:
+    """Count together the failures whose reasons are the same but for what differs by file.
+
+    Args:
+        reasons: Number of failures by (stage, error).
+
+    Returns:
+        The same by kind of error: what is not the same in all of a kind, numbers and checksums,
+        is `N` in its text, and quoted bytes are `b'...'`.
+    """
+    kinds: dict[tuple[str, ...], list[tuple[list[str], int]]] = defaultdict(list)
+    for (stage, error), count in reasons.items():
+        parts = _PARTICULARS.split(error)  # at odd places what may differ
+        kind = (_placeholder(part) if i % 2 else part for i, part in enumerate(parts))
+        kinds[stage, *kind].append((parts, count))
+    grouped: Counter[tuple[str, str]] = Counter()
+    for (stage, *_), members in kinds.items():
+        common = [
+            found[0] if len(set(found)) == 1 else _placeholder(found[0])
+            for found in zip(*(parts for parts, _ in members), strict=True)
+        ]
+        grouped[stage, "".join(common)] += sum(count for _, count in members)
+    return grouped
+
+
+def _placeholder(part: str) -> str:
+    return "b'...'" if part[:2] in ("b'", 'b"') else "N"
 
 
 @dataclass

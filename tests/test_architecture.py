@@ -48,6 +48,7 @@ ORDER = (
         "console",
         "cli_heads",
         "cli_tuning",
+        "interrupts",
         "cli",
         "__main__",
     ),
