@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from embedder import cluster
 from embedder.cluster import NUM_CORES, Pool, Task, connect
 from embedder.errors import ClusterError, Unfinished
 
@@ -53,6 +54,10 @@ def die_once(task: Task, folder: str) -> str:
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return "done"
+
+
+def kill(task: Task, process: int) -> None:
+    os.kill(process, signal.SIGKILL)
 
 
 def results(pool: Pool, function: object, items: list[object]) -> list[object]:
@@ -200,3 +205,38 @@ def test_work_of_a_killed_worker_is_done_by_another(tmp_path: Path) -> None:
 def test_a_task_that_kills_every_worker_ends_the_run() -> None:
     with connect(None, 2) as pool, pytest.raises(Unfinished, match="A worker died 4 times"):
         results(pool, die, [0])
+
+
+def test_it_is_told_that_all_workers_are_gone_and_the_run_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cluster, "_GONE_SECONDS", 1)
+    with scheduler_with_workers("--nthreads 1 --no-nanny") as address:
+        with connect(address, 1) as pool, pytest.raises(Unfinished, match="none came back within"):
+            results(pool, die, [0])
+    (told,) = caplog.messages
+    assert f"All workers of the scheduler {address} are gone" in told
+    assert "waiting up to 1 s for one to come back" in told
+
+
+def test_a_run_goes_on_once_a_worker_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "embedder")
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.05)
+    with scheduler_with_workers("--nthreads 1") as address, connect(address, 1) as pool:
+        assert results(pool, die_once, [str(tmp_path)]) == ["done"]
+    gone, back = caplog.messages
+    assert "are gone" in gone
+    assert "Work goes on" in back
+
+
+def test_a_lost_scheduler_ends_the_run_without_a_traceback(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with scheduler_with_workers("--nthreads 1 --no-nanny") as address:
+        with connect(address, 1) as pool:
+            process = pool._client.run_on_scheduler(os.getpid)
+            with pytest.raises(Unfinished, match=f"The connection to .* {address} was lost"):
+                results(pool, kill, [process])
+    assert capfd.readouterr().err == ""
