@@ -198,6 +198,15 @@ def print_summary(summary: Summary) -> None:
         if count:
             facts[name] = f"{count:,}"
     facts["failures"] = f"{summary.total_failures:,} in the store, {summary.num_failures:,} new"
+    if summary.num_retried:
+        facts["tried again"] = f"{summary.num_retried:,} that had failed"
+    if summary.unreadable:
+        facts["unreadable"] = (
+            f"{summary.unreadable.total():,} that cannot be read now keep the rows they have"
+        )
+    if summary.repaired:
+        names = ", ".join(summary.repaired)
+        facts["repaired"] = f"{len(summary.repaired):,} damaged files made again: {names}"
     if summary.skipped:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in summary.skipped.most_common(5))
         facts["other files"] = f"{summary.skipped.total():,} left out: {kinds}"
@@ -217,8 +226,8 @@ def print_summary(summary: Summary) -> None:
     facts["store"] = summary.store
     facts["next"] = f"embedder inspect {shlex.quote(summary.store)}"
     print_facts(facts)
-    if summary.failures:
-        print_reasons(summary.failures)
+    if reasons := summary.failures + summary.unreadable:
+        print_reasons(reasons)
 
 
 def print_facts(facts: dict[str, str]) -> None:

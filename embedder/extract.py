@@ -3,7 +3,6 @@
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -26,7 +25,7 @@ from embedder.recipe import VIEW, Recipe
 from embedder.refresh import Refreshed, refresh_shard
 from embedder.sources import list_images
 from embedder.store import EMBEDDINGS, FAILURES, Store, check_place
-from embedder.summary import Summary
+from embedder.summary import Summary, grouped_reasons
 from embedder.weights import logger
 
 # At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few
@@ -303,6 +302,7 @@ class _Target:
             self._refs, self.store, limit=options.limit, retry_failed=options.retry_failed
         )
         self.summary.num_done, self.summary.num_deleted = plan.num_done, plan.num_deleted
+        self.summary.num_retried = len(plan.stale_failures)
         if options.prune:
             _check_prune(plan, options.prune_share)
             self.store.drop(plan.deleted)
@@ -457,10 +457,8 @@ def _shards(todo: pa.Table, shard_size: int) -> Iterator[pa.Table]:
 
 
 def _too_many_failures(num_failed: int, max_failures: float, summary: Summary) -> str:
-    reasons: Counter[str] = Counter()
-    for (stage, error), count in (summary.failures + summary.unreadable).items():
-        reasons[f"{stage}: {error}"] += count
-    most = "; ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common(3))
+    reasons = grouped_reasons(summary.failures + summary.unreadable).most_common(3)
+    most = "; ".join(f"{count:,} x {stage}: {error}" for (stage, error), count in reasons)
     return (
         f"{num_failed:,} of {summary.num_inputs:,} images failed; `--max-failures` allows a share "
         f"of {max_failures}. Most often: {most}. What is done is kept, and so are rows of images "

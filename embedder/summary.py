@@ -65,6 +65,7 @@ class Summary:
         num_done: Of these, rows that were there already.
         num_embedded: Rows that this run made.
         num_failures: Images that failed in this run.
+        num_retried: Images that had failed before and were tried again.
         num_changed: Rows whose file's content changed, to be replaced.
         num_updated: Rows whose file has a new time or manifest columns, but the same content.
         num_deleted: Images in the store that the source no longer has.
@@ -107,6 +108,7 @@ class Summary:
     num_done: int = 0
     num_embedded: int = 0
     num_failures: int = 0
+    num_retried: int = 0
     num_changed: int = 0
     num_updated: int = 0
     num_deleted: int = 0
@@ -270,6 +272,7 @@ class Summary:
                 "embedded": self.num_embedded,
                 "failed": self.num_failures,
                 "unreadable": self.unreadable.total(),
+                "retried": self.num_retried,
                 "changed": self.num_changed,
                 "updated": self.num_updated,
                 "deleted": self.num_deleted,

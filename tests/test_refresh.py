@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import WebServer, body, make_archive, status
+from test_cli import run
 from test_extract import SMALL, assert_same, counts, vectors_by_id
 
 import embedder
@@ -239,3 +240,18 @@ def test_touched_files_keep_their_vectors_and_take_the_new_time(
     assert (counts(store)["updated"], counts(store)["embedded"]) == (20, 0)
     embedder.extract(archive, tmp_path / "out", **SMALL)
     assert counts(store)["done_before"] == 20
+
+
+def test_the_command_line_tells_what_cannot_be_read(manifest: Path, tmp_path: Path) -> None:
+    store = tmp_path / "out"
+    assert run("extract", manifest, store, "--image-size", "64x96").returncode == 0
+    next((tmp_path / "disk").rglob("*.png")).unlink()
+    done = run("extract", manifest, store, "--image-size", "64x96")
+    assert done.returncode == 0
+    assert "unreadable  1 that cannot be read now keep the rows they have" in done.stdout
+    assert "1         read   FileNotFoundError: No such file or directory" in done.stdout
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    done = run("extract", manifest, store, "--image-size", "64x96")
+    assert done.returncode == 1
+    assert "Error: 20 of 20 images failed; `--max-failures` allows a share of 0.1" in done.stderr
+    assert "so are rows of images that cannot be read now" in done.stderr
