@@ -231,7 +231,7 @@ def _within_deadline(filesystem: Any, reading: Coroutine[Any, Any, _Result]) -> 
     try:
         result: _Result = fsspec.asyn.sync(filesystem.loop, bounded)
     except TimeoutError as error:
-        raise ReadError(f"no answer within {READ_SECONDS} seconds", is_passing=True) from error
+        raise ReadError(f"not read within {READ_SECONDS} seconds", is_passing=True) from error
     return result
 
 
