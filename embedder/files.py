@@ -23,6 +23,7 @@ from embedder.errors import EmbedderError
 _HOST = re.escape(socket.gethostname())
 # The second form is that of stores written by 0.1.0 before this module was.
 _TEMPORARY = re.compile(rf"\.embedder-{_HOST}-(\d+)-[0-9a-f]{{8}}\.tmp|\..+\.{_HOST}\.(\d+)\.tmp")
+_DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # not what is in /dev/shm
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 
 
@@ -36,9 +37,16 @@ def temporary_beside(path: Path) -> Path:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that is there whole or not at all, over an older one if there is one.
 
+    What is no file, such as `/dev/stdout`, is written to as it is.
+
     Raises:
         OSError: It cannot be written; what was there is as it was.
     """
+    if path.parent in _DEVICES or (path.exists() and not path.is_file()):
+        with path.open("wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))  # a link stays one
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
@@ -56,31 +64,33 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of what is at `path`, if anything is.
 
-    An older folder is there until the new one is whole, and then gone.
+    An older folder is there until the new one is whole, and then gone. One that is to keep its
+    own place, such as the working folder, is emptied and filled instead, file by file.
 
     Raises:
         OSError: It cannot be written; what was there is as it was.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(path.parent)
-    if not path.exists() and _older_of(path).is_dir():
-        _older_of(path).rename(path)
-    temporary = temporary_beside(path)
+    _give_back_name(path)
+    place = path if _keeps_its_place(path) else path.parent
+    remove_abandoned(place)
+    temporary = temporary_beside(place / path.name)
     try:
         temporary.mkdir()
         yield temporary
-        _put_in_place(temporary, path)
+        replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put_in_place(new: Path, path: Path) -> None:
-    """Rename a folder; what is at `path` takes its name, to be deleted."""
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename a folder; what is at `path`, if anything is, takes its name, to be deleted."""
+    path = path.absolute()
+    _give_back_name(path)
     if not path.exists():
         new.rename(path)
-    elif path.samefile(Path.cwd()) or path.is_mount() or path.is_symlink():
-        # None of these can be renamed without surprise: whoever stands in it would stand nowhere.
+    elif _keeps_its_place(path):
         _move_files(new, path)
     elif not _exchange(new, path):
         shutil.rmtree(_older_of(path), ignore_errors=True)
@@ -89,9 +99,29 @@ def _put_in_place(new: Path, path: Path) -> None:
         shutil.rmtree(_older_of(path), ignore_errors=True)
 
 
+def _keeps_its_place(path: Path) -> bool:
+    """Whether a folder cannot be renamed, or whoever stands in it would then stand nowhere."""
+    if not path.is_dir():
+        return False
+    is_fixed = path.is_mount() or path.is_symlink() or not os.access(path.parent, os.W_OK)
+    return is_fixed or path.samefile(Path.cwd())
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, of which a kill leaves all or something with a temporary name."""
+    temporary = temporary_beside(path.absolute())
+    path.rename(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _older_of(path: Path) -> Path:
     """Where an older folder is for a moment, on file systems that cannot swap two names."""
     return path.with_name(f".{path.name}.older")
+
+
+def _give_back_name(path: Path) -> None:
+    if not path.exists() and _older_of(path).is_dir():
+        _older_of(path).rename(path)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -114,9 +144,9 @@ def _move_files(new: Path, path: Path) -> None:
     for name in names:
         if (path / name).is_dir():
             shutil.rmtree(path / name)
-        (new / name).replace(path / name)
+        shutil.move(new / name, path / name)
     for older in path.iterdir():
-        if older.name not in names:
+        if older.name not in names and older != new:
             shutil.rmtree(older) if older.is_dir() else older.unlink()
 
 

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from embedder.files import remove_abandoned, temporary_beside, whole_file, whole_folder
+from embedder.errors import EmbedderError
+from embedder.files import (
+    is_temporary,
+    local_path,
+    remove_abandoned,
+    remove_folder,
+    replace_folder,
+    temporary_beside,
+    whole_file,
+    whole_folder,
+)
 
 
 def make_folder(path: Path, **texts: str) -> Path:
@@ -80,6 +90,68 @@ def test_whoever_stands_in_the_folder_stays_in_it(
     with whole_folder(Path()) as folder:
         (folder / "head").write_text("newer")
     assert content_of(Path()) == {"head": "newer"}
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_folder_that_keeps_its_place_is_filled_from_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_here: bool
+) -> None:
+    path = make_folder(tmp_path / "elsewhere" / "model", head="older", extra="older")
+    if is_here:
+        monkeypatch.chdir(path)
+    else:
+        (tmp_path / "link").symlink_to(path)
+    with whole_folder(Path() if is_here else tmp_path / "link") as folder:
+        (folder / "head").write_text("newer")
+        (folder / "assets").mkdir()
+        assert folder.parent.samefile(path)  # the one above it may be another file system
+        assert is_temporary(folder)
+    assert names_in(path) == ["assets", "head"]
+    assert (path / "head").read_text() == "newer"
+    assert is_here or (tmp_path / "link").is_symlink()
+
+
+def test_a_folder_takes_the_place_of_another_at_once(tmp_path: Path) -> None:
+    new, path = make_folder(tmp_path / "new", a="newer"), make_folder(tmp_path / "a", a="older")
+    replace_folder(new, path)
+    assert content_of(path) == {"a": "newer"}
+    replace_folder(path, tmp_path / "b")
+    assert not path.exists()
+    assert content_of(tmp_path / "b") == {"a": "newer"}
+
+
+def test_what_is_no_file_is_written_to_as_it_is(tmp_path: Path) -> None:
+    command = f"mkfifo {tmp_path}/pipe; cat {tmp_path}/pipe"
+    with subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE) as reader:
+        while not (tmp_path / "pipe").exists():
+            pass
+        with whole_file(tmp_path / "pipe") as file:
+            file.write(b"newer")
+        assert reader.communicate()[0] == b"newer"
+    assert (tmp_path / "pipe").is_fifo()
+    with whole_file(Path("/dev/null")) as file:
+        file.write(b"newer")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_link_to_a_file_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("older")
+    (tmp_path / "link").symlink_to("a")
+    with whole_file(tmp_path / "link") as file:
+        file.write(b"newer")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "a").read_text() == "newer"
+
+
+def test_a_folder_that_is_deleted_is_gone(tmp_path: Path) -> None:
+    remove_folder(make_folder(tmp_path / "a", b="c"))
+    assert names_in(tmp_path) == []
+
+
+def test_a_url_is_no_place_to_write_to(tmp_path: Path) -> None:
+    assert local_path(tmp_path) == tmp_path
+    with pytest.raises(EmbedderError, match="on a file system.*Received: s3://bucket/model"):
+        local_path("s3://bucket/model")
 
 
 _KILLED = """
