@@ -67,6 +67,8 @@ def train(
     """Train a head on STORE, test it on images it has not seen, and write it to MODEL."""
     with console.exit_status():
         from embedder import head_report, heads
+        from embedder.files import local_path
+        from embedder.model import REPORT_FILE
         from embedder.neighbours import DEFAULT_THRESHOLD
         from embedder.trained import TrainOptions, check_model_folder
 
@@ -81,13 +83,17 @@ def train(
             unlabelled_method=unlabelled_method,
             seed=seed,
         )
-        check_model_folder(Path(model))
+        check_model_folder(local_path(model))
         trained = heads.train(Store(store), labels, head, options)
-        metrics = trained.save(model)
+
+        def write_report(folder: Path) -> None:
+            if report:
+                head_report.write_head_report(trained, folder, source)
+
+        metrics = trained.save(model, write_report)
         facts = {"model": model}
         if report:
-            path = head_report.write_head_report(trained, Path(model), source)
-            facts["report"] = str(path)
+            facts["report"] = str(Path(model) / REPORT_FILE)
         facts["next"] = f"embedder predict {shlex.quote(model)} SOURCE predictions.parquet"
         for note in head_report.notes_of(trained):
             console.out.print(note)

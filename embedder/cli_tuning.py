@@ -10,6 +10,7 @@ import typer
 from embedder import console
 from embedder.cli_heads import ModelPath
 from embedder.extract import RunOptions
+from embedder.files import local_path
 
 
 def finetune(
@@ -118,8 +119,14 @@ def finetune(
             precision=precision,
             seed=seed,
         )
+
+        def write_report(head: Any, folder: Path) -> None:
+            if report:
+                head_report.write_head_report(head, folder, source)
+
         with console.progress(quiet) as on_progress:
-            watch = finetuning.Watcher(on_progress, _ignore if quiet else _print_epoch)
+            on_epoch = _ignore if quiet else _print_epoch
+            watch = finetuning.Watcher(on_progress, on_epoch, write_report)
             tuned = finetuning.finetune(
                 model,
                 source,
@@ -129,8 +136,6 @@ def finetune(
                 activations,
                 watch,
             )
-        if report and tuned.head is not None:
-            head_report.write_head_report(tuned.head, Path(out), source)
         if not quiet:
             _print_tuned(tuned.metrics, tuned.path, tuned.head is not None)
 
@@ -192,7 +197,7 @@ def compare(
             console.write_text(json_out, json.dumps(table, indent=2))
         if report:
             with console.writing(report):
-                comparison_report.write_comparison(Path(report), table)
+                comparison_report.write_comparison(local_path(report), table)
         console.print_table(
             ("model", "kind", "accuracy", "95 % interval", "p", "seconds", "tuned", "verdict"),
             [_comparison_cells(row) for row in table],

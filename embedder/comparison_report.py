@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from embedder.comparison import SIGNIFICANT
+from embedder.files import whole_file
 from embedder.report import template
 
 _ROOM = 0.02  # of accuracy, beside the widest intervals
@@ -27,5 +28,6 @@ def write_comparison(path: Path, rows: list[dict[str, Any]]) -> None:
         high=min(1.0, max(row["accuracy"]["high"] for row in rows) + _ROOM),
         significant=SIGNIFICANT,
     )
-    # Names of folders need not be valid text.
-    path.write_bytes(page.encode("utf-8", "replace"))
+    with whole_file(path) as file:
+        # Names of folders need not be valid text.
+        file.write(page.encode("utf-8", "replace"))

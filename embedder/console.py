@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -20,6 +19,7 @@ from rich.text import Text
 from embedder import verify as verify_job
 from embedder.errors import EmbedderError
 from embedder.extract import Progress
+from embedder.files import local_path, whole_file
 from embedder.summary import Summary, grouped_reasons
 
 _PLAIN_LINE_SECONDS = 5.0
@@ -78,8 +78,8 @@ def write_text(path: str, text: str) -> None:
     Raises:
         EmbedderError: It cannot be written.
     """
-    with writing(path):
-        Path(path).write_text(text)
+    with writing(path), whole_file(local_path(path)) as file:
+        file.write(text.encode())
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def writing(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EmbedderError(f"{path} cannot be written: {error.strerror}") from error
+        raise EmbedderError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def started() -> float:

@@ -7,7 +7,6 @@ images; what differs is not kept.
 import importlib.metadata
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from embedder.decode import decode_rgb
 from embedder.engines import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
 from embedder.extract import Progress, RunOptions
+from embedder.files import is_temporary, local_path, whole_folder
 from embedder.folding import fold
 from embedder.formats import (
     EMBEDDING,
@@ -109,7 +109,7 @@ def export(
         Unfinished: The format cannot hold the network, or computes something else; nothing is
             written.
     """
-    row, folder = find_format(file_format), Path(out).resolve()
+    row, folder = find_format(file_format), local_path(out).resolve()
     model = Model.load(model_path)
     _check_folder(folder)
     if num_images < 1:
@@ -119,7 +119,7 @@ def export(
         pixels = _sample(model, source, num_images, Path(work, "images"))
         network = whole_network(model)
         expected = _predicted(model, Path(work), watch)
-        with _whole_folder(folder) as temporary:
+        with _written(folder) as temporary:
             received = write_and_run(network, row, temporary / row.file, pixels)
             num_bytes = sum(file.stat().st_size for file in temporary.rglob("*"))
             differences = _differences(received, expected)
@@ -226,7 +226,8 @@ def _check_differences(differences: dict[str, float], row: Format, tolerance: fl
 
 def _check_folder(folder: Path) -> None:
     known = {LABELS_FILE, DESCRIPTION_FILE, "model.bin", *(row.file for row in FORMATS.values())}
-    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    held = folder.iterdir() if folder.is_dir() else ()
+    names = {entry.name for entry in held if not is_temporary(entry)}
     is_older_export = names <= known and DESCRIPTION_FILE in names
     if (folder.exists() and not folder.is_dir()) or (names and not is_older_export):
         raise ModelError(
@@ -236,19 +237,15 @@ def _check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder that is there whole or not at all, in place of what was there."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+def _written(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which is there whole or not at all, in place of what was there."""
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        with whole_folder(folder) as new:
+            yield new
     except OSError as error:
-        raise ModelError(f"The export {folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise ModelError(
+            f"The export {folder} cannot be written: {error.strerror or error}"
+        ) from error
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,19 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedder import hub, scratch
+from embedder import engines, hub, scratch
 from embedder.augmentation import Augmenter
 from embedder.backbones import dtype_policy, load_network, tapped_tensors
 from embedder.blocks import find_cut
 from embedder.engines import best_training_precision
 from embedder.errors import ModelError, RecipeError
 from embedder.extract import Progress, RunOptions, run_extraction
+from embedder.files import local_path, remove_folder, replace_folder
 from embedder.folding import fold
 from embedder.judging import PSEUDO_LABELS_FILE
 from embedder.keras_head import classifier_layers
-from embedder.model import BACKBONE_FILES, METRICS_FILE, Model
+from embedder.model import BACKBONE_FILES, METRICS_FILE, MODEL_FILE, Model
 from embedder.pseudo_labelled import More, add_pseudo_labels
-from embedder.recipe import EMBEDDING, Recipe
+from embedder.recipe import EMBEDDING
 from embedder.store import Store
 from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups, tuned_blocks
 from embedder.trained import Head, Stopwatch, check_model_folder
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import keras
 
 _REQUEST_FILE = "request.json"
+_FEATURES = "tuned-features"  # of the tuned backbone, until they take their place beside OUT
 _DEFAULT_VIEWS = 4
 _DEFAULT_AUGMENT = ("flip",)
 _NUM_CHECKED = 8  # all of their activations are in memory at once
@@ -75,10 +76,13 @@ class Watcher:
     Attributes:
         run: During extractions, as `extract.run_extraction`'s `on_progress`.
         epoch: After each epoch.
+        head: With the tuned model, and the folder that is yet to take its place, such as to write
+            a report into.
     """
 
     run: Callable[[Progress], None] = lambda _: None
     epoch: Callable[[Epoch], None] = lambda _: None
+    head: Callable[[Head, Path], None] = lambda *_: None
 
 
 def finetune(
@@ -95,7 +99,8 @@ def finetune(
     The tuned model is written as `train` writes one, its backbone's weights beside its head, so
     that `predict`, `evaluate` and `export` take it. Features of all images of the source are
     extracted again, with the tuned backbone, into the store `OUT.features`. What is needed to go on
-    after a kill is in `OUT.tuning`, and goes at the end.
+    after a kill is in `OUT.tuning`, and goes at the end; an older model is whole until the new one
+    takes its place, and then its features' place.
 
     Args:
         model_path: Folder of the model: a head on frozen features, or a tuned model.
@@ -116,13 +121,15 @@ def finetune(
     options = options or TuneOptions()
     # However many images could not be embedded, those with a label could, and are looked for.
     run_options = replace(run_options or RunOptions(), max_failures=1.0)
-    model, folder = Model.load(model_path), Path(out)
+    model, folder = Model.load(model_path), local_path(out)
+    if activations is not None:
+        activations = local_path(activations)
     whole = folder.absolute()
     work, features = (whole.with_name(f"{whole.name}.{name}") for name in ("tuning", "features"))
     labelled = read_labelled(model_path, model, options.seed)
     request = _request(model, labelled, options)
     if (done := _done_before(folder, request)) is not None:
-        _close(work, request)
+        _finish(work, request, folder, features)
         return Tuned(folder, done, None)
     _check(model, Path(model_path), folder, features, options)
     paths = find_paths(source, labelled)
@@ -134,9 +141,9 @@ def finetune(
         paths += more.paths
     tunable, examples = job.prepare(tunable, source, paths, activations)
     epochs = job.train(tunable, examples)
-    recipe = save_backbone(tunable.network, job.recipe, options, folder)
-    _drop_older_features(features, recipe)
-    run_extraction(source, {str(features): recipe}, run_options, job.watch.run)
+    recipe = save_backbone(tunable.network, job.recipe, options, work)
+    # The weights stay where they are until all is made of them that the model is to hold.
+    run_extraction(source, {str(work / _FEATURES): recipe}, run_options, job.watch.run)
     job.stopwatch.lap("features")
     tuning = Tuning(
         model=Path(model_path),
@@ -148,11 +155,20 @@ def finetune(
         seconds=job.stopwatch.seconds,
         pseudo_labels=None if more is None else more.facts(),
     )
-    head = judge_tuned(tunable.head, model, labelled, Store(features), tuning)
+    weights = Path(recipe.weights_source)
+    head = judge_tuned(tunable.head, model, labelled, Store(work / _FEATURES), tuning)
     head = replace(head, pseudo_labels=_pseudo_labels(model, Path(model_path), more))
-    metrics = head.save(folder)
-    _close(work, request)
-    return Tuned(folder, metrics, head)
+    head = replace(head, model=_in_its_place(head.model, whole / weights.name, features))
+    metrics = head.save(folder, lambda new: job.watch.head(head, new), weights)
+    _finish(work, request, folder, features)
+    return Tuned(folder, metrics, replace(head, store=Store(features)))
+
+
+def _in_its_place(model: Model, weights: Path, features: Path) -> Model:
+    """The model as it is once its weights and its features are where they belong."""
+    recipe = model.recipe.model_copy(update={"weights_source": str(weights)})
+    provenance = model.record["provenance"] | {"store": str(features)}
+    return replace(model, recipe=recipe, record=model.record | {"provenance": provenance})
 
 
 def _pseudo_labels(model: Model, path: Path, more: More | None) -> pa.Table | None:
@@ -195,12 +211,6 @@ def _check(model: Model, path: Path, folder: Path, features: Path, options: Tune
         fold(model)  # refuses a head that is not made of layers
 
 
-def _drop_older_features(path: Path, recipe: Recipe) -> None:
-    """Delete features of an older fine-tuning, whose weights have been written over."""
-    if path.exists() and Store(path).recipe.fingerprint != recipe.fingerprint:
-        shutil.rmtree(path)
-
-
 def _request(model: Model, labelled: Labelled, options: TuneOptions) -> dict[str, Any]:
     """What decides the result: another one begins anew."""
     images = [labelled.sha256.tolist(), labelled.codes.tolist(), labelled.train.tolist()]
@@ -235,20 +245,31 @@ def _open(work: Path, request: dict[str, Any]) -> None:
             f"Received: a folder that holds something else"
         )
     if work.exists():
-        shutil.rmtree(work)
+        remove_folder(work)
     work.mkdir(parents=True)
     file.write_text(json.dumps(request))
 
 
-def _close(work: Path, request: dict[str, Any]) -> None:
-    """Delete the folder of a training that is done."""
-    if _is_of(work, request):
-        shutil.rmtree(work)
+def _finish(work: Path, request: dict[str, Any], folder: Path, features: Path) -> None:
+    """Put the features beside the model, and delete the folder of a training that is done.
+
+    After a kill the same request comes here again: the model is in its place.
+    """
+    if not _is_of(work, request):
+        return
+    if (work / _FEATURES).exists():
+        store, content = Store(work / _FEATURES), json.loads((folder / MODEL_FILE).read_bytes())
+        if store.recipe.fingerprint == content["fingerprint"]:  # else the older ones, swapped
+            place = {"weights_source": str(folder.absolute() / content["weights_source"])}
+            recipe = store.recipe.model_copy(update=place)
+            Store.open_or_create(store.path, recipe, engines.versions())
+            replace_folder(store.path, features)
+    remove_folder(work)
 
 
 def _is_of(work: Path, request: dict[str, Any]) -> bool:
     file = work / _REQUEST_FILE
-    return file.is_file() and file.read_text() == json.dumps(request)
+    return file.is_file() and file.read_bytes() == json.dumps(request).encode()
 
 
 class _Job:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from embedder.calibration import probabilities_of
 from embedder.errors import ModelError, RecipeMismatch
+from embedder.files import local_path
 from embedder.keras_head import KerasHead
 from embedder.recipe import Recipe
 
@@ -107,13 +108,19 @@ class Model:
                 f"another model"
             )
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(
+        self, folder: str | os.PathLike[str], place: str | os.PathLike[str] | None = None
+    ) -> None:
         """Write `model.json` and the head, `head.skops` or `head.keras`, into a folder.
+
+        Args:
+            folder: The folder.
+            place: Where it will be, if not there.
 
         Raises:
             ModelError: The folder cannot be written.
         """
-        path = Path(folder)
+        path, place = local_path(folder), local_path(place or folder)
         try:
             path.mkdir(parents=True, exist_ok=True)
             head: dict[str, Any] = {"kind": self.head, "settings": self.settings}
@@ -129,7 +136,7 @@ class Model:
                 "format": _FORMAT,
                 "recipe": self.recipe.model_dump(mode="json"),
                 "fingerprint": self.recipe.fingerprint,
-                "weights_source": self._weights_source_in(path),
+                "weights_source": self._weights_source_in(place),
                 "column": self.column,
                 "head": head,
                 "classes": self.classes.tolist(),
@@ -139,7 +146,9 @@ class Model:
             }
             (path / MODEL_FILE).write_text(json.dumps(content, indent=2))
         except OSError as error:
-            raise ModelError(f"The model {path} cannot be written: {error}") from error
+            raise ModelError(
+                f"The model {place} cannot be written: {error.strerror or error}"
+            ) from error
 
     def _weights_source_in(self, folder: Path) -> str:
         """Where the weights are; of a file in the model's own folder its name, so it can move."""
@@ -154,7 +163,7 @@ class Model:
             ModelError: There is none, its files do not fit together, or its head holds types that
                 are not trusted.
         """
-        path = Path(folder)
+        path = local_path(folder)
         try:
             content = json.loads((path / MODEL_FILE).read_bytes())
             if content["format"] != _FORMAT:

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from embedder import figures
 from embedder.decode import decode_rgb
 from embedder.errors import RecipeError
+from embedder.files import whole_file
 from embedder.recipe import Recipe
 
 MISTAKE_SIDE = 192  # pixels: enough to see what was mistaken for what; some 10 kB each
@@ -143,7 +144,8 @@ def write_report(path: Path, report: Report, thumbnail: Callable[[str, int], byt
         nonce=secrets.token_urlsafe(),
     )
     # Names of files need not be valid text.
-    path.write_bytes(page.encode("utf-8", "replace"))
+    with whole_file(path) as file:
+        file.write(page.encode("utf-8", "replace"))
 
 
 class _Pictures:

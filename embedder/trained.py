@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
+from embedder.files import is_temporary, local_path, whole_folder
 from embedder.fitting import Fitted, Task, refusals
 from embedder.judging import PREDICTIONS_FILE, PSEUDO_LABELS_FILE, judge, metrics_of, refit
 from embedder.labels import Targets
@@ -290,8 +293,22 @@ class Head:
             "gain": paired_difference(self.test.is_right, self.unhelped.is_right),
         }
 
-    def save(self, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        write_more: Callable[[Path], None] = lambda _: None,
+        backbone: Path | None = None,
+    ) -> dict[str, Any]:
         """Write the model, its metrics, and what it predicted for each image it was tested on.
+
+        All of it is in a folder of its own before that takes the place of an older model, which is
+        whole until then.
+
+        Args:
+            folder: Where the model will be.
+            write_more: Called with the folder that is yet to take its place, such as for a report.
+            backbone: Weights that the model is to hold, as its recipe says; where they are in the
+                folder already, they stay.
 
         Returns:
             The metrics, which take a while to compute.
@@ -299,21 +316,26 @@ class Head:
         Raises:
             ModelError: The folder holds something else, or cannot be written.
         """
-        path = Path(folder)
+        path = local_path(folder)
         check_model_folder(path)
         metrics = self.metrics()
+        source = Path(self.model.recipe.weights_source)
+        if source.name in BACKBONE_FILES and source.parent == path.absolute():
+            backbone = backbone or source
         try:
-            for older in path.iterdir() if path.is_dir() else ():
-                if str(older.absolute()) != self.model.recipe.weights_source:
-                    older.unlink()
-            self.model.save(path)
-            pq.write_table(self.predictions(), path / PREDICTIONS_FILE)
-            if self.pseudo_labels is not None:
-                pq.write_table(self.pseudo_labels, path / PSEUDO_LABELS_FILE)
-            # Last: a model that has metrics is whole.
-            (path / METRICS_FILE).write_text(json.dumps(metrics, indent=2))
+            with whole_folder(path) as new:
+                if backbone is not None:
+                    _link(backbone, new / backbone.name)
+                self.model.save(new, path)
+                pq.write_table(self.predictions(), new / PREDICTIONS_FILE)
+                if self.pseudo_labels is not None:
+                    pq.write_table(self.pseudo_labels, new / PSEUDO_LABELS_FILE)
+                (new / METRICS_FILE).write_text(json.dumps(metrics, indent=2))
+                write_more(new)
         except OSError as error:
-            raise ModelError(f"The model {path} cannot be written: {error}") from error
+            raise ModelError(
+                f"The model {path} cannot be written: {error.strerror or error}"
+            ) from error
         return metrics
 
     def predictions(self) -> pa.Table:
@@ -354,18 +376,22 @@ def compare(ours: Head, theirs: Head) -> dict[str, float]:
 
 
 def check_model_folder(path: Path) -> None:
-    """Refuse a folder that holds anything but a model.
+    """Refuse a folder that holds anything but a model, or what is left of one.
 
     Raises:
         ModelError: It does.
     """
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if (
-        (path.exists() and not path.is_dir())
-        or not names <= _FILES
-        or (names.difference(BACKBONE_FILES) and MODEL_FILE not in names)
-    ):
+    held = [entry for entry in path.iterdir() if not is_temporary(entry)] if path.is_dir() else []
+    if (path.exists() and not path.is_dir()) or not {entry.name for entry in held} <= _FILES:
         raise ModelError(
             f"A model must be written to an empty folder, over an older model, or to one that "
             f"does not exist. Received: {path}, which holds something else"
         )
+
+
+def _link(file: Path, place: Path) -> None:
+    """Have a file at a second place, without its bytes where the file system can."""
+    try:
+        place.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, place)

@@ -90,23 +90,31 @@ def activations_recipe(recipe: Recipe, cut: str | None, num_views: int) -> Recip
 def save_backbone(
     network: "keras.Model", recipe: Recipe, options: TuneOptions, folder: Path
 ) -> Recipe:
-    """Write a tuned backbone into a model's folder, in place of what is there.
+    """Write a tuned backbone into a folder, unless it is there.
 
     Returns:
         The recipe of its features.
+
+    Raises:
+        Unfinished: It cannot be written.
     """
     is_scratch = options.strategy == SCRATCH
-    if is_scratch or recipe.weights_source.endswith(".keras"):
-        # A new one: that which was trained may compute in another precision.
-        plain = scratch.make_network(recipe.image_size, 0) if is_scratch else load_network(recipe)
-        plain.set_weights(network.get_weights())
-        network, file = plain, folder / _NETWORK_FILE
-    else:
-        file = folder / _ARRAYS_FILE
-    folder.mkdir(parents=True, exist_ok=True)
-    for older in folder.iterdir():  # a model that names the weights before is none without them
-        older.unlink()
-    save_network(network, file)
+    is_whole_network = is_scratch or recipe.weights_source.endswith(".keras")
+    file = folder / (_NETWORK_FILE if is_whole_network else _ARRAYS_FILE)
+    if not file.exists():
+        if is_whole_network:
+            # A new one: that which was trained may compute in another precision.
+            plain = (
+                scratch.make_network(recipe.image_size, 0) if is_scratch else load_network(recipe)
+            )
+            plain.set_weights(network.get_weights())
+            network = plain
+        half = folder / f"half-{file.name}"
+        try:
+            save_network(network, half)
+            half.replace(file)
+        except (OSError, RuntimeError) as error:  # the latter of HDF5
+            raise Unfinished(f"{file} cannot be written: {error}") from error
     source = {"weights": digest_of(file), "weights_source": str(file.absolute())}
     return recipe.model_copy(update=source)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -204,6 +205,22 @@ def test_what_differs_is_refused_and_leaves_all_as_it_was(world: World, tmp_path
     assert {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]} == before
     with pytest.raises(Unfinished, match="Nothing was kept"):
         export(world.model, tmp_path / "new", "keras", tolerance=1e-12)
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_a_killed_export_leaves_the_older_one_and_the_next_one_removes_its_rest(
+    world: World, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(world.model, out, "openvino", num_images=1)
+    command = ["export", str(world.model), str(out), "--format", "keras", "--images", "1"]
+    killing = Path(__file__).with_name("killing.py")
+    done = subprocess.run([sys.executable, killing, "labels.txt", "1", *command])
+    assert done.returncode == -signal.SIGKILL
+    assert names_in(out) == ["export.json", "labels.txt", "model.bin", "model.xml"]
+    assert len(names_in(tmp_path)) == 2
+    export(world.model, out, "keras", num_images=1)
+    assert names_in(out) == ["export.json", "labels.txt", "model.keras"]
     assert names_in(tmp_path) == ["out"]
 
 

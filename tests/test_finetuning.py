@@ -414,6 +414,44 @@ def test_after_a_kill_it_goes_on_with_the_same_epoch(world: Path, tmp_path: Path
     assert "verdict" in again.stdout
 
 
+def killed(command: list[str], part: str, number: int) -> None:
+    """Run a command of the package until just before it changes a path; see `killing`."""
+    killing = Path(__file__).with_name("killing.py")
+    done = subprocess.run([sys.executable, str(killing), part, str(number), *command])
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_kill_leaves_the_older_model_and_its_features_until_the_newer_are_whole(
+    world: Path, norm: Tuned, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(norm.path, out)
+    shutil.copytree(world / "norm.features", tmp_path / "out.features")
+    command = ["finetune", str(world / "model"), str(world / "photos"), str(out)]
+    command += ["--strategy", "scratch", "--epochs", "1", "--batch-size", "8", "--quiet"]
+    older = Model.load(out)
+    # Its weights are about to be written; its features are; all that is the model is.
+    for part, number in (("half-backbone", 2), ("tuned-features/runs/", 1), ("report.html", 1)):
+        killed(command, part, number)
+        assert Model.load(out).head_sha256 == older.head_sha256
+        load_network(Model.load(out).recipe)
+        assert Store(tmp_path / "out.features").recipe.fingerprint == older.recipe.fingerprint
+    killed(command, "no such path", 2)  # at the second swap: the model is in its place
+    newer = Model.load(out)
+    assert newer.head_sha256 != older.head_sha256
+    load_network(newer.recipe)
+    assert (out / "report.html").exists()
+    assert len(Store(tmp_path / "out.features")) == NUM_IMAGES
+    done = subprocess.run([sys.executable, "-m", "embedder", *command], check=True)
+    assert done.returncode == 0
+    assert Model.load(out).head_sha256 == newer.head_sha256
+    features = Store(tmp_path / "out.features")
+    assert features.recipe == newer.recipe
+    assert features.recipe.weights_source == str(out / "backbone.keras")
+    assert newer.record["provenance"]["store"] == str(features.path)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.features"}
+
+
 def test_what_makes_no_sense_is_refused_and_nothing_started(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     few = make_archive(tmp_path / "few", 4)

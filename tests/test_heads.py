@@ -14,7 +14,7 @@ from scipy.special import expit, softmax
 from embedder import metrics
 from embedder.calibration import fit_temperature, log_loss, probabilities_of
 from embedder.classifiers import HEADS, make_estimator
-from embedder.errors import ModelError, RecipeError, StoreError
+from embedder.errors import EmbedderError, ModelError, RecipeError, StoreError
 from embedder.evaluation import Evaluation, widened
 from embedder.fitting import Task, fit, fit_head
 from embedder.heads import train
@@ -464,6 +464,56 @@ def test_what_is_saved_says_what_each_image_was_for(zoo: Store, tmp_path: Path) 
     (tmp_path / "other/thesis.txt").touch()
     with pytest.raises(ModelError, match="which holds something else"):
         head.save(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        ("head.skops",),
+        ("model.json", "metrics.json"),
+        ("report.html",),
+        ("backbone.weights.h5", "head.keras"),
+        ("predictions.parquet", "pseudo_labels.parquet"),
+    ],
+)
+def test_what_a_kill_left_of_a_model_is_written_over(
+    zoo: Store, tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    (tmp_path / "model").mkdir()
+    for name in left:
+        (tmp_path / "model" / name).touch()
+    train(zoo, "parent", "centroid", ALONE).save(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        *("head.skops", "metrics.json", "model.json", "predictions.parquet")
+    }
+
+
+def test_weights_in_the_models_own_folder_stay_with_it(zoo: Store, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model" / "backbone.keras"
+    weights.write_bytes(b"weights")
+    head = train(zoo, "parent", "centroid", ALONE)
+    recipe = zoo.recipe.model_copy(update={"weights_source": str(weights)})
+    replace(head, model=replace(head.model, recipe=recipe)).save(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    moved = Path(Model.load(tmp_path / "moved").recipe.weights_source)
+    assert moved == tmp_path / "moved" / "backbone.keras"
+    assert moved.read_bytes() == b"weights"
+
+
+def test_a_model_that_cannot_be_written_leaves_the_older_one(zoo: Store, tmp_path: Path) -> None:
+    head = train(zoo, "parent", "centroid", ALONE)
+    head.save(tmp_path / "model", lambda folder: (folder / "report.html").write_text("older"))
+
+    def fail(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ModelError, match="model cannot be written: No space left on device"):
+        head.save(tmp_path / "model", fail)
+    assert (tmp_path / "model" / "report.html").read_text() == "older"
+    assert {path.name for path in tmp_path.iterdir()} == {"features", "model"}
+    with pytest.raises(EmbedderError, match="Received: s3://bucket/model"):
+        head.save("s3://bucket/model")
 
 
 def test_a_model_is_evaluated_on_what_it_has_not_seen(zoo: Store, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""A kill at any moment leaves the older result or the newer, and the same command then succeeds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import add_rows, animal_vectors
+
+from embedder.recipe import Recipe
+from embedder.store import Store
+
+KILLING = Path(__file__).with_name("killing.py")
+
+
+def run(script: str, *arguments: str | Path) -> list[list[str]]:
+    """What a script prints, which forks: it must not share a process with TensorFlow's threads."""
+    code = f"import sys; sys.path.insert(0, {str(KILLING.parent)!r})\n{script}"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> Path:
+    """Features of forty owls, cats and dogs."""
+    recipe = Recipe(backbone="mean-colour", weights="0" * 64, image_size=(48, 64))
+    store = Store.open_or_create(tmp_path / "features", recipe, {})
+    animals = ["owls", "cats", "dogs"] * 20
+    add_rows(
+        store,
+        [f"{a}/{i:02d}.jpg" for i, a in enumerate(animals)],
+        animal_vectors(animals, noise=0.3),
+    )
+    return store.path
+
+
+SAVE = """
+import sys
+from pathlib import Path
+from killing import kills
+from embedder import metrics
+from embedder.heads import train
+from embedder.model import Model
+from embedder.store import Store
+from embedder.trained import TrainOptions
+metrics.NUM_RESAMPLES = 50
+store, out = Store(sys.argv[1]), Path(sys.argv[2])
+options = TrainOptions(duplicates=None)
+options = TrainOptions(duplicates=None)
+older, newer = (train(store, "folder", head, options) for head in ("ridge", "centroid"))
+def save(head):
+    head.save(out, lambda folder: (folder / "report.html").write_text(head.model.head))
+for number in kills(str(out.parent), lambda: save(older), lambda: save(newer)):
+    found, page = Model.load(out).head, (out / "report.html").read_text()
+    print(found, page, len(list(out.iterdir())))
+    save(newer)
+    again = Model.load(out).head
+    print(again, (out / "report.html").read_text(), len(list(out.parent.iterdir())))
+"""
+
+
+def test_a_killed_training_leaves_a_whole_model_and_the_next_one_works(
+    features: Path, tmp_path: Path
+) -> None:
+    lines = run(SAVE, features, tmp_path / "models" / "animals")
+    after, again = lines[::2], lines[1::2]
+    assert [
+        line for line in after if line not in (["ridge"] * 2 + ["5"], ["centroid"] * 2 + ["5"])
+    ] == []
+    assert {line[0] for line in after} == {"ridge", "centroid"}
+    assert again == [["centroid", "centroid", "1"]] * len(after)
+    assert len(after) >= 7
