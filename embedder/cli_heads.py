@@ -177,15 +177,31 @@ def predict(
             )
         if quiet:
             return
-        if result.summary is not None:
+        facts = {
+            "predicted": f"{result.num_predicted:,} images",
+            "failed": f"{result.num_failed:,} images",
+            "predictions": str(result.path),
+        }
+        if store and result.summary is not None:
             console.print_summary(result.summary)
-        console.print_facts(
-            {
-                "predicted": f"{result.num_predicted:,} images",
-                "failed": f"{result.num_failed:,} images",
-                "predictions": str(result.path),
-            }
+        elif result.summary is not None:
+            facts |= _run_facts(result.summary)
+        console.print_facts(facts)
+        if result.summary is not None and result.summary.failures and not store:
+            console.print_reasons(result.summary.failures)
+
+
+def _run_facts(summary: Any) -> dict[str, str]:
+    """What a run over images was like, but where its logits are, which nobody need look at."""
+    facts = {"of these": f"{summary.num_embedded:,} new"}
+    if summary.skipped:
+        facts["other files"] = f"{summary.skipped.total():,} left out"
+    if summary.num_embedded:
+        facts["speed"] = (
+            f"{summary.images_per_second:,.1f} images/s, {summary.seconds_total:,.1f} s in all"
         )
+        facts["bottleneck"] = summary.bottleneck
+    return facts
 
 
 def export(

@@ -23,7 +23,7 @@ from embedder.pipeline import Earlier, Job, Receipt, extract_shard, toolbox_of
 from embedder.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import VIEW, Recipe
 from embedder.refresh import Refreshed, refresh_shard
-from embedder.sources import list_images
+from embedder.sources import Listing, list_images
 from embedder.store import EMBEDDINGS, FAILURES, Store, check_place
 from embedder.summary import Summary, grouped_reasons
 from embedder.weights import logger
@@ -142,7 +142,7 @@ def extract(source: str | os.PathLike[str], store: str | os.PathLike[str], **opt
 
 
 def run_extraction(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Listing,
     recipes: dict[str, Recipe],
     options: RunOptions,
     on_progress: Callable[[Progress], None] | None = None,
@@ -151,7 +151,7 @@ def run_extraction(
     """Do one run of the job, keep its record in the store, and tell what became of it.
 
     Args:
-        source: As in `extract`.
+        source: As in `extract`; or what it holds, where that is listed already.
         recipes: What to compute, by folder of the store. With several, an image that more than
             one of them lacks is read and decoded once for all those that want the same pixels.
         options: How.
@@ -176,7 +176,7 @@ def run_extraction(
             if options.scheduler
             else None
         )
-        listing = list_images(source)
+        listing = source if isinstance(source, Listing) else list_images(source)
         watch.enter("preparing the network")
         for recipe in recipes.values():
             _check_columns(listing.refs, recipe)
@@ -188,7 +188,7 @@ def run_extraction(
             stack.enter_context(lease(Path(path), wait=options.wait))
         for path, recipe in recipes.items():
             store = Store.open_or_create(path, recipe, engines.versions())
-            summary = Summary.begin(source, store, options, listing, began)
+            summary = Summary.begin(listing.source, store, options, listing, began)
             targets.append(_Target(store, summary, listing.refs))
         with _recorded(targets):
             watch.enter("comparing with the store")

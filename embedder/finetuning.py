@@ -20,7 +20,7 @@ from embedder.blocks import find_cut
 from embedder.engines import best_training_precision
 from embedder.errors import ModelError, RecipeError
 from embedder.extract import Progress, RunOptions, run_extraction
-from embedder.files import local_path, remove_folder, replace_folder
+from embedder.files import local_path, remove_abandoned, remove_folder, replace_folder
 from embedder.folding import fold
 from embedder.judging import PSEUDO_LABELS_FILE
 from embedder.keras_head import classifier_layers
@@ -255,6 +255,7 @@ def _finish(work: Path, request: dict[str, Any], folder: Path, features: Path) -
 
     After a kill the same request comes here again: the model is in its place.
     """
+    remove_abandoned(work.parent)
     if not _is_of(work, request):
         return
     if (work / _FEATURES).exists():

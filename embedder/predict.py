@@ -1,5 +1,6 @@
 """Prediction: a model's classes for the images of a source, or for the rows of a store."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from numpy.typing import NDArray
 
 from embedder.errors import RecipeError, Unfinished
 from embedder.extract import Progress, RunOptions, run_extraction
+from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
 from embedder.model import Model
-from embedder.recipe import LOGITS, VIEW
+from embedder.recipe import LOGITS, VIEW, Recipe
+from embedder.sources import Listing, list_images
 from embedder.store import RECIPE_FILE, Store, vectors_of
 from embedder.summary import Summary
 
@@ -48,12 +51,14 @@ class Predictions:
         path: The Parquet file.
         num_predicted: Images with a prediction.
         num_failed: Images without one; their rows say why.
+        store: What was predicted from: features, or logits that the next run goes on with.
         summary: What the run over images was like; None where a store was predicted.
     """
 
     path: Path
     num_predicted: int
     num_failed: int
+    store: Path
     summary: Summary | None = None
 
 
@@ -69,19 +74,21 @@ def predict(
     """Predict the classes of images, and write them to one Parquet file.
 
     A store's features are taken as they are. Images go through the same pipeline as in `extract`,
-    where the head is applied to features as they come; what is kept of them is their logits, in
-    the store `OUT.logits`, so that running again predicts only what is new or changed.
+    where the head is applied to features as they come; what is kept of them is their logits, in a
+    hidden store beside OUT, so that running again predicts only what is new or changed. Another
+    source, or another model, begins another such store.
 
     Args:
         model_path: Folder of the model.
         source: A store, or what `extract` takes as source.
-        out: The file to write: one row for each image, as `SCHEMA`. `class` is the most probable
-            class, or null where an image can have several labels; `classes` those given to it;
-            `probability` that of the most probable class; `top_k` the most probable ones.
-            Images that failed have an `error` and nothing else.
+        out: The file to write: one row for each image of the source, and no others, as
+            `SCHEMA`; with a `limit`, for those that were looked at, or were before. `class` is the
+            most probable class, or null where an image can have several labels; `classes` those
+            given to it; `probability` that of the most probable class; `top_k` the most probable
+            ones. Images that failed have an `error` and nothing else.
         top_k: How many of the most probable classes to write.
         options: How images are run.
-        keep: Store to keep the features in, in place of `OUT.logits`.
+        keep: Store to keep the features in, in place of the hidden one.
         watch: The `on_progress` of `extract.run_extraction`.
 
     Raises:
@@ -90,7 +97,7 @@ def predict(
         RecipeError: The request makes no sense.
         EmbedderError: As in `extract`.
     """
-    model, path = Model.load(model_path), Path(out)
+    model, path = Model.load(model_path), local_path(out)
     if top_k < 1:
         raise RecipeError(f"`top_k` must be at least 1. Received: top_k={top_k}")
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -98,14 +105,44 @@ def predict(
     if (Path(source) / RECIPE_FILE).is_file():
         store = Store(source)
         model.check_recipe(store.recipe, f"the store {store.path}")
-        summary = None
+        return Predictions(path, *_write(model, store, path, top_k), store.path)
+    options = options or RunOptions()
+    listing = list_images(source)
+    hidden = _hidden_stores(path)
+    if keep:
+        kept, recipe = os.fspath(local_path(keep)), model.recipe
     else:
-        kept = keep or f"{path}.logits"
-        recipe = model.recipe if keep else model.logits_recipe(model_path)
-        (summary,) = run_extraction(source, {kept: recipe}, options or RunOptions(), watch)
-        store = Store(kept)
-    num_predicted, num_failed = _write(model, store, path, top_k)
-    return Predictions(path, num_predicted, num_failed, summary)
+        recipe = model.logits_recipe(model_path)
+        kept = os.fspath(_store_of(hidden, listing, recipe))
+        _take_over(path.with_name(f"{path.name}.logits"), Path(kept), recipe)
+    (summary,) = run_extraction(listing, {kept: recipe}, options, watch)
+    num_rows = _write(model, Store(kept), path, top_k, listing.refs["image_id"], options.limit)
+    if not keep:
+        for other in set(hidden.iterdir()) - {Path(kept)}:
+            remove_folder(other)
+    return Predictions(path, *num_rows, Path(kept), summary)
+
+
+def _hidden_stores(path: Path) -> Path:
+    """The folder of the stores that are kept for a file of predictions."""
+    return path.with_name(f".{path.name}.logits")
+
+
+def _store_of(folder: Path, listing: Listing, recipe: Recipe) -> Path:
+    """Where the logits of a source are: images of two can have the same names and sizes."""
+    is_url = "://" in listing.source
+    source = listing.source if is_url else os.fspath(Path(listing.source).absolute())
+    name = hashlib.sha256(f"{recipe.fingerprint} ".encode() + os.fsencode(source))
+    return folder / name.hexdigest()[:16]
+
+
+def _take_over(older: Path, place: Path, recipe: Recipe) -> None:
+    """Give a store of these logits its place, which older versions kept beside the file."""
+    if place.exists() or not (older / RECIPE_FILE).is_file():
+        return
+    if Store(older).recipe.fingerprint == recipe.fingerprint:
+        place.parent.mkdir(exist_ok=True)
+        older.rename(place)
 
 
 def prediction_table(
@@ -136,58 +173,85 @@ def prediction_table(
     return pa.table(columns, schema=SCHEMA)
 
 
-def _write(model: Model, store: Store, path: Path, top_k: int) -> tuple[int, int]:
+def _write(
+    model: Model,
+    store: Store,
+    path: Path,
+    top_k: int,
+    ids: pa.Array | None = None,
+    limit: int | None = None,
+) -> tuple[int, int]:
+    """Write the rows of these images of a store, or of all; how many are predicted, and failed.
+
+    Raises:
+        Unfinished: The store lacks some of them, but for those past a limit; or the file cannot be
+            written.
+    """
+    failures = _of_ids(store.failures(), ids)
     num_predicted = 0
     with _parquet_file(path) as writer:
-        for ids, sha256, vectors in _plain_rows(store, model):
+        for table in _plain_rows(store, ids):
+            vectors = vectors_of(table[LOGITS if store.recipe.head else model.column])
             logits = (
                 vectors if store.recipe.head else model.logits_of_columns({model.column: vectors})
             )
-            table = prediction_table(model, ids, sha256, logits, top_k)
-            writer.write_table(table)
-            num_predicted += table.num_rows
-        failures = store.failures()
+            rows = prediction_table(model, table["image_id"], table["sha256"], logits, top_k)
+            writer.write_table(rows)
+            num_predicted += rows.num_rows
         if failures.num_rows:
-            errors = [
-                f"{stage}: {error}"
-                for stage, error in zip(
-                    failures["stage"].to_pylist(), failures["error"].to_pylist(), strict=True
-                )
-            ]
-            known: dict[str, Any] = {
-                "image_id": failures["image_id"].combine_chunks(),
-                "sha256": failures["sha256"].combine_chunks(),
-                "error": pa.array(errors, pa.string()),
-            }
-            columns = {
-                field.name: known.get(field.name, pa.nulls(failures.num_rows, field.type))
-                for field in SCHEMA
-            }
-            writer.write_table(pa.table(columns, schema=SCHEMA))
+            writer.write_table(_failure_rows(failures))
+        num_rows = num_predicted + failures.num_rows
+        if ids is not None and limit is None and num_rows != len(ids):
+            raise Unfinished(
+                f"Each of {len(ids):,} images must have one prediction or one failure. Received: "
+                f"{num_rows:,} in {store.path}. Run the same command again"
+            )
     return num_predicted, failures.num_rows
 
 
-def _plain_rows(store: Store, model: Model) -> Iterator[tuple[pa.Array, pa.Array, NDArray[Any]]]:
-    """Ids, checksums and vectors of each shard, of the pictures as they are."""
-    column = LOGITS if store.recipe.head else model.column
+def _failure_rows(failures: pa.Table) -> pa.Table:
+    errors = [
+        f"{stage}: {error}"
+        for stage, error in zip(
+            failures["stage"].to_pylist(), failures["error"].to_pylist(), strict=True
+        )
+    ]
+    known: dict[str, Any] = {
+        "image_id": failures["image_id"],
+        "sha256": failures["sha256"],
+        "error": pa.array(errors, pa.string()),
+    }
+    columns = {
+        field.name: known.get(field.name, pa.nulls(failures.num_rows, field.type))
+        for field in SCHEMA
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def _of_ids(table: pa.Table, ids: pa.Array | None) -> pa.Table:
+    return table if ids is None else table.filter(pc.is_in(table["image_id"], ids))
+
+
+def _plain_rows(store: Store, ids: pa.Array | None) -> Iterator[pa.RecordBatch]:
+    """Rows of each shard, of these images and of the pictures as they are."""
     for path in store.shards():
         table = store.read_shard(path.name)
         if store.recipe.views > 1:
             table = table.filter(pc.equal(table[VIEW], 0))
+        table = _of_ids(table, ids)
         if table.num_rows:
-            arrays = (table[name].combine_chunks() for name in ("image_id", "sha256"))
-            yield (*arrays, vectors_of(table[column].combine_chunks()))
+            yield table.combine_chunks().to_batches()[0]
 
 
 @contextmanager
 def _parquet_file(path: Path) -> Iterator[pq.ParquetWriter]:
     """A file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_abandoned(path.absolute().parent)  # of a prediction that was killed
     try:
-        with pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        with (
+            whole_file(path) as file,
+            pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
+        ):
             yield writer
-        temporary.replace(path)
     except OSError as error:
-        raise Unfinished(f"{path} cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise Unfinished(f"{path} cannot be written: {error.strerror or error}") from error

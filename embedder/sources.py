@@ -10,7 +10,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,11 +80,13 @@ class Listing:
         refs: Table of refs, sorted by `image_id`, which is unique.
         skipped: Number of files that do not have the extension of an image format, by extension.
         num_repeated: Lines of a manifest that name a path again.
+        source: What was listed, as it was given.
     """
 
     refs: pa.Table
     skipped: Counter[str] = field(default_factory=Counter)
     num_repeated: int = 0
+    source: str = ""
 
     def paths(self) -> dict[str, bytes]:
         """Where each image is, by its id."""
@@ -127,7 +129,7 @@ def list_images(source: str | os.PathLike[str]) -> Listing:
     _check_unique(listing.refs, text)
     if listing.refs.num_rows == 0:
         raise SourceError(f"The source {text} holds no image{_describe_skipped(listing.skipped)}")
-    return listing
+    return replace(listing, source=text)
 
 
 def _check_unique(refs: pa.Table, source: str) -> None:

@@ -559,8 +559,11 @@ def test_predict_runs_images_and_keeps_what_is_asked_for(world: Path, tmp_path: 
     shown = done("predict", *places, "--limit", "5", "--shard-size", "3")
     assert fact(shown, "predicted") == "5 images"
     assert "images/s" in shown
-    assert len(Store(tmp_path / "p.parquet.logits").shards()) == 2
+    assert "logits" not in shown  # what is kept is out of sight
+    (kept,) = (tmp_path / ".p.parquet.logits").iterdir()
+    assert len(Store(kept).shards()) == 2
     shown = done("predict", *places, "--store", tmp_path / "kept")
+    assert fact(shown, "store") == str(tmp_path / "kept")
     assert fact(shown, "predicted") == "25 images"
     assert Store(tmp_path / "kept").vectors().shape == (25, 1280)
 

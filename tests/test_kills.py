@@ -74,3 +74,35 @@ def test_a_killed_training_leaves_a_whole_model_and_the_next_one_works(
     assert {line[0] for line in after} == {"ridge", "centroid"}
     assert again == [["centroid", "centroid", "1"]] * len(after)
     assert len(after) >= 7
+
+
+PREDICT = """
+import sys
+from pathlib import Path
+import pyarrow.parquet as pq
+from killing import kills
+from embedder.heads import train
+from embedder.predict import predict
+from embedder.store import Store
+from embedder.trained import TrainOptions
+features, model, out = (Path(text) for text in sys.argv[1:])
+head = train(Store(features), "folder", "centroid", TrainOptions(duplicates=None))
+head.model.save(model)
+for number in kills(
+    str(out.parent),
+    lambda: predict(model, features, out, top_k=1),
+    lambda: predict(model, features, out, top_k=2),
+):
+    ranked = pq.read_table(out)["top_k"].to_pylist()
+    predict(model, features, out, top_k=3)
+    again = pq.read_table(out)["top_k"].to_pylist()
+    print(len(ranked), len(ranked[0]), len(again[0]), len(list(out.parent.iterdir())))
+"""
+
+
+def test_a_killed_prediction_leaves_the_older_file_and_the_next_one_works(
+    features: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    lines = run(PREDICT, features, tmp_path / "model", tmp_path / "out" / "p.parquet")
+    assert lines == [["60", "1", "3", "1"]] * 2  # before it is begun, and before it is renamed

@@ -1,5 +1,7 @@
 """Prediction: on images as on their features, with every image a row."""
 
+import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -10,13 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_archive
+from conftest import make_archive, picture
+from PIL import Image
 
 import embedder
-from embedder.errors import RecipeError, RecipeMismatch, StoreError
+from embedder.errors import EmbedderError, RecipeError, RecipeMismatch, StoreError
+from embedder.extract import RunOptions, run_extraction
 from embedder.heads import train
 from embedder.model import Model
 from embedder.predict import SCHEMA, predict, prediction_table
+from embedder.sources import Listing, list_images
 from embedder.store import Store
 from embedder.trained import TrainOptions
 from embedder.verify import verify
@@ -59,19 +64,19 @@ def test_on_images_it_is_as_on_their_store(world: Path, tmp_path: Path, head: st
 
 
 def test_features_are_not_stored_unless_asked_for(world: Path, tmp_path: Path) -> None:
-    predict(world / "logistic", world / "photos", tmp_path / "p.parquet")
-    logits = Store(tmp_path / "p.parquet.logits")
-    assert logits.vectors().shape == (24, 2)
+    result = predict(world / "logistic", world / "photos", tmp_path / "p.parquet")
+    assert Store(result.store).vectors().shape == (24, 2)
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["p.parquet"]  # it is out of sight
     kept = tmp_path / "kept"
     predict(world / "logistic", world / "photos", tmp_path / "q.parquet", keep=str(kept))
     assert Store(kept).vectors().shape == (24, 1280)
-    assert not (tmp_path / "q.parquet.logits").exists()
+    assert {path.name for path in tmp_path.glob("*q.*")} == {"q.parquet"}
     assert rows_of(tmp_path / "p.parquet") == rows_of(tmp_path / "q.parquet")
 
 
 def test_logits_are_audited_as_features_are(world: Path, tmp_path: Path) -> None:
-    predict(world / "logistic", world / "photos", tmp_path / "p.parquet")
-    checks = verify(Store(tmp_path / "p.parquet.logits"), str(world / "photos"), audit=3)
+    result = predict(world / "logistic", world / "photos", tmp_path / "p.parquet")
+    checks = verify(Store(result.store), str(world / "photos"), audit=3)
     assert [check.name for check in checks if not check.passed] == []
     assert any("3 images embedded again" in check.detail for check in checks)
 
@@ -102,9 +107,92 @@ def test_an_image_that_fails_is_a_row_with_its_reason(world: Path, tmp_path: Pat
 def test_another_model_does_not_continue_the_logits_of_the_first(
     world: Path, tmp_path: Path
 ) -> None:
-    predict(world / "logistic", world / "photos", tmp_path / "p.parquet")
-    with pytest.raises(RecipeMismatch, match="head: "):
-        predict(world / "linear", world / "photos", tmp_path / "p.parquet")
+    out = tmp_path / "p.parquet"
+    first = predict(world / "logistic", world / "photos", out)
+    second = predict(world / "linear", world / "photos", out)
+    assert second.summary is not None and second.summary.num_embedded == 24
+    assert not first.store.exists()
+    assert [store.name for store in second.store.parent.iterdir()] == [second.store.name]
+    predict(world / "linear", world / "features", tmp_path / "store.parquet")
+    for row, other in zip(rows_of(out), rows_of(tmp_path / "store.parquet"), strict=True):
+        assert row["probability"] == pytest.approx(other["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_rows_are_the_images_of_this_source_and_no_others(
+    world: Path, tmp_path: Path, keep: bool
+) -> None:
+    photos = make_archive(tmp_path / "photos", 6)
+    (photos / "cats" / "broken.jpg").write_bytes(b"no picture")
+    one = make_archive(tmp_path / "one", 1, first_seed=50)
+    out = tmp_path / "p.parquet"
+    options = RunOptions(max_failures=0.5)
+    where = {"options": options, "keep": str(tmp_path / "kept") if keep else None}
+    predict(world / "logistic", photos, out, **where)
+    assert len(rows_of(out)) == 7
+    (photos / "cats" / "broken.jpg").unlink()
+    (photos / "dogs" / "001.jpg").unlink()
+    result = predict(world / "logistic", photos, out, **where)
+    assert (result.num_predicted, result.num_failed) == (5, 0)
+    assert len(rows_of(out)) == 5
+    if not keep:
+        result = predict(world / "logistic", one, out, **where)
+        assert result.num_predicted == 1
+        assert [row["image_id"] for row in rows_of(out)] == ["cats/000.png"]
+
+
+def test_images_of_two_sources_that_look_alike_from_outside_are_told_apart(
+    world: Path, tmp_path: Path
+) -> None:
+    first, second = (tmp_path / name for name in ("first", "second"))
+    for folder, seed in ((first, 1), (second, 2)):
+        folder.mkdir()
+        Image.fromarray(picture(seed)).save(folder / "a.bmp")
+        os.utime(folder / "a.bmp", (10**9, 10**9))
+    assert (first / "a.bmp").stat().st_size == (second / "a.bmp").stat().st_size
+    checksums = []
+    for folder in (first, second):
+        predict(world / "logistic", folder, tmp_path / "p.parquet")
+        checksums += [row["sha256"] for row in rows_of(tmp_path / "p.parquet")]
+    assert checksums == [
+        hashlib.sha256((folder / "a.bmp").read_bytes()).hexdigest() for folder in (first, second)
+    ]
+
+
+def test_with_a_limit_the_rows_are_those_looked_at_or_known(world: Path, tmp_path: Path) -> None:
+    photos, out = make_archive(tmp_path / "photos", 6), tmp_path / "p.parquet"
+    predict(world / "logistic", photos, out, options=RunOptions(limit=4))
+    assert len(rows_of(out)) == 4
+    predict(world / "logistic", photos, out, options=RunOptions(limit=2))
+    assert len(rows_of(out)) == 4
+
+
+def test_logits_that_an_older_version_kept_are_gone_on_with(world: Path, tmp_path: Path) -> None:
+    out, photos = tmp_path / "p.parquet", world / "photos"
+    older = tmp_path / "p.parquet.logits"
+    recipe = Model.load(world / "logistic").logits_recipe(world / "logistic")
+    run_extraction(photos, {str(older): recipe}, RunOptions(limit=20))
+    result = predict(world / "logistic", photos, out)
+    assert result.summary is not None and result.summary.num_embedded == 4
+    assert not older.exists()
+    older.mkdir()
+    (older / "diary.txt").write_text("mine")
+    predict(world / "logistic", photos, out)
+    assert (older / "diary.txt").exists()
+
+
+def test_the_source_is_listed_once(world: Path, tmp_path: Path) -> None:
+    listing = list_images(world / "photos")
+    assert listing.source == str(world / "photos")
+    recipe = Store(world / "features").recipe
+    gone = Listing(listing.refs.slice(0, 3), source="was here")
+    (summary,) = run_extraction(gone, {str(tmp_path / "features"): recipe}, RunOptions())
+    assert (summary.source, summary.num_embedded) == ("was here", 3)
+
+
+def test_a_url_is_no_place_for_predictions(world: Path) -> None:
+    with pytest.raises(EmbedderError, match=r"Received: s3://bucket/p\.parquet"):
+        predict(world / "logistic", world / "features", "s3://bucket/p.parquet")
 
 
 def test_a_store_of_another_recipe_is_refused(world: Path, tmp_path: Path) -> None:
