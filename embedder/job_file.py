@@ -2,12 +2,17 @@
 
 import string
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from embedder.demo import images_folder
 from embedder.errors import JobError
 
+MAX_BYTES = 2**20  # of a job
+MAX_CHARACTERS = 2**16  # of a word, which systems take no longer
+_NUM_SHOWN = 200  # characters of what is refused
+_RULE = "In a job {name} must be a variable's name, and {{ is a brace"
 _COMMAND, _ARGUMENTS = "command", "arguments"
 
 
@@ -17,7 +22,7 @@ def read_job(path: Path, overrides: dict[str, str]) -> list[list[str]]:
     A job has `[variables]`, and `[[steps]]` with a `command`, its `arguments`, and its options by
     their long names: `class-weight = "balanced"` is `--class-weight balanced`, `true` a flag, and
     a list an option that is given several times. `{name}` in a text is the variable's value, and
-    `{demo}` the folder of the demo images.
+    `{demo}` the folder of the demo images; nothing else is done in braces.
 
     Args:
         path: The TOML file.
@@ -31,8 +36,14 @@ def read_job(path: Path, overrides: dict[str, str]) -> list[list[str]]:
         SourceError: The job is about the demo images, which are not installed.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with path.open("rb") as file:
+            encoded = file.read(MAX_BYTES + 1)
+        if len(encoded) > MAX_BYTES:
+            raise JobError(f"A job must have at most {MAX_BYTES:,} bytes. Received: {path}")
+        content = tomllib.loads(encoded.decode())
+    except RecursionError:
+        raise JobError(f"The job {path} cannot be read: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
         raise JobError(f"The job {path} cannot be read: {error}") from error
     steps = content.get("steps")
     if set(content) - {"variables", "steps"} or not isinstance(steps, list) or not steps:
@@ -40,41 +51,89 @@ def read_job(path: Path, overrides: dict[str, str]) -> list[list[str]]:
             f"A job must have [[steps]], may have [variables], and nothing else. Received: {path} "
             f"with {', '.join(content) or 'nothing'}"
         )
-    variables = {name: _text(value, {}) for name, value in content.get("variables", {}).items()}
+    given = content.get("variables", {})
+    if not isinstance(given, dict):
+        raise JobError(f"[variables] of a job must be a table. Received: {_shown(given)}")
+    variables = {name: _text(value, {}) for name, value in given.items()}
     if unknown := set(overrides) - set(variables):
         raise JobError(
             f"--set must name a variable of the job: {', '.join(variables) or 'it has none'}. "
             f"Received: {', '.join(sorted(unknown))}"
         )
     variables |= overrides
-    return [_words(step, variables) for step in steps]
+    job: list[list[str]] = []
+    num_characters = 0
+    for step in steps:
+        words: list[str] = []
+        job.append(words)
+        for word in _words(step, variables):
+            num_characters += len(word)
+            if num_characters > MAX_BYTES:
+                raise JobError(
+                    f"The words of a job must have at most {MAX_BYTES:,} characters in all. "
+                    f"Received: {path}"
+                )
+            words.append(word)
+    return job
 
 
-def _words(step: dict[str, Any], variables: dict[str, str]) -> list[str]:
+def _words(step: Any, variables: dict[str, str]) -> Iterator[str]:
     if not isinstance(step, dict) or not isinstance(step.get(_COMMAND), str):
-        raise JobError(f"A step must name its `{_COMMAND}`. Received: {step}")
+        raise JobError(f"A step must name its `{_COMMAND}`. Received: {_shown(step)}")
     arguments = step.get(_ARGUMENTS, [])
     if not isinstance(arguments, list):
-        raise JobError(f"`{_ARGUMENTS}` of a step must be a list. Received: {arguments!r}")
-    words = [step[_COMMAND], *(_text(value, variables) for value in arguments)]
+        raise JobError(f"`{_ARGUMENTS}` of a step must be a list. Received: {_shown(arguments)}")
+    yield step[_COMMAND]
+    for value in arguments:
+        yield _text(value, variables)
     for name, value in step.items():
         if name in (_COMMAND, _ARGUMENTS):
             continue
         for one in value if isinstance(value, list) else [value]:
-            if one is True:
-                words.append(f"--{name}")
-            elif one is not False:
-                words += [f"--{name}", _text(one, variables)]
-    return words
+            if one is not False:
+                yield f"--{name}"
+            if not isinstance(one, bool):
+                yield _text(one, variables)
 
 
 def _text(value: Any, variables: dict[str, str]) -> str:
-    if "{demo}" in str(value):
+    if isinstance(value, (dict, list)):
+        raise JobError(
+            f"A variable, an argument or an option must be a text or a number. "
+            f"Received: {_shown(value)}"
+        )
+    text = str(value)
+    if "{demo}" in text:
         variables = variables | {"demo": str(images_folder())}
     try:
-        return string.Formatter().vformat(str(value), (), variables)
-    except (KeyError, IndexError, ValueError) as error:
+        parts = [
+            part for fixed, *field in string.Formatter().parse(text) for part in (fixed, field)
+        ]
+    except ValueError as error:  # a brace alone
+        raise JobError(f"{_RULE}. Received: {_shown(value)}: {error}") from error
+    words = [part if isinstance(part, str) else _value(part, variables, text) for part in parts]
+    if sum(map(len, words)) > MAX_CHARACTERS:
         raise JobError(
-            f"{{name}} in a job must be one of its variables: {', '.join(variables) or 'none'}. "
-            f"Received: {value!r}"
-        ) from error
+            f"A word of a job must have at most {MAX_CHARACTERS:,} characters. "
+            f"Received: {_shown(value)}"
+        )
+    return "".join(words)
+
+
+def _value(field: list[str | None], variables: dict[str, str], text: str) -> str:
+    """What stands for a part of a text in braces: name, format and conversion."""
+    name, form, conversion = field
+    if name is None:  # nothing, after the last of the braces
+        return ""
+    if form or conversion or name not in variables:
+        known = ", ".join(variables) or "none"
+        raise JobError(
+            f"{{name}} in a job must be one of its variables: {known}. Received: {_shown(text)}"
+        )
+    return variables[name]
+
+
+def _shown(value: Any) -> str:
+    """A value as it was written, as far as one wants to read it."""
+    text = repr(value)
+    return text if len(text) <= _NUM_SHOWN else f"{text[:_NUM_SHOWN]}..."

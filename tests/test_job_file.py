@@ -60,9 +60,43 @@ def test_a_step_is_what_would_be_typed(tmp_path: Path) -> None:
         ('[[steps]]\ncommand = "extract"\narguments = "x"', "must be a list. Received: 'x'"),
         ('[[steps]]\ncommand = "extract"\narguments = ["{where}"]', "one of its variables: none"),
         ("[[steps]", "cannot be read: "),
+        ('variables = "x"\n[[steps]]\ncommand = "extract"', r"\[variables\] .* Received: 'x'"),
+        ('[variables]\na = ["b"]\n[[steps]]\ncommand = "extract"', r"a text or a number.*\['b'\]"),
+        ('[[steps]]\ncommand = "extract"\nlimit = {a = 1}', "a text or a number.*'a': 1"),
+        ("a = " + "[" * 5000, "cannot be read: it is nested too deeply"),
+        ("a = " + "9" * 5000, "cannot be read: "),
+        ("#" * 2**20 + "\na = 1", "at most 1,048,576 bytes"),
     ],
 )
 def test_what_is_no_job_is_refused(tmp_path: Path, text: str, rule: str) -> None:
+    with pytest.raises(JobError, match=rule):
+        read_job(write(tmp_path, text), {})
+
+
+@pytest.mark.parametrize(
+    "text", ["{a!r:>999999999}", "{a:>99}", "{a!s}", "{a.__class__}", "{a[0]}", "{}", "{0}", "{a"]
+)
+def test_in_braces_are_names_and_nothing_else(tmp_path: Path, text: str) -> None:
+    job = f'[variables]\na = "b"\n[[steps]]\ncommand = "extract"\narguments = ["{text}"]'
+    with pytest.raises(JobError, match=r"(one of its variables: a|variable's name).*Received: '{"):
+        read_job(write(tmp_path, job), {})
+
+
+def test_braces_can_be_written(tmp_path: Path) -> None:
+    job = '[variables]\na = "b"\n[[steps]]\ncommand = "extract"\narguments = ["{{{a}}} {a}"]'
+    assert read_job(write(tmp_path, job), {}) == [["extract", "{b} b"]]
+
+
+@pytest.mark.parametrize(
+    ("num_names", "num_words", "rule"),
+    [(20_000, 1, "A word of a job .* 65,536"), (6, 30_000, "The words of a job .* 1,048,576")],
+)
+def test_variables_do_not_blow_up(
+    tmp_path: Path, num_names: int, num_words: int, rule: str
+) -> None:
+    arguments = ", ".join([f'"{"{a}" * num_names}"'] * num_words)
+    variable = f'[variables]\na = "{"x" * 10_000}"'
+    text = f'{variable}\n[[steps]]\ncommand = "extract"\narguments = [{arguments}]'
     with pytest.raises(JobError, match=rule):
         read_job(write(tmp_path, text), {})
 
