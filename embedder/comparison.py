@@ -1,6 +1,5 @@
 """Models side by side, on the images that all of them were tested on."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from embedder.described import read_kind, read_metrics, read_table
 from embedder.errors import ModelError, RecipeError
-from embedder.judging import PREDICTIONS_FILE
+from embedder.judging import PREDICTIONS_FILE, columns_of
 from embedder.metrics import paired_difference
-from embedder.model import METRICS_FILE, MODEL_FILE
 from embedder.splits import TEST
 
 SIGNIFICANT = 0.05
@@ -96,12 +93,9 @@ def read_tested(path: str | os.PathLike[str]) -> Tested:
         ModelError: The folder holds no model, or one that was not tested on images of its own.
     """
     folder = Path(path)
-    try:
-        table = pq.read_table(folder / PREDICTIONS_FILE)
-        metrics = json.loads((folder / METRICS_FILE).read_bytes())
-        head = json.loads((folder / MODEL_FILE).read_bytes())["head"]["kind"]
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise ModelError(f"The model {folder} cannot be read: {error}") from error
+    columns = columns_of("image_id", "sha256", "label", "part", "predicted")
+    table = read_table(folder / PREDICTIONS_FILE, columns)
+    metrics, head = read_metrics(folder), read_kind(folder)
     table = table.filter(pc.equal(table["part"], TEST)).sort_by("image_id")
     if not table.num_rows:
         raise ModelError(

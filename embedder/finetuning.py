@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder import engines, hub, scratch
 from embedder.augmentation import Augmenter
 from embedder.backbones import dtype_policy, load_network, tapped_tensors
 from embedder.blocks import find_cut
+from embedder.described import read_description, read_metrics, read_table, recorded
 from embedder.engines import best_training_precision
-from embedder.errors import ModelError, RecipeError
+from embedder.errors import EmbedderError, RecipeError
 from embedder.extract import Progress, RunOptions, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, replace_folder
 from embedder.folding import fold
-from embedder.judging import PSEUDO_LABELS_FILE
+from embedder.judging import PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA
 from embedder.keras_head import classifier_layers
-from embedder.model import BACKBONE_FILES, METRICS_FILE, MODEL_FILE, Model
+from embedder.model import BACKBONE_FILES, Model
 from embedder.pseudo_labelled import More, add_pseudo_labels
 from embedder.recipe import EMBEDDING
 from embedder.store import Store
@@ -167,7 +167,7 @@ def finetune(
 def _in_its_place(model: Model, weights: Path, features: Path) -> Model:
     """The model as it is once its weights and its features are where they belong."""
     recipe = model.recipe.model_copy(update={"weights_source": str(weights)})
-    provenance = model.record["provenance"] | {"store": str(features)}
+    provenance = recorded(model.record, "provenance") | {"store": str(features)}
     return replace(model, recipe=recipe, record=model.record | {"provenance": provenance})
 
 
@@ -175,7 +175,7 @@ def _pseudo_labels(model: Model, path: Path, more: More | None) -> pa.Table | No
     """Pseudo-labels that the weights have learned from, so that `evaluate` knows of them."""
     tables = [] if more is None else [more.helped.pseudo_labels()]
     if "tuning" in model.record and (path / PSEUDO_LABELS_FILE).exists():
-        tables.append(pq.read_table(path / PSEUDO_LABELS_FILE))
+        tables.append(read_table(path / PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA))
     return pa.concat_tables(tables) if tables else None
 
 
@@ -189,7 +189,10 @@ def _check(model: Model, path: Path, folder: Path, features: Path, options: Tune
         )
     if folder.resolve() == path.resolve():
         raise RecipeError(f"OUT must be another folder than MODEL. Received: {folder} for both")
-    weights, own = Path(model.recipe.weights_source), [Path(model.record["provenance"]["store"])]
+    weights, own = (
+        Path(model.recipe.weights_source),
+        [Path(recorded(model.record, "provenance", "store"))],
+    )
     if weights.name in BACKBONE_FILES:
         own.append(weights.parent)
     if taken := {folder.resolve(), features.resolve()} & {place.resolve() for place in own}:
@@ -226,9 +229,9 @@ def _request(model: Model, labelled: Labelled, options: TuneOptions) -> dict[str
 def _done_before(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """Metrics of a model that the same request made."""
     try:
-        metrics: dict[str, Any] = json.loads((folder / METRICS_FILE).read_bytes())
-        made_by = Model.load(folder).record["tuning"]["request"]
-    except (OSError, ValueError, KeyError, ModelError):
+        metrics, record = read_metrics(folder, is_tuned=True), Model.load(folder).record
+        made_by = recorded(record, "tuning", "request")
+    except EmbedderError:
         return None
     return metrics if made_by == json.loads(json.dumps(request)) else None
 
@@ -259,7 +262,7 @@ def _finish(work: Path, request: dict[str, Any], folder: Path, features: Path) -
     if not _is_of(work, request):
         return
     if (work / _FEATURES).exists():
-        store, content = Store(work / _FEATURES), json.loads((folder / MODEL_FILE).read_bytes())
+        store, content = Store(work / _FEATURES), read_description(folder)
         if store.recipe.fingerprint == content["fingerprint"]:  # else the older ones, swapped
             place = {"weights_source": str(folder.absolute() / content["weights_source"])}
             recipe = store.recipe.model_copy(update=place)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder.classifiers import make_estimator
+from embedder.described import read_table, recorded
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
 from embedder.fitting import Fitted, Task, fit, fit_head, known_classes
@@ -22,6 +22,31 @@ from embedder.streamed import read_logits
 
 PREDICTIONS_FILE = "predictions.parquet"
 PSEUDO_LABELS_FILE = "pseudo_labels.parquet"
+PREDICTIONS_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("group", pa.int64(), nullable=False),
+        pa.field("predicted", pa.string()),
+        pa.field("probability", pa.float64()),
+    ]
+)
+PSEUDO_LABELS_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("confidence", pa.float64()),
+        pa.field("round", pa.int64()),
+    ]
+)
+
+
+def columns_of(*names: str) -> pa.Schema:
+    """Some of the columns of `predictions.parquet`."""
+    return pa.schema([PREDICTIONS_SCHEMA.field(name) for name in names])
 
 
 def judge(
@@ -142,7 +167,7 @@ def evaluate_model(
     """
     model = Model.load(model_path)
     model.check_recipe(store.recipe, f"the store {store.path}")
-    separator = model.record["options"]["separator"]
+    separator = recorded(model.record, "options", "separator")
     targets = read_targets(store, labels, separator, model.classes)
     which, notes = np.arange(len(targets.rows)), []
     if targets.num_unlabelled:
@@ -177,12 +202,12 @@ def _trained_on(model_path: Path) -> set[str]:
     """
     file, pseudo = model_path / PREDICTIONS_FILE, model_path / PSEUDO_LABELS_FILE
     try:
-        table = pq.read_table(file, columns=["sha256", "part"])
-        also = pq.read_table(pseudo, columns=["sha256"]) if pseudo.exists() else None
-    except (OSError, pa.ArrowException) as error:
+        table = read_table(file, columns_of("sha256", "part"))
+        also = read_table(pseudo, PSEUDO_LABELS_SCHEMA) if pseudo.exists() else None
+    except ModelError as error:
         raise ModelError(
-            f"A model must tell what it was trained on. {file.name} cannot be read: {error}. "
-            f"--include-trained tests on all images"
+            f"A model must tell what it was trained on. {error}. --include-trained tests on all "
+            f"images"
         ) from error
     rows = zip(table["sha256"].to_pylist(), table["part"].to_pylist(), strict=True)
     trained = {sha256 for sha256, part in rows if part in (TRAIN, VALIDATION, CROSS_VALIDATED)}

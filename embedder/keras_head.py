@@ -350,7 +350,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return {"parameters": parameters, **labels}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], description: dict[str, Any]) -> Self:
+    def load(cls, path: str | os.PathLike[str], description: Any) -> Self:
         """Bring back a head; no code of the file is run.
 
         Args:
@@ -364,11 +364,13 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         try:
             parameters = description["parameters"]
             head = cls(**parameters | {"hidden": tuple(parameters["hidden"])})
+            head._check_parameters()
             head.classes_ = np.array(list(description["classes"]))
             head.is_multilabel_ = bool(description["is_multilabel"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, RecipeError) as error:
             raise WeightsError(
-                f"A head's description must be what `to_json` gave. Received: {description}"
+                f"A head's description must be what `to_json` gave. "
+                f"Received: {repr(description)[:200]}"
             ) from error
         head.network_ = network = load_keras_model(Path(path))
         names = {type(layer).__name__ for layer in network.layers}
@@ -381,6 +383,10 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             raise WeightsError(
                 f"A head of {len(head.classes_)} classes must give as many values an image. "
                 f"Received: {path}, which gives {network.output_shape[1:]}"
+            )
+        if len(network.input_shape) != 2 or not network.input_shape[1]:
+            raise WeightsError(
+                f"A head must take vectors. Received: {path}, which takes {network.input_shape[1:]}"
             )
         head.n_features_in_ = network.input_shape[1]
         return head

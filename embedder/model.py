@@ -12,16 +12,21 @@ import skops.io
 from numpy.typing import NDArray
 
 from embedder.calibration import probabilities_of
-from embedder.errors import ModelError, RecipeMismatch
+from embedder.declared import check_arrays_of_archive
+from embedder.described import (
+    CHECKSUM,
+    FORMAT,
+    MODEL_FILE,
+    checksum_of,
+    read_description,
+)
+from embedder.errors import ModelError, RecipeError, RecipeMismatch
 from embedder.files import local_path
 from embedder.keras_head import KerasHead
 from embedder.recipe import Recipe
 
-MODEL_FILE = "model.json"
-METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
 BACKBONE_FILES = ("backbone.weights.h5", "backbone.keras")  # of a backbone that was tuned
-_FORMAT = 1
 _LEAST_PROBABILITY = 1e-4  # of a class that none of the nearest neighbours has
 # What a head may hold besides what skops trusts of scikit-learn and NumPy: our own estimators.
 TRUSTED_TYPES = ("embedder.centroid.CentroidHead", "embedder.ridge.RidgeHead")
@@ -133,7 +138,7 @@ class Model:
                 skops.io.dump(self.estimator, file)
             head |= {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
             content = {
-                "format": _FORMAT,
+                "format": FORMAT,
                 "recipe": self.recipe.model_dump(mode="json"),
                 "fingerprint": self.recipe.fingerprint,
                 "weights_source": self._weights_source_in(place),
@@ -144,6 +149,7 @@ class Model:
                 "thresholds": None if self.thresholds is None else self.thresholds.tolist(),
                 **self.record,
             }
+            content[CHECKSUM] = checksum_of(content)
             (path / MODEL_FILE).write_text(json.dumps(content, indent=2))
         except OSError as error:
             raise ModelError(
@@ -164,54 +170,77 @@ class Model:
                 are not trusted.
         """
         path = local_path(folder)
+        content = read_description(path)
+        head, thresholds = content.pop("head"), content.pop("thresholds")
+        source = content.pop("weights_source")
+        if source and (path / source).is_file():
+            source = str((path / source).absolute())
         try:
-            content = json.loads((path / MODEL_FILE).read_bytes())
-            if content["format"] != _FORMAT:
-                raise ModelError(
-                    f"A model must be of format {_FORMAT}. Received: {path}, of format "
-                    f"{content['format']}"
-                )
-            head, thresholds = content.pop("head"), content.pop("thresholds")
-            source = content.pop("weights_source")
-            if (path / source).is_file():
-                source = str((path / source).absolute())
-            recipe = Recipe(**content.pop("recipe"), weights_source=source)
-            return cls(
-                estimator=_load_head(path, head),
-                recipe=recipe,
-                column=content.pop("column"),
-                classes=np.array(content.pop("classes"), dtype=np.str_),
-                temperature=content.pop("temperature"),
-                thresholds=None if thresholds is None else np.array(thresholds),
-                head=head["kind"],
-                settings=head["settings"],
-                head_sha256=head["sha256"],
-                record={k: v for k, v in content.items() if k not in ("format", "fingerprint")},
-            )
-        except FileNotFoundError as error:
+            recipe = Recipe(**content.pop("recipe") | {"weights_source": source})
+        except (RecipeError, TypeError) as error:
+            raise ModelError(f"`recipe` of {path / MODEL_FILE}: {error}") from error
+        fingerprint, column = content.pop("fingerprint"), content.pop("column")
+        if fingerprint != recipe.fingerprint or column not in recipe.columns:
             raise ModelError(
-                f"{path} is not a model: it has no {Path(error.filename).name}"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"The model {path} cannot be read: {error!r}") from error
+                f"`fingerprint` and `column` of {path / MODEL_FILE} must be of its recipe: "
+                f"{recipe.fingerprint} and {', '.join(recipe.columns)}. Received: {fingerprint} "
+                f"and {column}"
+            )
+        classes = np.array(content.pop("classes"), dtype=np.str_)
+        return cls(
+            estimator=_load_head(path, head, len(classes)),
+            recipe=recipe,
+            column=column,
+            classes=classes,
+            temperature=float(content.pop("temperature")),
+            thresholds=None if thresholds is None else np.array(thresholds, np.float64),
+            head=head["kind"],
+            settings=head["settings"],
+            head_sha256=head["sha256"],
+            record={k: v for k, v in content.items() if k not in ("format", CHECKSUM)},
+        )
 
 
-def _load_head(folder: Path, head: dict[str, Any]) -> Any:
-    if head["file"] not in ("head.skops", "head.keras"):
-        raise ModelError(f"A head must be head.skops or head.keras. Received: {head['file']}")
+def _load_head(folder: Path, head: dict[str, Any], num_classes: int) -> Any:
     file = folder / head["file"]
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a model: it has no {file.name}") from None
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
     if hashlib.sha256(content).hexdigest() != head["sha256"]:
         raise ModelError(f"{file} is not the head that {MODEL_FILE} names: its sha256 is another")
     if file.suffix == ".keras":
-        return KerasHead.load(file, head["keras"])
-    untrusted = set(skops.io.get_untrusted_types(data=content)) - set(TRUSTED_TYPES)
-    if untrusted:
+        estimator = KerasHead.load(file, head.get("keras"))
+    else:
+        check_arrays_of_archive(content, file)
+        estimator = _loaded(content, file)
+    try:
+        nothing = np.zeros((1, estimator.n_features_in_), np.float32)
+        num_values = logits_of(estimator, nothing).shape[1]
+    except Exception as error:  # of an estimator that anybody may have edited
+        raise ModelError(f"{file} is not a head that was fitted: {error}") from error
+    if num_values != num_classes:
         raise ModelError(
-            f"A head may hold types of scikit-learn and NumPy, and {', '.join(TRUSTED_TYPES)}. "
-            f"Received: {file} with {', '.join(sorted(untrusted))}"
+            f"A head of {num_classes} classes must give {num_classes} values for an image. "
+            f"Received: {file}, which gives {num_values}"
         )
-    return skops.io.loads(content, trusted=list(TRUSTED_TYPES))
+    return estimator
+
+
+def _loaded(content: bytes, file: Path) -> Any:
+    """The estimator of a file of skops, if it holds nothing but what is trusted."""
+    try:
+        untrusted = set(skops.io.get_untrusted_types(data=content)) - set(TRUSTED_TYPES)
+        if not untrusted:
+            return skops.io.loads(content, trusted=list(TRUSTED_TYPES))
+    except Exception as error:  # skops raises what its many parts raise
+        raise ModelError(f"{file} cannot be read: {error!r}") from error
+    raise ModelError(
+        f"A head may hold types of scikit-learn and NumPy, and {', '.join(TRUSTED_TYPES)}. "
+        f"Received: {file} with {', '.join(sorted(untrusted))}"
+    )
 
 
 def logits_of(estimator: Any, features: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -4,15 +4,23 @@ Only arrays are taken: HDF5 is read by name and shape, and a `.keras` file may h
 Keras's own layers. No code of a file is ever run.
 """
 
-import json
 import re
 import warnings
 import zipfile
+import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedder.declared import (
+    MAX_JSON_BYTES,
+    check_archive,
+    check_hdf5,
+    check_network,
+    parse_json,
+    walk,
+)
 from embedder.errors import WeightsError
 from embedder.weights import import_keras, leaf_layers, logger
 
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
     import h5py
     import keras
 
+_WEIGHTS_FILE = "model.weights.h5"  # in a `.keras` file
 # A `.keras` file may name classes of these modules only, and none that runs code of its own.
 _TRUSTED_MODULES = ("keras", "keras_hub", "builtins")
 _CLASSES_WITH_CODE = {
@@ -58,6 +67,7 @@ def load_hdf5(network: "keras.Model", path: Path) -> None:
     counted = set(map(_counted_name, layers.values()))
     try:
         with h5py.File(path, "r") as file:
+            check_hdf5(file, path.stat().st_size, path)
             arrays = _count_anew(dict(_arrays_by_layer(file)), counted)
             wanted = with_canonical_names(layers)
             _check_match(network, path, wanted, arrays)
@@ -65,7 +75,7 @@ def load_hdf5(network: "keras.Model", path: Path) -> None:
                 layer.set_weights([array[()] for array in arrays[name]])
                 if hasattr(layer, "finalize_state"):  # Normalization keeps values made from them
                     layer.finalize_state()
-    except (OSError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path} is not a whole HDF5 file of weights: {error}") from error
     unused = sorted(arrays.keys() - wanted.keys())
     rest = f"; not used: {_shortened(unused)}" if unused else ""
@@ -207,20 +217,40 @@ def load_keras_model(path: Path) -> "keras.Model":
         WeightsError: The file is damaged, or holds a Lambda layer, a custom object or anything
             else that could run code.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            config = json.loads(archive.read("config.json"))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path} is not a whole .keras file: {error}") from error
+    config, num_bytes = _read_archive(path)
     check_configuration(config, path)
+    check_network(config, num_bytes, path)
     keras = import_keras()
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises what its layers raise
         raise WeightsError(f"{path} cannot be loaded: {error}") from error
-    if not isinstance(model, keras.Model) or len(model.inputs) != 1:
+    if not isinstance(model, keras.Model) or len(getattr(model, "inputs", None) or ()) != 1:
         raise WeightsError(f"{path} must hold a model with one input, the pixels")
     return model
+
+
+def _read_archive(path: Path) -> tuple[Any, int]:
+    """The configuration of a `.keras` file, and how many bytes of weights it holds.
+
+    Raises:
+        WeightsError: It is damaged, or declares more than it holds.
+    """
+    import h5py
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_archive(archive, path)
+            with archive.open("config.json") as file:
+                config = parse_json(file.read(MAX_JSON_BYTES + 1))
+            if not isinstance(config, dict):
+                raise ValueError("its configuration is no object")
+            num_bytes = archive.getinfo(_WEIGHTS_FILE).file_size
+            with archive.open(_WEIGHTS_FILE) as file, h5py.File(file, "r") as arrays:
+                check_hdf5(arrays, num_bytes, path)
+    except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise WeightsError(f"{path} is not a whole .keras file: {error}") from error
+    return config, num_bytes
 
 
 def check_configuration(config: Any, path: Path) -> None:
@@ -238,15 +268,12 @@ def check_configuration(config: Any, path: Path) -> None:
 
 def _refused_objects(config: Any) -> Iterator[str]:
     """Names of classes in a model's configuration that are not trusted."""
-    if isinstance(config, dict):
-        if "class_name" in config:
-            name, module = str(config["class_name"]), str(config.get("module") or "builtins")
-            registered = str(config.get("registered_name") or "")
-            package = registered.partition(">")[0] if ">" in registered else "keras"
-            are_trusted = {module.split(".")[0], package} <= set(_TRUSTED_MODULES)
-            if not are_trusted or name in _CLASSES_WITH_CODE:
-                yield name
-        config = config.values()
-    if isinstance(config, Iterable) and not isinstance(config, str):
-        for value in config:
-            yield from _refused_objects(value)
+    for _, value, _ in walk(config):
+        if not isinstance(value, dict) or "class_name" not in value:
+            continue
+        name, module = str(value["class_name"]), str(value.get("module") or "builtins")
+        registered = str(value.get("registered_name") or "")
+        package = registered.partition(">")[0] if ">" in registered else "keras"
+        are_trusted = {module.split(".")[0], package} <= set(_TRUSTED_MODULES)
+        if not are_trusted or name in _CLASSES_WITH_CODE:
+            yield name

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from embedder.described import METRICS_FILE, MODEL_FILE
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
 from embedder.files import is_temporary, local_path, whole_folder
@@ -23,7 +24,7 @@ from embedder.fitting import Fitted, Task, refusals
 from embedder.judging import PREDICTIONS_FILE, PSEUDO_LABELS_FILE, judge, metrics_of, refit
 from embedder.labels import Targets
 from embedder.metrics import Scores, paired_difference
-from embedder.model import BACKBONE_FILES, METRICS_FILE, MODEL_FILE, REPORT_FILE, Model
+from embedder.model import BACKBONE_FILES, REPORT_FILE, Model
 from embedder.neighbours import DEFAULT_THRESHOLD
 from embedder.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split, make_split
 from embedder.store import Store

@@ -1,6 +1,6 @@
 """A tuned backbone and head as a model: saved, calibrated, tested, and compared with the head."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from embedder import comparison, scratch
 from embedder.backbones import load_network
 from embedder.calibration import calibrate
+from embedder.described import recorded
 from embedder.errors import Unfinished
 from embedder.evaluation import Evaluation
 from embedder.fitting import Fitted, Task
@@ -143,7 +144,7 @@ def judge_tuned(
     known: NDArray[Any] = targets_of(labelled, model)[np.argsort(place_of)][validation]
     known = known.astype(np.int64) if model.is_multilabel else known.argmax(axis=1)
     calibration = calibrate(held, known)
-    options = replace(TrainOptions(**model.record["options"]), unlabelled=None)
+    options = replace(_train_options(model), unlabelled=None)
     tuned = Model(
         estimator=estimator,
         recipe=store.recipe,
@@ -192,6 +193,12 @@ def judge_tuned(
     )
 
 
+def _train_options(model: Model) -> TrainOptions:
+    known = {field.name for field in fields(TrainOptions)}
+    options = recorded(model.record, "options")
+    return TrainOptions(**{name: options[name] for name in known & options.keys()})
+
+
 def labelled_targets(labelled: Labelled, store: Store) -> tuple[Targets, NDArray[np.int64]]:
     """Labels of a store's rows, in its order, and the place in it of each labelled image.
 
@@ -236,7 +243,7 @@ def _estimator(head: "keras.Sequential", model: Model, seed: int) -> KerasHead:
 
 def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> dict[str, Any]:
     return {
-        "provenance": model.record["provenance"]
+        "provenance": recorded(model.record, "provenance")
         | {
             "store": str(store.path.absolute()),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),

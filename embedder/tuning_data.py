@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
 
 from embedder.decode import DecodedImage
+from embedder.described import read_table, recorded
 from embedder.errors import ModelError, RecipeError, Unfinished
-from embedder.judging import PREDICTIONS_FILE
+from embedder.judging import PREDICTIONS_FILE, PREDICTIONS_SCHEMA
 from embedder.labels import codes_of
 from embedder.model import Model
 from embedder.pipeline import load_image
@@ -75,18 +74,19 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Labe
         RecipeError: It was not tested on images of its own.
     """
     try:
-        table = pq.read_table(Path(path) / PREDICTIONS_FILE).sort_by("image_id")
-    except (OSError, pa.ArrowException) as error:
+        table = read_table(Path(path) / PREDICTIONS_FILE, PREDICTIONS_SCHEMA).sort_by("image_id")
+    except ModelError as error:
         raise ModelError(f"The model must tell what it was trained on: {error}") from error
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     classes, codes = codes_of(columns["label"], model.is_multilabel, model.classes)
     parts = columns["part"]
     test = np.flatnonzero(parts == TEST)
     if not len(test):
+        split = recorded(model.record, "options", "split")
         raise RecipeError(
             f"The model must have been tested on images of its own, which fine-tuning is then "
-            f"judged by. Received: {path}, trained with {model.record['options']['split']}; train "
-            f"it with --split 0.2 or with official lists"
+            f"judged by. Received: {path}, trained with {split}; train it with "
+            f"--split 0.2 or with official lists"
         )
     train, validation = np.flatnonzero(parts == TRAIN), np.flatnonzero(parts == VALIDATION)
     if not len(validation):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.calibration import probabilities_of
+from embedder.described import recorded
 from embedder.errors import Unfinished
 from embedder.extract import RunOptions, run_extraction
 from embedder.fitting import Task, features_of
@@ -57,7 +58,7 @@ def head_task(
     Raises:
         Unfinished: The features are of other bytes.
     """
-    own = Path(model.record["provenance"]["store"])
+    own = Path(recorded(model.record, "provenance", "store"))
     if (own / RECIPE_FILE).is_file() and Store(own).recipe.fingerprint == model.recipe.fingerprint:
         try:
             return _task_of(model, labelled, Store(own))
@@ -77,7 +78,7 @@ def _task_of(model: Model, labelled: Labelled, store: Store) -> HeadTask:
         codes=targets.codes,
         groups=labelled.groups[np.argsort(place_of)],
         classes=targets.classes,
-        class_weight=model.record["options"]["class_weight"],
+        class_weight=recorded(model.record, "options", "class_weight"),
     )
     return HeadTask(task, targets, place_of)
 

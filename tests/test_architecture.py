@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "embedder"
 # Each module imports only from its left.
 ORDER = (
     *("errors", "files", "recipe", "torch_pickle", "sources", "views", "budget", "decode"),
-    *("weights", "model_files"),
+    *("weights", "declared", "described", "model_files"),
     *("lite", "networks", "hub", "backbones", "engines", "lease", "shard_file", "store", "sums"),
     *("ridge", "centroid", "keras_head", "calibration", "model", "folding"),
     *("augmentation", "blocks", "tunable", "training", "channels", "strategies", "scratch"),
@@ -62,11 +62,11 @@ DOORS = {
     "distributed": {"cluster"},
     "faiss": {"neighbours"},
     "fsspec": {"sources"},
-    "h5py": {"model_files"},
+    "h5py": {"declared", "model_files"},
     "jinja2": {"report"},
     "keras_hub": {"hub"},
     "keras": {
-        *("backbones", "exporting", "folding", "formats", "hub", "keras_head", "lite"),
+        *("backbones", "declared", "exporting", "folding", "formats", "hub", "keras_head", "lite"),
         *("model_files", "networks", "weights"),
         # The second pass trains Keras networks.
         *("augmentation", "blocks", "tunable", "training", "channels", "strategies", "scratch"),

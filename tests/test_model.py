@@ -13,7 +13,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from embedder.errors import ModelError, RecipeMismatch
+from embedder.errors import EmbedderError, ModelError, RecipeMismatch
 from embedder.heads import train
 from embedder.model import Model, logits_of
 from embedder.store import Store
@@ -28,7 +28,9 @@ def model(zoo: Store, tmp_path: Path) -> Path:
 
 
 def edit(model: Path, **changes: object) -> None:
+    """Change what a model says, as if it had been made before there were checksums."""
     content = json.loads((model / "model.json").read_text())
+    del content["checksum"]
     (model / "model.json").write_text(json.dumps(content | changes))
 
 
@@ -103,11 +105,107 @@ def test_half_a_model_is_no_model(model: Path, name: str) -> None:
         Model.load(model)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
-def test_a_damaged_description_is_refused(model: Path, text: str) -> None:
-    (model / "model.json").write_text(text)
-    with pytest.raises(ModelError, match="cannot be read"):
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("{", "model.json cannot be read"),
+        ("\xff", "model.json cannot be read"),
+        ("[" * 10**5, "nested more than 100 deep"),
+        ('{"a": "' + "a" * 2**24 + '"}', "longer than 16,777,216 bytes"),
+        ("[]", r"must hold an object\. Received: \[\]"),
+        ("null", r"must hold an object\. Received: null"),
+        ('{"format": 1}', r"`recipe` of .*model.json must be an object\. Received: nothing"),
+    ],
+)
+def test_a_damaged_description_is_refused(model: Path, text: str, rule: str) -> None:
+    (model / "model.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(ModelError, match=rule):
         Model.load(model)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        *(("recipe", x) for x in (None, [], "lite0", {})),
+        *(("fingerprint", x) for x in (None, 1, "0" * 16)),
+        *(("weights_source", x) for x in (None, 1, [])),
+        *(("column", x) for x in (None, 1, "other")),
+        *(("head", x) for x in (None, [], "ridge", {})),
+        *(("head.kind", x) for x in (None, 1, [])),
+        *(("head.settings", x) for x in (None, [], {"C": []}, {"C": NAN})),
+        *(("head.file", x) for x in (None, "model.json", ["head.skops"])),
+        *(("head.sha256", x) for x in (None, 1, "0" * 63, "x" * 64, "0" * 64)),
+        *(("classes", x) for x in (None, "abc", {}, [1, 2, 3], ["a"], ["cats", "cats", "dogs"])),
+        *(("classes", x) for x in (["cats", "dogs"], ["cats", "dogs", None])),
+        *(("temperature", x) for x in (None, "1", True, [], 0, -1.0, NAN, float("inf"), 10**400)),
+        *(("thresholds", x) for x in ("1", [0.5], [0.5] * 4, [NAN] * 3, ["a", "b", "c"], {})),
+        *(("labels", x) for x in (None, 1)),
+        *(("options", x) for x in (None, [])),
+        *((f"options.{name}", []) for name in ("split", "duplicates", "separator", "seed")),
+        *(("provenance", x) for x in (None, "store")),
+        *((f"provenance.{name}", []) for name in ("store", "source", "num_trained_on")),
+        *(("coarse_of", x) for x in ("1", [1.5], [-1], {})),
+        *(("tuning", x) for x in (None, [])),
+    ],
+)
+def test_what_a_model_says_is_checked(model: Path, member: str, value: object) -> None:
+    content = json.loads((model / "model.json").read_text())
+    outer, _, inner = member.partition(".")
+    changed = content[outer] | {inner: value} if inner else value
+    edit(model, **{outer: changed})
+    with pytest.raises(ModelError) as caught:
+        Model.load(model)
+    assert member.split(".")[-1] in str(caught.value) or "head" in str(caught.value)
+
+
+@pytest.mark.parametrize("member", ["recipe", "fingerprint", "column", "head", "classes"])
+def test_what_a_model_must_say_is_missed(model: Path, member: str) -> None:
+    content = json.loads((model / "model.json").read_text())
+    del content[member]
+    (model / "model.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=f"`{member}` of .* must be .* Received: nothing"):
+        Model.load(model)
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("classes", ["dogs", "cats", "owls"]),
+        ("classes", ["cats", "dogs", "hens"]),
+        ("temperature", 2.0),
+        ("thresholds", [0.5, 0.5, 0.5]),
+        ("head.settings", {"scaling": "standard"}),
+        ("head.kind", "svm"),
+    ],
+)
+def test_what_goes_together_cannot_be_changed_by_hand(
+    model: Path, member: str, value: object
+) -> None:
+    content = json.loads((model / "model.json").read_text())
+    outer, _, inner = member.partition(".")
+    content[outer] = content[outer] | {inner: value} if inner else value
+    (model / "model.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="has been changed: .* are no longer those that were"):
+        Model.load(model)
+    edit(model)  # as of a model that was made before there were checksums
+    assert Model.load(model).head == content["head"]["kind"]
+
+
+def test_where_its_images_are_may_be_changed_by_hand(model: Path) -> None:
+    content = json.loads((model / "model.json").read_text())
+    content["provenance"]["source"] = "moved"
+    (model / "model.json").write_text(json.dumps(content))
+    assert Model.load(model).record["provenance"]["source"] == "moved"
+
+
+def test_a_model_elsewhere_is_no_path(model: Path) -> None:
+    with pytest.raises(EmbedderError, match="Received: s3://bucket/model"):
+        Model.load("s3://bucket/model")
+    with pytest.raises(ModelError, match="is not a model: it has no model.json"):
+        Model.load(model / "model.json")
 
 
 def test_features_of_another_recipe_are_refused_with_the_difference(
