@@ -1,5 +1,6 @@
 """The formats that a network is exported to, as rows of a table, each with its own runtime."""
 
+import errno
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import keras
 
 PIXELS, PROBABILITIES, EMBEDDING = "pixels", "probabilities", "embedding"
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}  # not a matter of the format
 _BATCH_SIZE = 3  # small, so that large pictures fit into memory
 
 Outputs = dict[str, NDArray[np.float32]]  # `probabilities` (n, n_classes), `embedding` (n, dim)
@@ -148,6 +150,7 @@ def write_and_run(
 
     Raises:
         Unfinished: The format cannot hold the network, or cannot run it.
+        OSError: The disk is full.
     """
     with warnings.catch_warnings():
         # TensorFlow's variables are older than NumPy 2, and so is what Keras mends of tf2onnx.
@@ -164,6 +167,8 @@ def write_and_run(
             starts = range(0, len(pixels), _BATCH_SIZE)
             parts = [run(pixels[start : start + _BATCH_SIZE]) for start in starts]
         except Exception as error:  # every format's tools raise what they like
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise
             raise Unfinished(
                 f"The network cannot be exported to {path.name}, and nothing was kept; another "
                 f"format may hold it: {error}"

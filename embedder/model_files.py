@@ -4,6 +4,7 @@ Only arrays are taken: HDF5 is read by name and shape, and a `.keras` file may h
 Keras's own layers. No code of a file is ever run.
 """
 
+import os
 import re
 import warnings
 import zipfile
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import h5py
     import keras
 
+_HDF5_BYTES = 8192  # besides its values, at most, of a variable in HDF5
 _WEIGHTS_FILE = "model.weights.h5"  # in a `.keras` file
 # A `.keras` file may name classes of these modules only, and none that runs code of its own.
 _TRUSTED_MODULES = ("keras", "keras_hub", "builtins")
@@ -37,7 +39,19 @@ _CLASSES_WITH_CODE = {
 
 
 def save_network(network: "keras.Model", path: Path) -> None:
-    """Write a network to a `.keras` file, or its weights to a `.weights.h5` file."""
+    """Write a network to a `.keras` file, or its weights to a `.weights.h5` file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if path.suffix != ".keras":
+        # HDF5 that cannot write ends the process with it: what it needs is asked for before.
+        num_bytes = sum(variable.numpy().nbytes for variable in network.variables)
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(
+                    file.fileno(), 0, num_bytes + _HDF5_BYTES * len(network.variables)
+                )
     with warnings.catch_warnings():
         # TensorFlow's variables are older than NumPy 2.
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)

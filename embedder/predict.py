@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError, Unfinished
+from embedder.errors import RecipeError, StoreBusy, Unfinished
 from embedder.extract import Progress, RunOptions, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
+from embedder.lease import lease
 from embedder.model import Model
 from embedder.recipe import LOGITS, VIEW, Recipe
 from embedder.sources import Listing, list_images
@@ -119,7 +120,8 @@ def predict(
     num_rows = _write(model, Store(kept), path, top_k, listing.refs["image_id"], options.limit)
     if not keep:
         for other in set(hidden.iterdir()) - {Path(kept)}:
-            remove_folder(other)
+            with suppress(StoreBusy), lease(other, patience=0.0):  # else another run's
+                remove_folder(other)
     return Predictions(path, *num_rows, Path(kept), summary)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -344,7 +343,9 @@ class _Trainer:
             with whole_file(path) as file:
                 np.savez(file, allow_pickle=False, **arrays)
         except OSError as error:
-            raise Unfinished(f"The checkpoint {path} cannot be written: {error}") from error
+            raise Unfinished(
+                f"The checkpoint {path} cannot be written: {error.strerror or error}"
+            ) from error
 
     def restore(self, path: Path) -> None:
         """Go on from what `save` wrote.
@@ -355,19 +356,43 @@ class _Trainer:
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = dict(file)
-        except (OSError, EOFError, ValueError, BadZipFile) as error:
-            raise Unfinished(f"The checkpoint {path} cannot be read: {error}") from error
+            epochs = [_epoch_of(values) for values in json.loads(str(arrays["epochs"]))]
+            num_best = sum(name.startswith("best_") for name in arrays)
+            best = [arrays[f"best_{i}"] for i in range(num_best)]
+        except Exception as error:  # NumPy, zipfile and zlib raise what a damaged file makes them
+            raise Unfinished(
+                f"The checkpoint {path} cannot be read: {error!r}. Delete it, to begin anew"
+            ) from error
         state = [arrays.get(f"state_{i}") for i in range(len(self._state))]
-        fits = all(
-            array is not None and array.shape == tuple(variable.shape)
-            for array, variable in zip(state, self._state, strict=True)
-        )
-        if not fits or f"state_{len(state)}" in arrays:
+        if f"state_{len(state)}" in arrays or not (
+            _fit(state, self._state) and (not best or _fit(best, self._variables)) and epochs
+        ):
             raise Unfinished(f"The checkpoint {path} is of another network. Delete it")
         self._assign(self._state, state)
-        num_best = sum(name.startswith("best_") for name in arrays)
-        self._best = [arrays[f"best_{i}"] for i in range(num_best)]
-        self.epochs = [Epoch(**epoch) for epoch in json.loads(str(arrays["epochs"]))]
+        self._best, self.epochs = best, epochs
+
+
+def _epoch_of(values: dict[str, Any]) -> Epoch:
+    """An epoch as `asdict` gave it.
+
+    Raises:
+        ValueError: Its values are no numbers.
+        TypeError: They are others than an epoch has.
+    """
+    may_lack = ("loss", "validation_loss", "validation_accuracy")
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number or (value is None and name in may_lack)):
+            raise ValueError(f"{name} = {value!r}")
+    return Epoch(**values)
+
+
+def _fit(arrays: list[NDArray[Any] | None], variables: "list[keras.Variable]") -> bool:
+    """Whether arrays are of the shapes of these variables, and of numbers."""
+    return len(arrays) == len(variables) and all(
+        array is not None and array.shape == tuple(variable.shape) and array.dtype.kind in "fiub"
+        for array, variable in zip(arrays, variables, strict=True)
+    )
 
 
 def find_optimizer(name: str) -> "type[keras.Optimizer]":

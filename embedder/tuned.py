@@ -115,7 +115,8 @@ def save_backbone(
             save_network(network, half)
             half.replace(file)
         except (OSError, RuntimeError) as error:  # the latter of HDF5
-            raise Unfinished(f"{file} cannot be written: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise Unfinished(f"{file} cannot be written: {reason}") from error
     source = {"weights": digest_of(file), "weights_source": str(file.absolute())}
     return recipe.model_copy(update=source)
 

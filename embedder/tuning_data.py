@@ -205,7 +205,7 @@ def decode_pixels(
     rows = labelled.learned
     plain = recipe.model_copy(update={"views": 1})
     shape = (len(rows), 1, *recipe.image_size, 3)
-    pixels = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+    pixels: NDArray[np.uint8] = mapped(file, np.uint8, shape)
     with ThreadPoolExecutor(os.cpu_count()) as decoders:
         for start in range(0, len(rows), _AHEAD):
             part = rows[start : start + _AHEAD]
@@ -219,6 +219,24 @@ def decode_pixels(
                 _check_bytes(labelled, row, image.sha256)
                 pixels[place, 0] = image.outcome.pixels
     return pixels
+
+
+def mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    """An array in a file, which has its place on the disk before anything is written to it.
+
+    A disk that was full only then would end the process, with SIGBUS and without a word.
+
+    Raises:
+        Unfinished: There is no place for it.
+    """
+    try:
+        array: NDArray[Any] = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with file.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        raise Unfinished(f"{file} cannot be written: {error.strerror or error}") from error
+    return array
 
 
 def _check_bytes(labelled: Labelled, row: int, sha256: str | None) -> None:
@@ -258,7 +276,7 @@ def read_activations(store: Store, labelled: Labelled, file: Path) -> NDArray[np
         vectors = vectors.reshape(len(ids), num_views, *vectors.shape[1:])
         if activations is None:
             shape = (len(rows), *vectors.shape[1:])
-            activations = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+            activations = mapped(file, np.float32, shape)
         checksums = table["sha256"].to_pylist()[::num_views]
         for number in wanted:
             place = place_of[ids[number]]

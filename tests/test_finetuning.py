@@ -452,7 +452,7 @@ def test_a_kill_leaves_the_older_model_and_its_features_until_the_newer_are_whol
     (tmp_path / "out.tuning").mkdir()  # as if it had been killed while this was deleted
     request = newer.record["tuning"]["request"]
     (tmp_path / "out.tuning" / "request.json").write_text(json.dumps(request))
-    killed(command, "out.tuning/request.json", 1)
+    killed(command, "request.json", 1)
     subprocess.run([sys.executable, "-m", "embedder", *command], check=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.features"}
 

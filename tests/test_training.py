@@ -316,6 +316,38 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
             run(other, groups_of(other)[:1], PLAIN, checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", None),
+        ("epochs", "no JSON"),
+        ("epochs", "[1]"),
+        ("epochs", '[{"number": 1}]'),
+        ("epochs", '[{"number": "1", "loss": 1, "seconds": 1}]'),
+        ("best_0", None),
+        ("best_0", np.zeros((99, 99))),
+        ("best_0", np.array(["text"])),
+        ("state_0", np.array(["text"])),
+        ("state_0", None),
+    ],
+)
+def test_a_checkpoint_that_somebody_edited_is_refused(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    checkpoint = tmp_path / "checkpoint.npz"
+    tiny = make_tiny()
+    run(tiny, groups_of(tiny)[:1], PLAIN, checkpoint=checkpoint)
+    with np.load(checkpoint) as file:
+        arrays = dict(file)
+    assert name in arrays
+    arrays = {key: array for key, array in arrays.items() if key != name}
+    if value is not None:
+        arrays[name] = np.array(value)
+    np.savez(checkpoint, **arrays)
+    with pytest.raises(Unfinished, match=r"cannot be read: .*Delete it|of another network. Delete"):
+        run(tiny, groups_of(tiny)[:1], PLAIN, checkpoint=checkpoint)
+
+
 def test_what_is_no_better_than_the_start_is_not_kept() -> None:
     tiny = make_tiny()
     run(tiny, groups_of(tiny), replace(PLAIN, epochs=20, batch_size=6))
