@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 
 from embedder.described import read_kind, read_metrics, read_table
 from embedder.errors import ModelError, RecipeError
+from embedder.files import local_path
 from embedder.judging import PREDICTIONS_FILE, columns_of
 from embedder.metrics import paired_difference
 from embedder.splits import TEST
@@ -92,7 +93,7 @@ def read_tested(path: str | os.PathLike[str]) -> Tested:
     Raises:
         ModelError: The folder holds no model, or one that was not tested on images of its own.
     """
-    folder = Path(path)
+    folder = local_path(path)
     columns = columns_of("image_id", "sha256", "label", "part", "predicted")
     table = read_table(folder / PREDICTIONS_FILE, columns)
     metrics, head = read_metrics(folder), read_kind(folder)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from embedder.described import recorded
 from embedder.errors import EmbedderError
 from embedder.metrics import confusion_matrix
 from embedder.model import REPORT_FILE
@@ -28,7 +29,9 @@ def write_head_report(head: Head, folder: Path, source: str | None) -> Path:
     """
     path = folder / REPORT_FILE
     write_report(
-        path, report_of(head), _thumbnails(source or head.model.record["provenance"]["source"])
+        path,
+        report_of(head),
+        _thumbnails(source or recorded(head.model.record, "provenance", "source")),
     )
     return path
 
@@ -69,7 +72,7 @@ def _title(head: Head) -> str:
 def notes_of(head: Head) -> list[str]:
     """What a reader must know to believe the figures, a sentence each."""
     split, leak, test = head.split, head.leak, head.test
-    provenance = head.model.record["provenance"]
+    num_unlabelled = recorded(head.model.record, "provenance", "num_unlabelled")
     notes = [_split_note(head)]
     if head.tuning is not None:
         tuning = head.tuning
@@ -78,8 +81,8 @@ def notes_of(head: Head) -> list[str]:
             f"{tuning['accuracy_before']:.3f} to {test.scores['accuracy']['value']:.3f} on the "
             f"same images, {tuning['num_tuned']:,} weights trained. In words: {tuning['verdict']}."
         )
-    if provenance["num_unlabelled"]:
-        notes.append(f"{provenance['num_unlabelled']:,} rows of the store have no label.")
+    if num_unlabelled:
+        notes.append(f"{num_unlabelled:,} rows of the store have no label.")
     if head.options.duplicates is None:
         notes.append("Near-duplicates were not looked for.")
     else:
@@ -228,18 +231,19 @@ def _setting_texts(settings: dict[str, Any]) -> list[str]:
 
 def _provenance(head: Head) -> dict[str, str]:
     record = head.model.record
-    provenance = record["provenance"]
+    names = ("store", "source", "when", "versions")
+    store, source, when, versions = (recorded(record, "provenance", name) for name in names)
     return {
-        "store": provenance["store"],
-        "source": str(provenance["source"]),
+        "store": store,
+        "source": str(source),
         "recipe": head.model.recipe.fingerprint,
         "backbone": head.model.recipe.backbone,
         "weights": head.model.recipe.weights,
-        "labels": record["labels"],
+        "labels": recorded(record, "labels"),
         "head": ", ".join([head.model.head, *_setting_texts(head.model.settings)]),
         "seed": str(head.options.seed),
-        "when": provenance["when"],
-        "versions": ", ".join(f"{k} {v}" for k, v in provenance["versions"].items()),
+        "when": when,
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
     }
 
 

@@ -79,10 +79,20 @@ def judge(
 
 
 def refit(task: Task, model: Model, targets: Targets, rows: NDArray[np.int64]) -> Model:
-    """The model with its settings, trained on other rows."""
-    estimator = make_estimator(
-        task.head, model.settings, task.class_weight, task.seed, task.is_multilabel
-    )
+    """The model with its settings, trained on other rows.
+
+    Raises:
+        ModelError: It has settings that its kind of head does not know.
+    """
+    try:
+        estimator = make_estimator(
+            task.head, model.settings, task.class_weight, task.seed, task.is_multilabel
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"A model must have a kind of head and settings that there are. Received: {task.head} "
+            f"with {model.settings}: {error}"
+        ) from error
     estimator = fit(task, estimator, rows)
     return replace(model, estimator=estimator, classes=targets.classes[known_classes(task, rows)])
 
