@@ -328,6 +328,7 @@ def test_of_images_with_views_the_plain_ones_are_labelled(
     vectors[1::3] = vectors[2::3] = 99.0
     number = pa.array([0, 1, 2] * len(pool), pa.int16())
     rows = rows_of(few.recipe, ids, vectors).add_column(1, "view", number)
+    rows = rows.replace_schema_metadata(None)  # they are of another recipe now
     views.write_shard(rows, FAILURE_SCHEMA.empty_table(), shard_name(views.recipe, ids))
     ours = train(few, "parent", "svm", with_images(alone, views))
     theirs = train(few, "parent", "svm", with_images(alone, pool))
