@@ -187,8 +187,9 @@ def predict(
         elif result.summary is not None:
             facts |= _run_facts(result.summary)
         console.print_facts(facts)
-        if result.summary is not None and result.summary.failures and not store:
-            console.print_reasons(result.summary.failures)
+        summary = None if store else result.summary
+        if summary is not None and (reasons := summary.failures + summary.unreadable):
+            console.print_reasons(reasons)
 
 
 def _run_facts(summary: Any) -> dict[str, str]:

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ def predict(
         kept, recipe = os.fspath(local_path(keep)), model.recipe
     else:
         recipe = model.logits_recipe(model_path)
+        options = replace(options, repair=True)  # what nobody has made is made again
         kept = os.fspath(_store_of(hidden, listing, recipe))
         _take_over(path.with_name(f"{path.name}.logits"), Path(kept), recipe)
     (summary,) = run_extraction(listing, {kept: recipe}, options, watch)

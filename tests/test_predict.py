@@ -181,6 +181,17 @@ def test_logits_that_an_older_version_kept_are_gone_on_with(world: Path, tmp_pat
     assert (older / "diary.txt").exists()
 
 
+def test_logits_that_are_damaged_are_made_again(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.parquet"
+    store = Store(predict(world / "logistic", world / "photos", out).store)
+    expected = rows_of(out)
+    (shard,) = store.shards()
+    shard.write_bytes(shard.read_bytes()[:-100])
+    result = predict(world / "logistic", world / "photos", out)
+    assert result.summary is not None and result.summary.num_embedded == 24
+    assert rows_of(out) == expected
+
+
 def test_the_source_is_listed_once(world: Path, tmp_path: Path) -> None:
     listing = list_images(world / "photos")
     assert listing.source == str(world / "photos")
