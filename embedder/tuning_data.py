@@ -80,12 +80,6 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Labe
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     classes, codes = codes_of(columns["label"], model.is_multilabel, model.classes)
     parts = columns["part"]
-    if len(set(columns["image_id"])) < len(parts) or not (parts == TRAIN).any():
-        raise ModelError(
-            f"The model must tell each image once, and which it was trained on. Received: "
-            f"{Path(path) / PREDICTIONS_FILE}, with {len(parts):,} rows of "
-            f"{len(set(columns['image_id'])):,} images, {(parts == TRAIN).sum():,} trained on"
-        )
     test = np.flatnonzero(parts == TEST)
     if not len(test):
         split = recorded(model.record, "options", "split")
@@ -93,6 +87,12 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Labe
             f"The model must have been tested on images of its own, which fine-tuning is then "
             f"judged by. Received: {path}, trained with {split}; train it with "
             f"--split 0.2 or with official lists"
+        )
+    if len(set(columns["image_id"])) < len(parts) or not (parts == TRAIN).any():
+        raise ModelError(
+            f"The model must tell each image once, and which it was trained on. Received: "
+            f"{Path(path) / PREDICTIONS_FILE}, with {len(parts):,} rows of "
+            f"{len(set(columns['image_id'])):,} images, {(parts == TRAIN).sum():,} trained on"
         )
     train, validation = np.flatnonzero(parts == TRAIN), np.flatnonzero(parts == VALIDATION)
     if not len(validation):
