@@ -1,7 +1,9 @@
 """The command line: parse, call, exit code."""
 
+import io
 import os
 import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -354,6 +356,9 @@ def _check_steps(steps: list[list[str]]) -> None:
 
 def main() -> None:
     """Entry point of the `embedder` command."""
+    for stream in (sys.stdout, sys.stderr):  # names of files hold anything, in any locale
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with interrupts.ending_the_process():
         app()
 

@@ -361,7 +361,7 @@ def _remembered_batch_size(recipe: Recipe, name: str, num_threads: int) -> int |
     try:
         content = json.loads(_batch_size_file(recipe, name, num_threads).read_bytes())
         batch_size = int(content["batch_size"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return batch_size if batch_size >= 1 else None
 
@@ -408,7 +408,7 @@ _CHECKSUM_FILE = "model.sha256"
 
 def _is_intact(folder: Path) -> bool:
     try:
-        return (folder / _CHECKSUM_FILE).read_text() == _checksum(folder)
+        return (folder / _CHECKSUM_FILE).read_bytes() == _checksum(folder).encode()
     except OSError:
         return False
 

@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,15 +155,29 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """A path of this machine's file systems.
 
     Raises:
-        EmbedderError: It is a URL, which would become a folder of that name.
+        EmbedderError: It is a URL, which would become a folder of that name, or no path at all.
     """
     text = os.fspath(path)
+    if "\0" in text:  # from a job file
+        raise EmbedderError(f"A path cannot have a NUL. Received: {text!r}")
     if "://" in text:
         raise EmbedderError(
             f"What is written must be on a file system; buckets cannot be written to. "
             f"Received: {text}"
         )
     return Path(text)
+
+
+def regular(path: Path) -> Path:
+    """The same path, of which it is known that opening it does not wait for another process.
+
+    Raises:
+        OSError: There is no such file, or it is a FIFO, a socket or a device.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return path
 
 
 def is_temporary(path: Path) -> bool:

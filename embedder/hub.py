@@ -112,7 +112,7 @@ def _check_folder(folder: Path) -> None:
     for file in sorted(folder.glob("*.json")):
         try:
             config = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise WeightsError(f"{file} cannot be read: {error}") from error
         check_configuration(config, file)
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import RecipeError, SourceError, StoreError
+from embedder.files import regular
 from embedder.store import Store
 
 _JOINT = ";"  # between several labels of an image, where they are one text
@@ -171,12 +172,12 @@ def read_named_column(file: Path, column: str) -> dict[str, str]:
         SourceError: The file cannot be read, or lacks one of the columns.
     """
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
+        with regular(file).open(newline="", encoding="utf-8-sig") as lines:
             # A path that begins with a space must be quoted: `path, label` is more common.
             reader = csv.DictReader(lines, skipinitialspace=True)
             names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: no UTF-8, or a NUL in a name
         raise SourceError(f"The label file {file} cannot be read: {error}") from error
     if "path" not in names or column not in names:
         raise SourceError(
@@ -190,7 +191,11 @@ def read_named_column(file: Path, column: str) -> dict[str, str]:
 def _read_list(pattern: str, number: int) -> dict[str, str]:
     labels = {}
     path = Path(pattern)
-    for file in sorted(path.parent.glob(path.name)) or [path]:
+    try:
+        files = sorted(path.parent.glob(path.name)) or [path]
+    except (OSError, ValueError) as error:  # such as ** within a name
+        raise SourceError(f"The label lists {pattern} cannot be found: {error}") from error
+    for file in files:
         for fields in read_fields(file):
             if not 1 < number <= len(fields):
                 raise SourceError(
@@ -208,8 +213,8 @@ def read_fields(file: Path) -> list[list[str]]:
         SourceError: The file cannot be read.
     """
     try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
+        with regular(file).open(newline="", encoding="utf-8-sig") as lines:
             rows = list(csv.reader(lines, skipinitialspace=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: no UTF-8, or a NUL in a name
         raise SourceError(f"The list {file} cannot be read: {error}") from error
     return [[field.strip() for field in row] for row in rows if any(map(str.strip, row))]

@@ -48,7 +48,9 @@ def lease(
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("a+b")
     except OSError as error:
-        raise StoreError(f"The store {folder} cannot be written: {error.strerror}") from error
+        raise StoreError(
+            f"The store {folder} cannot be written: {error.strerror or error}"
+        ) from error
     with file:
         if not _is_locked(file, folder):
             logger.info("%s is writing the store %s: waiting for it", _describe(file), folder)
@@ -95,5 +97,5 @@ def _describe(file: BinaryIO) -> str:
     try:
         whose = json.loads(file.read())
         return f"Process {whose['process']} on {whose['host']}, since {whose['since']},"
-    except (OSError, ValueError, KeyError, TypeError):  # it is signing just now
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it is signing just now
         return "Another run"

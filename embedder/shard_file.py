@@ -25,6 +25,7 @@ from embedder.recipe import Recipe
 
 _FINGERPRINT, _RECIPE, _DIGESTS = b"embedder.fingerprint", b"embedder.recipe", b"embedder.digests"
 _ROW_GROUP_ROWS = 8192
+_SENSELESS = pa.ArrowException, ValueError, TypeError, KeyError, AttributeError, RecursionError
 
 
 @dataclass(frozen=True)
@@ -184,19 +185,19 @@ def read(
         StoreError: It is of another recipe, has other columns, or cannot be read just now.
     """
     with reading(path):
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with (
+            _opened(path) as source,
+            pq.ParquetFile(source, page_checksum_verification=True) as file,
+        ):
             schema = file.schema_arrow
             _check_schema(path, schema, expected)
             names = schema.names if columns is None else columns
             table = file.read([c for c in schema.names if c in names and c not in without])
         _check_digests(path, table)
-        for field in expected.fields:
-            if (
-                field.name in table.column_names
-                and not field.nullable
-                and table[field.name].null_count
-            ):
-                raise DamagedShard(_damaged(path, f"the column {field.name} has nulls"))
+        always = {field.name for field in expected.fields if not field.nullable}
+        for name in (always | set(expected.vectors)).intersection(table.column_names):
+            if table[name].null_count or _has_null_items(table[name]):
+                raise DamagedShard(_damaged(path, f"the column {name} has nulls"))
     if columns is not None and (missing := set(columns) - set(table.column_names)):
         raise StoreError(
             f"The shard {path} has no column {', '.join(sorted(missing))}. "
@@ -211,8 +212,8 @@ def read_schema(path: Path, expected: Columns) -> pa.Schema:
     Raises:
         StoreError: As in `read`.
     """
-    with reading(path):
-        schema = pq.read_schema(path)
+    with reading(path), _opened(path) as source:
+        schema = pq.read_schema(source)
         _check_schema(path, schema, expected)
     return schema
 
@@ -223,8 +224,12 @@ def num_rows_of(path: Path) -> int:
     Raises:
         StoreError: As in `read`.
     """
-    with reading(path):
-        return int(pq.read_metadata(path).num_rows)
+    with reading(path), _opened(path) as source:
+        return int(pq.read_metadata(source).num_rows)
+
+
+def _opened(path: Path) -> pa.OSFile:
+    return pa.OSFile(os.fsencode(path))  # given a text, Arrow wants it to be UTF-8
 
 
 def has_digests(table: pa.Table) -> bool:
@@ -235,6 +240,8 @@ def has_digests(table: pa.Table) -> bool:
 def _check_schema(path: Path, schema: pa.Schema, expected: Columns) -> None:
     _check_fingerprint(path, (schema.metadata or {}).get(_FINGERPRINT), expected.recipe)
     found = dict(zip(schema.names, schema.types, strict=True))
+    if len(found) < len(schema.names):
+        raise DamagedShard(_damaged(path, "it has two columns of one name"))
     for field in expected.fields:
         if found.get(field.name) != field.type:
             reason = f"{field.name} must be of {field.type}, and is of {found.get(field.name)}"
@@ -245,6 +252,13 @@ def _check_schema(path: Path, schema: pa.Schema, expected: Columns) -> None:
         if not isinstance(lists, pa.FixedSizeListType) or lists.value_type != dtype:
             reason = f"{name} must be of vectors of {dtype}, and is of {found.get(name)}"
             raise DamagedShard(_damaged(path, reason))
+
+
+def _has_null_items(column: pa.ChunkedArray) -> bool:
+    """Whether a value within a vector is missing."""
+    chunks = [getattr(chunk, "storage", chunk) for chunk in column.chunks]
+    lists = [chunk for chunk in chunks if pa.types.is_fixed_size_list(chunk.type)]
+    return any(chunk.values.null_count for chunk in lists)
 
 
 def _check_fingerprint(path: Path, found: bytes | None, recipe: Recipe) -> None:
@@ -268,6 +282,7 @@ def _check_digests(path: Path, table: pa.Table) -> None:
 def reading(path: Path) -> Iterator[None]:
     """Tell damage from trouble: only what is in the file can be damage."""
     try:
+        _check_regular(path)
         yield
     except StoreError:
         raise
@@ -282,8 +297,17 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} cannot be read: {os.strerror(error.errno)}. Nothing is known to be wrong with "
             f"what is in it"
         ) from error
-    except (pa.ArrowException, ValueError, TypeError, KeyError, AttributeError) as error:
+    except _SENSELESS as error:
         raise DamagedShard(_damaged(path, error)) from error
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse what is no file before it is opened: a FIFO waits for its writer."""
+    if not path.is_file() and os.path.lexists(path):
+        raise StoreError(
+            f"Every file of a store must be a regular file, or a link to one. Received: {path}. "
+            f"Move it out of the store"
+        )
 
 
 def _damaged(path: Path, reason: object) -> str:

@@ -112,13 +112,13 @@ def list_images(source: str | os.PathLike[str]) -> Listing:
     path = Path(text)
     if "://" in text:
         listing = _list_url(text)
-    elif path.is_dir():
+    elif stat.S_ISDIR(mode := _mode_of(path)):
         listing = _list_folder(path, None)
-    elif path.is_file():
+    elif stat.S_ISREG(mode):
         listing = _list_manifest(path)
     elif any(mark in text for mark in "*?["):
         root, pattern = _split_glob(text)
-        if not root.is_dir():
+        if not stat.S_ISDIR(_mode_of(root)):
             raise SourceError(f"There is no folder {root}, where the glob {text} begins")
         listing = _list_folder(root, re.compile(glob_translate(pattern)))
     else:
@@ -130,6 +130,18 @@ def list_images(source: str | os.PathLike[str]) -> Listing:
     if listing.refs.num_rows == 0:
         raise SourceError(f"The source {text} holds no image{_describe_skipped(listing.skipped)}")
     return replace(listing, source=text)
+
+
+def _mode_of(path: Path) -> int:
+    """What is at a path, as `os.stat` has it; 0 where nothing is."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
+        return 0
+    except OSError as error:
+        if error.errno in _LASTING_ERRORS:  # such as a glob, longer than a name may be
+            return 0
+        raise SourceError(f"The source {path} cannot be read: {error.strerror}") from error
 
 
 def _check_unique(refs: pa.Table, source: str) -> None:
@@ -416,12 +428,13 @@ def _read_manifest(manifest: Path) -> pa.Table:
         elif kind == ".csv":
             table = _read_csv(manifest)
         elif kind == ".parquet":
-            table = pq.read_table(manifest)
+            with pa.OSFile(os.fsencode(manifest)) as file:  # a text must be UTF-8
+                table = pq.read_table(file)
         else:
             raise SourceError(
                 f"A manifest must be one of {', '.join(MANIFEST_EXTENSIONS)}. Received: {manifest}"
             )
-    except (pa.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise SourceError(f"The manifest {manifest} cannot be read: {error}") from error
     if "path" not in table.column_names:
         raise SourceError(
@@ -445,7 +458,9 @@ def _read_manifest(manifest: Path) -> pa.Table:
 def _read_csv(manifest: Path) -> pa.Table:
     # Text as written: guessed types would turn the label 007 into 7.
     parse = pa.csv.ParseOptions(newlines_in_values=True)
-    with pa.csv.open_csv(manifest, parse_options=parse) as reader:
+    with pa.csv.open_csv(pa.OSFile(os.fsencode(manifest)), parse_options=parse) as reader:
         names = reader.schema.names
     convert = pa.csv.ConvertOptions(column_types={name: pa.string() for name in names})
-    return pa.csv.read_csv(manifest, parse_options=parse, convert_options=convert)
+    return pa.csv.read_csv(
+        pa.OSFile(os.fsencode(manifest)), parse_options=parse, convert_options=convert
+    )

@@ -1,5 +1,6 @@
 """Splits: which labelled rows a head is trained on, chosen by, and judged by."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def _official(spec: str, store: Store, ids: NDArray[np.object_]) -> Split:
 
 def _parts(spec: str, store: Store) -> dict[str, str]:
     folder = Path(spec)
-    if spec and folder.is_dir():
+    if spec and os.path.isdir(folder):  # unlike Path's, false also of what is too long for a name
         parts: dict[str, str] = {}
         lists = [path for path in sorted(folder.glob("*.txt")) if path.stem.lower() in _NAMES]
         for path in lists:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from embedder import shard_file
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
-from embedder.files import is_temporary, local_path, remove_abandoned, whole_file
+from embedder.files import is_temporary, local_path, regular, remove_abandoned, whole_file
 from embedder.lease import LOCK_FILE
 from embedder.recipe import VIEW, Recipe
 from embedder.shard_file import Columns
@@ -122,7 +122,7 @@ class Store:
         self.path = local_path(path)
         file = self.path / RECIPE_FILE
         try:
-            content = json.loads(file.read_bytes())
+            content = json.loads(regular(file).read_bytes())
             where = {name: content[name] for name in _WHERE if content.get(name)}
             self.recipe = Recipe(**content["recipe"], **where)
             fingerprint = content["fingerprint"]
@@ -159,7 +159,7 @@ class Store:
             "versions": versions,
         }
         where = {name: getattr(recipe, name) for name in _WHERE if getattr(recipe, name)}
-        is_written = file.exists()
+        is_written = os.path.exists(file)
         if is_written:
             store = cls(folder)
             # The same weights can be somewhere else now.
@@ -483,10 +483,10 @@ def check_place(folder: Path) -> None:
     Raises:
         StoreError: It does.
     """
-    if (folder / RECIPE_FILE).exists():
-        return
     own = {EMBEDDINGS, FAILURES, RUNS, LOCK_FILE}
     try:
+        if (folder / RECIPE_FILE).exists():
+            return
         entries = list(folder.iterdir()) if folder.exists() else []
         others = [e.name for e in entries if e.name not in own and not is_temporary(e)]
         others += [
@@ -522,7 +522,7 @@ def shard_name(
 
 def _read_run(file: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(file.read_bytes())
+        record = json.loads(regular(file).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     is_record = isinstance(record, dict) and all(
