@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from embedder import backbones as backbone_table
-from embedder import cli_heads, cli_tuning, console, interrupts
+from embedder import cli_heads, cli_tuning, console, interrupts, shard_file
 from embedder import demo as demo_job
 from embedder import doctor as doctor_job
 from embedder import verify as verify_job
@@ -159,7 +159,7 @@ def inspect(store: _StorePath) -> None:
             zip(failures["stage"].to_pylist(), failures["error"].to_pylist(), strict=True)
         )
         files = [path for kind in ("embeddings", "failures") for path in opened.shards(kind)]
-        num_bytes = sum(path.stat().st_size for path in files)
+        num_bytes = sum(map(shard_file.num_bytes_of, files))
         facts = {
             "rows": f"{len(opened):,}",
             "failures": f"{failures.num_rows:,}",

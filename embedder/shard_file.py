@@ -228,6 +228,16 @@ def num_rows_of(path: Path) -> int:
         return int(pq.read_metadata(source).num_rows)
 
 
+def num_bytes_of(path: Path) -> int:
+    """Size of a file.
+
+    Raises:
+        StoreError: As in `read`.
+    """
+    with reading(path):
+        return path.stat().st_size
+
+
 def _opened(path: Path) -> pa.OSFile:
     return pa.OSFile(os.fsencode(path))  # given a text, Arrow wants it to be UTF-8
 

@@ -397,7 +397,7 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES)
-@settings(max_examples=8, derandomize=True, **COMMON)
+@settings(max_examples=6, derandomize=True, **COMMON)
 @given(data=st.data())
 def test_damage_is_told_or_does_no_harm(world: World, kind: str, data: Any) -> None:
     check_damage(kind, data.draw, world)
@@ -449,6 +449,19 @@ def test_nobody_waits_for_a_fifo(
     world: World, tmp_path: Path, pattern: str, name: str, rule: str
 ) -> None:
     assert rule in told(world, tmp_path, name, lambda folder: with_fifo(first(folder, pattern)))
+
+
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+@pytest.mark.parametrize("name", ["extract", "inspect", "verify", "train", "predict"])
+def test_a_shard_that_is_a_link_which_leads_nowhere_is_told(
+    world: World, tmp_path: Path, name: str, target: str
+) -> None:
+    def damage(folder: Path) -> None:
+        path = first(folder, "features/embeddings/*")
+        path.unlink()
+        path.symlink_to(path if target == "itself" else target)
+
+    assert "a regular file, or a link to one" in told(world, tmp_path, name, damage)
 
 
 def test_a_run_record_that_is_a_fifo_is_none(world: World, tmp_path: Path) -> None:

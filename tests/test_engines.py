@@ -78,12 +78,15 @@ print([name for name in ("tensorflow", "keras", "openvino_telemetry") if sys.mod
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("damage", ["change", "remove"])
+@pytest.mark.parametrize("damage", ["change", "remove", "no checksum"])
 def test_a_damaged_cache_is_mended(lite0: Recipe, pixels: NDArray[np.uint8], damage: str) -> None:
     before = embed_all(lite0, "openvino", 3, pixels)
     file = exported_model(lite0).with_suffix(".bin")
     content = file.read_bytes()
-    file.unlink()  # and not written in place: engines of other tests have it mapped into memory
+    if damage == "no checksum":
+        (file.parent / "model.sha256").write_bytes(b"\xff")
+    else:
+        file.unlink()  # and not written in place: engines of other tests have it mapped into memory
     if damage == "change":
         middle = len(content) // 2
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
@@ -288,7 +291,8 @@ def test_the_batch_size_that_was_found_is_used_from_then_on(
     file.write_text(json.dumps({"batch_size": 3}))  # so that it is told from the default
     assert load(lite0, "openvino", None, 2).batch_size == 3
     assert load(lite0, "openvino", 5, 2).batch_size == 5
-    for damaged in ("damaged", '{"batch_size": 0}'):
+    nested, infinite = "[" * 100_000, '{"batch_size": 1e999}'
+    for damaged in ("damaged", '{"batch_size": 0}', "[]", infinite, nested):
         file.write_text(damaged)
         assert not engines.is_batch_size_known(lite0, "openvino", 2)
     assert load(lite0, "openvino", None, 2).batch_size == 4

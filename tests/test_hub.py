@@ -154,3 +154,10 @@ def test_a_preset_of_another_size_says_which(tmp_path: Path) -> None:
 def test_a_preset_brings_its_weights(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="brings its own weights. Received: weights=random"):
         make_recipe(f"hub:{tmp_path}", "random")
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000], ids=["cut", "nested"])
+def test_a_preset_whose_configuration_cannot_be_read_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(WeightsError, match=r"config\.json cannot be read: "):
+        make_recipe(f"hub:{tmp_path}")

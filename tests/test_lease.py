@@ -79,9 +79,10 @@ def test_waiting_ends_with_the_other_run(tmp_path: Path, caplog: pytest.LogCaptu
         logger.removeFilter(end_the_other)
 
 
-def test_a_lock_that_says_nothing_is_respected_all_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", "[" * 100_000], ids=lambda t: t[:4])
+def test_a_lock_that_says_nothing_is_respected_all_the_same(tmp_path: Path, text: str) -> None:
     other = hold(tmp_path)
-    (tmp_path / LOCK_FILE).write_text("")
+    (tmp_path / LOCK_FILE).write_text(text)
     with pytest.raises(StoreBusy, match="Another run is writing"), lease(tmp_path, patience=0.0):
         pass
     other.communicate("\n")
