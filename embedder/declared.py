@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from embedder.errors import WeightsError
+from embedder.files import regular
 from embedder.weights import import_keras
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def read_json(path: Path) -> Any:
         OSError: It cannot be read.
         ValueError: It is too long, too deep, or no JSON.
     """
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return parse_json(file.read(MAX_JSON_BYTES + 1))
 
 

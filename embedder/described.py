@@ -6,6 +6,7 @@ Anybody can edit them. Whoever reads them gets what is described here, or a `Mod
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from embedder.declared import read_json
 from embedder.errors import ModelError
+from embedder.files import regular
 
 MODEL_FILE = "model.json"
 METRICS_FILE = "metrics.json"
@@ -240,7 +242,8 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
         ModelError: It cannot be read, or lacks a column of that type.
     """
     try:
-        table = pq.read_table(path, partitioning=None)
+        with pa.OSFile(os.fsencode(regular(path))) as file:  # a text must be UTF-8
+            table = pq.read_table(file)
         table.validate(full=True)  # such as that texts are UTF-8
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error

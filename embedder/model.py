@@ -21,7 +21,7 @@ from embedder.described import (
     read_description,
 )
 from embedder.errors import ModelError, RecipeError, RecipeMismatch
-from embedder.files import local_path
+from embedder.files import local_path, regular
 from embedder.keras_head import KerasHead
 from embedder.recipe import Recipe
 
@@ -204,7 +204,7 @@ class Model:
 def _load_head(folder: Path, head: dict[str, Any], num_classes: int) -> Any:
     file = folder / head["file"]
     try:
-        content = file.read_bytes()
+        content = regular(file).read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a model: it has no {file.name}") from None
     except OSError as error:
