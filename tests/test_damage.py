@@ -401,7 +401,7 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", FILES)
-@settings(max_examples=5, derandomize=True, **COMMON)
+@settings(max_examples=4, derandomize=True, **COMMON)
 @given(data=st.data())
 def test_damage_is_told_or_does_no_harm(world: World, kind: str, data: Any) -> None:
     check_damage(kind, data.draw, world)
