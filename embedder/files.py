@@ -165,6 +165,11 @@ def local_path(path: str | os.PathLike[str]) -> Path:
             f"What is written must be on a file system; buckets cannot be written to. "
             f"Received: {text}"
         )
+    try:
+        os.lstat(text)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise EmbedderError(f"{error.strerror}: {text[:80]}...") from error
     return Path(text)
 
 

@@ -101,9 +101,10 @@ def predict(
     model, path = Model.load(model_path), local_path(out)
     if top_k < 1:
         raise RecipeError(f"`top_k` must be at least 1. Received: top_k={top_k}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    # `Path.is_file` raises where a name is longer than a name may be; these do not.
+    if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
         raise RecipeError(f"OUT must be a file in a folder that exists. Received: {path}")
-    if (Path(source) / RECIPE_FILE).is_file():
+    if os.path.isfile(Path(source) / RECIPE_FILE):
         store = Store(source)
         model.check_recipe(store.recipe, f"the store {store.path}")
         return Predictions(path, *_write(model, store, path, top_k), store.path)

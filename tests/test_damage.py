@@ -418,6 +418,17 @@ def test_much_damage_is_told_or_does_no_harm(world: World, kind: str, data: Any)
 # Named cases: what was found, each as small as it gets. --------------------------------------
 
 
+def test_an_audit_of_a_store_without_rows_says_so(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    extracted = ("extract", str(photos), str(tmp_path / "out"), *SMALL, "--max-failures", "1")
+    assert CliRunner().invoke(app, extracted).exit_code == 0
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--audit", "3"])
+    assert result.exit_code == 0
+    assert "the store has no rows to embed again" in result.output
+
+
 def told(world: World, tmp_path: Path, name: str, damage: Callable[[Path], None]) -> str:
     """What a command says, in one line, of a copy of the world that is damaged."""
     folder = tmp_path / "damaged"
@@ -540,6 +551,12 @@ LONG = "x" * 300  # longer than a name may be
         (["train", "{}/features", "{}/new", "--labels", f"{LONG}.csv:x"], "File name too long"),
         (["train", "{}/features", "{}/new", "--labels", "a\0b.csv:x"], "null"),
         (["train", "{}/features", "{}/new", "--labels", "a**.txt:2"], "cannot be found"),
+        (["train", "{}/features", f"{{}}/{LONG}"], "File name too long"),
+        (["export", "{}/model", LONG, "--format", "onnx"], "File name too long"),
+        (["finetune", "{}/model", "{}/photos", LONG], "File name too long"),
+        (["predict", "{}/model", LONG, "{}/new.parquet"], "which does not exist"),
+        (["predict", "{}/model", "{}/photos", LONG], "File name too long"),
+        (["evaluate", LONG, "{}/features"], "File name too long"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
