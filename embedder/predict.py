@@ -104,7 +104,7 @@ def predict(
     # `Path.is_file` raises where a name is longer than a name may be; these do not.
     if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
         raise RecipeError(f"OUT must be a file in a folder that exists. Received: {path}")
-    if os.path.isfile(Path(source) / RECIPE_FILE):
+    if os.path.isfile(Path(source) / RECIPE_FILE):  # noqa: PTH113
         store = Store(source)
         model.check_recipe(store.recipe, f"the store {store.path}")
         return Predictions(path, *_write(model, store, path, top_k), store.path)
