@@ -8,6 +8,7 @@ from typing import Any
 
 from embedder.demo import images_folder
 from embedder.errors import JobError
+from embedder.files import regular
 
 MAX_BYTES = 2**20  # of a job
 MAX_CHARACTERS = 2**16  # of a word, which systems take no longer
@@ -36,7 +37,7 @@ def read_job(path: Path, overrides: dict[str, str]) -> list[list[str]]:
         SourceError: The job is about the demo images, which are not installed.
     """
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             encoded = file.read(MAX_BYTES + 1)
         if len(encoded) > MAX_BYTES:
             raise JobError(f"A job must have at most {MAX_BYTES:,} bytes. Received: {path}")

@@ -48,8 +48,10 @@ def lease(
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("a+b")
     except OSError as error:
+        # It is the lock that is in the way, where it is no file.
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         raise StoreError(
-            f"The store {folder} cannot be written: {error.strerror or error}"
+            f"The store {folder} cannot be written: {where}{error.strerror or error}"
         ) from error
     with file:
         if not _is_locked(file, folder):

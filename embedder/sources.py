@@ -122,9 +122,10 @@ def list_images(source: str | os.PathLike[str]) -> Listing:
             raise SourceError(f"There is no folder {root}, where the glob {text} begins")
         listing = _list_folder(root, re.compile(glob_translate(pattern)))
     else:
+        why = f"is {_KINDS.get(stat.S_IFMT(mode), 'none of them')}" if mode else "does not exist"
         raise SourceError(
             f"The source must be a folder, a glob, a manifest ({', '.join(MANIFEST_EXTENSIONS)}) "
-            f"or a URL. Received: {text}, which does not exist"
+            f"or a URL. Received: {text}, which {why}"
         )
     _check_unique(listing.refs, text)
     if listing.refs.num_rows == 0:

@@ -1,5 +1,8 @@
 """Job files say what would be typed, and are refused before anything is started."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -179,3 +182,13 @@ def test_the_demo_images_have_a_name_in_jobs(tmp_path: Path) -> None:
     pytest.importorskip("conformal_clip_data", reason="needs the demo images")
     ((_, source, _),) = (words for words in read_job(JOBS / "textile.toml", {})[:1])
     assert len(list(Path(source).rglob("*.jpg"))) == 2000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no FIFOs")
+def test_a_job_that_is_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "job.toml")
+    command = [sys.executable, "-m", "embedder", "run", "job.toml"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2
+    assert "The job job.toml cannot be read: " in found.stderr
+    assert "not a regular file" in found.stderr

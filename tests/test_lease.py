@@ -94,6 +94,12 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         pass
 
 
+def test_a_lock_that_is_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).mkdir()
+    with pytest.raises(StoreError, match=r"written: .*/\.lock: Is a dir"), lease(tmp_path):
+        pass
+
+
 def test_the_command_line_tells_a_second_run_and_waits_when_asked(
     archive: Path, tmp_path: Path
 ) -> None:

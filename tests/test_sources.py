@@ -186,6 +186,13 @@ def test_a_source_that_does_not_exist_is_refused_with_what_there_can_be(tmp_path
         list_images(tmp_path / "nope")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no FIFOs")
+def test_a_source_that_is_a_fifo_is_named_as_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "photos.txt")
+    with pytest.raises(SourceError, match=r"photos\.txt, which is a FIFO$"):
+        list_images(tmp_path / "photos.txt")
+
+
 # The names and kinds of the shared odd files ---------------------------------------------------
 
 
