@@ -193,7 +193,7 @@ def read(
             _check_schema(path, schema, expected)
             names = schema.names if columns is None else columns
             table = file.read([c for c in schema.names if c in names and c not in without])
-        _check_digests(path, table)
+        _check_digests(path, table, expected)
         always = {field.name for field in expected.fields if not field.nullable}
         for name in (always | set(expected.vectors)).intersection(table.column_names):
             if table[name].null_count or _has_null_items(table[name]):
@@ -281,8 +281,12 @@ def _check_fingerprint(path: Path, found: bytes | None, recipe: Recipe) -> None:
     )
 
 
-def _check_digests(path: Path, table: pa.Table) -> None:
-    digests: dict[str, str] = json.loads((table.schema.metadata or {}).get(_DIGESTS, b"{}"))
+def _check_digests(path: Path, table: pa.Table, expected: Columns) -> None:
+    if not has_digests(table):
+        return
+    digests: dict[str, str] = json.loads(table.schema.metadata[_DIGESTS])
+    if not isinstance(digests, dict) or not {"image_id", *expected.vectors} <= digests.keys():
+        raise DamagedShard(_damaged(path, "its digests are not those of its columns"))
     for name in set(digests).intersection(table.column_names):
         if digest_of(table[name]) != digests[name]:
             raise DamagedShard(_damaged(path, f"the column {name} does not have its digest"))

@@ -162,6 +162,16 @@ def test_shards_of_older_versions_are_read_as_they_are(store: Store) -> None:
     assert not shard_file.has_digests(store.read_shard(path.name))
 
 
+@pytest.mark.parametrize("digests", [b"{}", b"[1]", b"null", b'{"image_id": ""}', b"x"])
+def test_digests_that_are_not_of_all_columns_are_damage(store: Store, digests: bytes) -> None:
+    (path,) = store.shards()
+    table = pq.read_table(path, partitioning=None)
+    metadata = table.schema.metadata | {b"embedder.digests": digests}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(DamagedShard, match=r"a\.parquet is damaged: .*--repair"):
+        store.read_shard("a.parquet", columns=["bytes"])
+
+
 def test_dropping_rows_leaves_a_shard_with_digests(store: Store) -> None:
     store.drop({"a.parquet": IDS[:2]})
     assert shard_file.has_digests(store.read_shard("a.parquet"))
