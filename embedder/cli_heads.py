@@ -1,6 +1,5 @@
 """The commands on heads: train, evaluate, predict, export. Each imports what it needs to run."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,7 +93,7 @@ def train(
         facts = {"model": model}
         if report:
             facts["report"] = str(Path(model) / REPORT_FILE)
-        facts["next"] = f"embedder predict {shlex.quote(model)} SOURCE predictions.parquet"
+        facts["next"] = f"embedder predict {console.shell_word(model)} SOURCE predictions.parquet"
         for note in head_report.notes_of(trained):
             console.out.print(note)
         console.out.print()

@@ -1,7 +1,6 @@
 """The commands of the second pass: finetune, compare. They import what they need when they run."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -173,7 +172,7 @@ def _print_tuned(metrics: dict[str, Any], path: Path, is_new: bool) -> None:
         "seconds": ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items()),
         "verdict": tuning["verdict"],
         "model": str(path),
-        "next": f"embedder export {shlex.quote(str(path))} OUT --format onnx",
+        "next": f"embedder export {console.shell_word(str(path))} OUT --format onnx",
     }
     console.print_facts(facts)
 

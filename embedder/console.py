@@ -1,6 +1,7 @@
 """What the command line shows: messages, progress, summaries, and exit statuses."""
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -224,7 +225,7 @@ def print_summary(summary: Summary) -> None:
         facts["stages"] = f"{stages} (summed over threads)"
         facts["bottleneck"] = summary.bottleneck
     facts["store"] = summary.store
-    facts["next"] = f"embedder inspect {shlex.quote(summary.store)}"
+    facts["next"] = f"embedder inspect {shell_word(summary.store)}"
     print_facts(facts)
     if reasons := summary.failures + summary.unreadable:
         print_reasons(reasons)
@@ -276,3 +277,13 @@ def interval(metric: dict[str, float]) -> str:
 def size(num_bytes: int) -> str:
     """Bytes as text."""
     return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def shell_word(text: str) -> str:
+    """Quote a word of a command to type, also a name that is not UTF-8, as bash reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+        return f"$'{os.fsencode(escaped).decode('utf-8', 'backslashreplace')}'"
+    return shlex.quote(text)

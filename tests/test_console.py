@@ -1,5 +1,8 @@
 """What the command line prints: names as they are, and failures by kind."""
 
+import os
+import shutil
+import subprocess
 from collections import Counter
 
 import pytest
@@ -58,3 +61,12 @@ def test_the_table_of_reasons_has_a_line_for_each_kind(capsys: pytest.CaptureFix
     output = capsys.readouterr().out
     assert "2,000     read   N bytes are missing" in output
     assert "more reasons" not in output
+
+
+@pytest.mark.parametrize("name", [b"plain", b"two words", b"a'b\xffc\\d", b"\xe9t\xe9 \xff1"])
+def test_a_word_of_a_command_is_read_by_bash_as_it_was(name: bytes) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    command = f"printf %s {console.shell_word(os.fsdecode(name))}"
+    assert subprocess.run(["bash", "-c", command], capture_output=True).stdout == name
+    command.encode()  # it can be printed as it is
