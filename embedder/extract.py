@@ -459,9 +459,10 @@ def _shards(todo: pa.Table, shard_size: int) -> Iterator[pa.Table]:
 def _too_many_failures(num_failed: int, max_failures: float, summary: Summary) -> str:
     reasons = grouped_reasons(summary.failures + summary.unreadable).most_common(3)
     most = "; ".join(f"{count:,} x {stage}: {error}" for (stage, error), count in reasons)
+    most = f"Most often: {most}" if most else "All of them in earlier runs"
     return (
         f"{num_failed:,} of {summary.num_inputs:,} images failed; `--max-failures` allows a share "
-        f"of {max_failures}. Most often: {most}. What is done is kept, and so are rows of images "
+        f"of {max_failures}. {most}. What is done is kept, and so are rows of images "
         f"that cannot be read now: see "
         f"`embedder inspect {summary.store}`, and run again with a larger share to go on"
     )

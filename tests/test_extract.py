@@ -380,6 +380,9 @@ def test_too_many_failures_stop_the_run_and_keep_what_is_done(tmp_path: Path) ->
     assert store.failures().num_rows > 7
     store = embedder.extract(folder, tmp_path / "out", max_failures=0.5, **SMALL)
     assert (len(store), store.failures().num_rows) == (40, 30)
+    Image.fromarray(picture(99)).save(folder / "a.jpg")
+    with pytest.raises(Unfinished, match=r"0\.1\. All of them in earlier runs\. What is done"):
+        embedder.extract(folder, tmp_path / "out", **SMALL)
 
 
 # Requests that make no sense. ----------------------------------------------------------------
