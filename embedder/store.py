@@ -130,8 +130,10 @@ class Store:
             raise StoreError(
                 f"{self.path} is not a feature store: it has no {RECIPE_FILE}"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
+        except (OSError, ValueError, RecipeError) as error:
             raise StoreError(f"{file} cannot be read: {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{file} cannot be read: it is not as a store has it") from error
         except RecursionError:
             raise StoreError(f"{file} cannot be read: it is nested too deeply") from None
         if fingerprint != self.recipe.fingerprint:

@@ -143,6 +143,13 @@ def test_a_recipe_that_cannot_be_read_is_told(store: Store, content: str) -> Non
         Store(store.path)
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"recipe": []}'])
+def test_a_recipe_that_is_something_else_is_told_in_plain_words(store: Store, content: str) -> None:
+    (store.path / "recipe.json").write_text(content)
+    with pytest.raises(StoreError, match=r"recipe\.json cannot be read: it is not as a store has"):
+        Store(store.path)
+
+
 def test_a_fingerprint_that_is_not_the_recipes_is_told(store: Store) -> None:
     file = store.path / "recipe.json"
     content = json.loads(file.read_text())
