@@ -108,7 +108,8 @@ def extract(
         bool, typer.Option("--repair", help="Put damaged shards aside and make them again.")
     ] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for another run that is writing STORE.")
+        bool,
+        typer.Option("--wait", help="Wait until another run that writes STORE ends; else 10 s."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:

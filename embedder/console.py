@@ -189,7 +189,7 @@ def print_summaries(summaries: list[Summary]) -> None:
 def print_summary(summary: Summary) -> None:
     """Show what became of one store."""
     new = f"{summary.num_embedded:,} new" if summary.num_embedded else "nothing new"
-    facts = {"rows": f"{summary.total_rows:,} in the store, {new}"}
+    facts = {"rows": f"{_total(summary.total_rows)} in the store, {new}"}
     for name, count in {
         "changed": summary.num_changed,
         "same content": summary.num_updated,
@@ -198,7 +198,8 @@ def print_summary(summary: Summary) -> None:
     }.items():
         if count:
             facts[name] = f"{count:,}"
-    facts["failures"] = f"{summary.total_failures:,} in the store, {summary.num_failures:,} new"
+    total = _total(summary.total_failures)
+    facts["failures"] = f"{total} in the store, {summary.num_failures:,} new"
     if summary.num_retried:
         facts["tried again"] = f"{summary.num_retried:,} that had failed"
     if summary.unreadable:
@@ -229,6 +230,10 @@ def print_summary(summary: Summary) -> None:
     print_facts(facts)
     if reasons := summary.failures + summary.unreadable:
         print_reasons(reasons)
+
+
+def _total(count: int | None) -> str:
+    return "an unknown number" if count is None else f"{count:,}"
 
 
 def print_facts(facts: dict[str, str]) -> None:

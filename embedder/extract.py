@@ -296,7 +296,7 @@ class _Target:
         if options.repair:
             self.summary.repaired = self.store.put_damaged_aside()
             for name, reason in self.summary.repaired.items():
-                logger.warning("put aside as damaged/%s: %s", name.replace("/", "-"), reason)
+                logger.warning("%s is put aside, in damaged/, and made again: %s", name, reason)
         self.summary.num_dropped += drop_repeated(self.store, self._refs)
         plan = self._plan = make_plan(
             self._refs, self.store, limit=options.limit, retry_failed=options.retry_failed

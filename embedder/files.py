@@ -162,7 +162,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         raise EmbedderError(f"A path cannot have a NUL. Received: {text!r}")
     if "://" in text:
         raise EmbedderError(
-            f"What is written must be on a file system; buckets cannot be written to. "
+            f"Stores, models and what else is written must be on a file system, not behind a URL. "
             f"Received: {text}"
         )
     try:

@@ -218,14 +218,16 @@ def read_schema(path: Path, expected: Columns) -> pa.Schema:
     return schema
 
 
-def num_rows_of(path: Path) -> int:
-    """Number of rows of a file.
+def num_rows_of(path: Path, recipe: Recipe) -> int:
+    """Number of rows of a file, which must be of this recipe.
 
     Raises:
         StoreError: As in `read`.
     """
     with reading(path), _opened(path) as source:
-        return int(pq.read_metadata(source).num_rows)
+        metadata = pq.read_metadata(source)
+        _check_fingerprint(path, (metadata.metadata or {}).get(_FINGERPRINT), recipe)
+        return int(metadata.num_rows)
 
 
 def num_bytes_of(path: Path) -> int:

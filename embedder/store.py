@@ -230,7 +230,7 @@ class Store:
 
     def num_rows_of(self, name: str) -> int:
         """Number of a shard's rows, views too, without reading them."""
-        return shard_file.num_rows_of(self.path / EMBEDDINGS / name)
+        return shard_file.num_rows_of(self.path / EMBEDDINGS / name, self.recipe)
 
     def _schemas(self) -> Iterator[pa.Schema]:
         expected = self._expected(EMBEDDINGS)
@@ -446,7 +446,9 @@ class Store:
             for name in damaged:
                 aside = self.path / DAMAGED / name.replace("/", "-")
                 aside.parent.mkdir(exist_ok=True)
-                (self.path / name).replace(aside)
+                while aside.exists():  # it was damaged before
+                    aside = aside.with_name(f"again-{aside.name}")
+                (self.path / name).rename(aside)
         except OSError as error:
             raise StoreError(f"{aside} cannot be written: {error.strerror}") from error
         return damaged

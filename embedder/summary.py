@@ -6,11 +6,13 @@ import socket
 import time
 import uuid
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from embedder import engines
+from embedder.errors import StoreError
 from embedder.pipeline import STAGES, Receipt
 from embedder.recipe import Recipe
 from embedder.sources import Listing
@@ -92,8 +94,8 @@ class Summary:
         num_parallel: Batches that a worker's engine takes at the same time.
         recipe: What was computed.
         status: `done`, or why not.
-        total_rows: Rows in the store after the run.
-        total_failures: Failures in the store after the run.
+        total_rows: Rows in the store after the run; None where they cannot be counted.
+        total_failures: Failures in the store after the run; None where they cannot be counted.
         seconds_total: The whole command, in seconds.
     """
 
@@ -131,8 +133,8 @@ class Summary:
     num_threads: int = 1
     num_parallel: int = 1
     status: str = "started"
-    total_rows: int = 0
-    total_failures: int = 0
+    total_rows: int | None = None
+    total_failures: int | None = None
     seconds_total: float = 0.0
 
     @classmethod
@@ -246,10 +248,11 @@ class Summary:
         """Count what the store holds now, and keep the record there.
 
         Raises:
-            StoreError: The store cannot be read or written.
+            StoreError: The record cannot be written.
         """
-        self.total_rows = len(store)
-        self.total_failures = store.index(FAILURES).num_rows
+        with suppress(StoreError):  # which has ended the run, and is told
+            self.total_rows = len(store)
+            self.total_failures = store.index(FAILURES).num_rows
         self.seconds_total = time.time() - self.started
         store.write_run(self.record(), uuid.uuid4().hex[:8])
 

@@ -177,7 +177,8 @@ def test_repair_makes_damaged_shards_again_and_says_which(extracted: Path, archi
     assert "--repair" in verified.stdout
     repaired = run("extract", archive, extracted, *SMALL, "--repair")
     assert repaired.returncode == 0, repaired.stderr
-    assert f"Warning: put aside as damaged/embeddings-{path.name}" in repaired.stderr
+    assert f"Warning: embeddings/{path.name} is put aside, in damaged/" in repaired.stderr
+    assert f"1 damaged files made again: embeddings/{path.name}" in repaired.stdout
     after = Store(extracted)
     assert all(
         np.array_equal(v, before[i]) for i, v in zip(after.ids(), after.vectors(), strict=True)

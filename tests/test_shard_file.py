@@ -98,7 +98,7 @@ def test_a_shard_of_another_recipe_is_named_and_neither_read_nor_rewritten(
     rule = (
         rf"of its recipe, {store.recipe.fingerprint}. Received: .*b\.parquet.*{recipe.fingerprint}"
     )
-    for read in (store.ids, store.vectors, store.index, store.column_names):
+    for read in (store.ids, store.vectors, store.index, store.column_names, store.__len__):
         with pytest.raises(StoreError, match=rule):
             read()
     with pytest.raises(StoreError, match=rule):

@@ -204,6 +204,10 @@ def test_damaged_files_are_put_aside_by_name(store: Store) -> None:
     aside = {path.name for path in (store.path / "damaged").iterdir()}
     assert aside == {f"embeddings-{bad}", f"failures-{bad}"}
     assert store.put_damaged_aside() == {}
+    write(store, ["b"], ["c"])
+    (store.path / "embeddings" / bad).write_bytes(b"PAR1")
+    store.put_damaged_aside()
+    assert (store.path / "damaged" / f"again-embeddings-{bad}").read_bytes() == b"PAR1"
 
 
 def test_reading_an_empty_store_says_so(store: Store) -> None:
