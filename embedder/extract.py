@@ -217,14 +217,17 @@ def _recorded(targets: "list[_Target]") -> Iterator[None]:
         status = str(error)
         raise
     finally:
+        errors = []
         for target in targets:
             target.summary.status = status
             try:
                 target.summary.finish(target.store)
-            except StoreError as error:  # it must not hide what ended the run
-                if status == "done":
-                    raise Unfinished(f"All is done, but not recorded: {error}") from error
-                logger.warning("the run is not recorded: %s", error)
+            except StoreError as error:
+                errors.append(error)
+        if errors and status != "done":  # it must not hide what ended the run
+            logger.warning("the run is not recorded: %s", errors[0])
+        elif errors:
+            raise Unfinished(f"All is done, but not recorded: {errors[0]}") from errors[0]
 
 
 @contextmanager
