@@ -457,7 +457,7 @@ def with_fifo(path: Path) -> None:
         ("features/embeddings/*", "verify", "a regular file, or a link to one. Received: "),
         ("features/failures/*", "inspect", "a regular file, or a link to one. Received: "),
         ("labels.csv", "train", "labels.csv cannot be read: "),
-        ("photos/list.csv", "extract", "list.csv, which does not exist"),
+        ("photos/list.csv", "extract", "list.csv, which is a FIFO"),
     ],
 )
 def test_nobody_waits_for_a_fifo(
