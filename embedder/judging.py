@@ -183,7 +183,8 @@ def evaluate_model(
     if targets.num_unlabelled:
         notes.append(f"{targets.num_unlabelled:,} rows have no label.")
     if not include_trained:
-        trained = _trained_on(Path(model_path))
+        num_trained_on = model.record.get("provenance", {}).get("num_trained_on", 0)
+        trained = _trained_on(Path(model_path), num_trained_on)
         checksums = store.sha256()[targets.rows]
         which = np.array([row for row in which if checksums[row] not in trained], np.int64)
         if left_out := len(targets.rows) - len(which):
@@ -204,8 +205,12 @@ def evaluate_model(
     return Judged(metrics_of(test, coarse_of), notes)
 
 
-def _trained_on(model_path: Path) -> set[str]:
+def _trained_on(model_path: Path, num_trained_on: int) -> set[str]:
     """Checksums of the images that a model has learnt from, with a label or a pseudo-label.
+
+    Args:
+        model_path: Folder of the model.
+        num_trained_on: Images with a label that its record says it has learnt from.
 
     Raises:
         ModelError: The model does not tell.
@@ -220,5 +225,10 @@ def _trained_on(model_path: Path) -> set[str]:
             f"images"
         ) from error
     rows = zip(table["sha256"].to_pylist(), table["part"].to_pylist(), strict=True)
-    trained = {sha256 for sha256, part in rows if part in (TRAIN, VALIDATION, CROSS_VALIDATED)}
-    return trained | set(also["sha256"].to_pylist() if also is not None else [])
+    trained = [sha256 for sha256, part in rows if part in (TRAIN, VALIDATION, CROSS_VALIDATED)]
+    if len(trained) < num_trained_on:
+        raise ModelError(
+            f"A model must tell what it was trained on. Received: {file} with {len(trained):,} "
+            f"of the {num_trained_on:,} images. --include-trained tests on all images"
+        )
+    return set(trained) | set(also["sha256"].to_pylist() if also is not None else [])

@@ -666,6 +666,17 @@ def test_what_compare_reads_of_a_model_must_make_sense(
     assert f"{tmp_path}/damaged/model" in message
 
 
+def test_predictions_that_have_lost_rows_do_not_pass_training_images_off_as_unseen(
+    world: World, tmp_path: Path
+) -> None:
+    def damage(folder: Path) -> None:
+        table = pq.read_table(path := folder / "model" / "predictions.parquet")
+        pq.write_table(table.slice(0, 0), path)
+
+    message = told(world, tmp_path, "evaluate", damage)
+    assert "predictions.parquet with 0 of the 9 images" in message
+
+
 @pytest.mark.parametrize("change", ["missing", "retyped", "FIFO"])
 def test_predictions_that_compare_cannot_use_are_told(
     world: World, tmp_path: Path, change: str
