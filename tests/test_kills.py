@@ -50,7 +50,6 @@ from embedder.trained import TrainOptions
 metrics.NUM_RESAMPLES = 50
 store, out = Store(sys.argv[1]), Path(sys.argv[2])
 options = TrainOptions(duplicates=None)
-options = TrainOptions(duplicates=None)
 older, newer = (train(store, "folder", head, options) for head in ("ridge", "centroid"))
 def save(head):
     head.save(out, lambda folder: (folder / "report.html").write_text(head.model.head))
