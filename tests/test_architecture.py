@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "embedder"
+from tests.support import ROOT
+
+PACKAGE = ROOT / "embedder"
 
 # Each module imports only from its left.
 ORDER = (

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
 
 from embedder import networks
 from embedder.backbones import build, load_network, make_recipe, weights_file
@@ -16,6 +15,7 @@ from embedder.networks import BACKBONES
 from embedder.sources import list_images, read_bytes
 from embedder.torch_pickle import read_state_dict
 from embedder.weights import PackagedWeights
+from tests.support import picture
 
 LITE = [name for name in BACKBONES if "lite" in name]
 # ImageNet classes that the Grocery photographs hold too.

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ANIMALS, add_rows, animal_vectors, make_archive, picture
 from PIL import Image
 
 import embedder
 from embedder.store import Store
+from tests.support import ANIMALS, ROOT, add_rows, animal_vectors, make_archive, picture
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
-from conftest import ANIMALS, add_rows, animal_vectors, make_archive, picture
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from embedder.heads import train
 from embedder.model import Model
 from embedder.store import Store
 from embedder.trained import TrainOptions
+from tests.support import ANIMALS, add_rows, animal_vectors, make_archive, picture
 
 SIZE = (64, 96)
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"

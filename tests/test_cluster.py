@@ -15,8 +15,7 @@ import pytest
 from embedder import cluster
 from embedder.cluster import NUM_CORES, Pool, Task, connect
 from embedder.errors import ClusterError, Unfinished
-
-TESTS = Path(__file__).parent
+from tests.support import ROOT
 
 
 def double(task: Task, number: int) -> int:
@@ -66,7 +65,7 @@ def results(pool: Pool, function: object, items: list[object]) -> list[object]:
 
 
 @contextmanager
-def scheduler_with_workers(*worker_options: str, path: Path = TESTS) -> Iterator[str]:
+def scheduler_with_workers(*worker_options: str, path: Path = ROOT) -> Iterator[str]:
     """A real Dask scheduler, and a real worker for each string of options.
 
     Args:

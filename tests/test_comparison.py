@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import add_rows, animal_vectors
 from typer.testing import CliRunner
 
 from embedder.cli import app
@@ -17,6 +16,7 @@ from embedder.errors import ModelError, RecipeError
 from embedder.heads import train
 from embedder.store import Store
 from embedder.trained import TrainOptions
+from tests.support import add_rows, animal_vectors
 
 
 def outcomes(better: int, worse: int, both: int = 40, neither: int = 8) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]

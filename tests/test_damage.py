@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
-from conftest import assert_same_vectors, make_archive
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -33,6 +32,7 @@ from embedder import metrics
 from embedder.cli import app
 from embedder.errors import DamagedShard
 from embedder.store import Store
+from tests.support import assert_same_vectors, make_archive
 
 SMALL = "--image-size", "64x96", "--shard-size", "7"
 LABELS = "--labels", "{}/labels.csv:kind", "--duplicates", "none"

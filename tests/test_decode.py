@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import picture
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -24,6 +23,7 @@ from embedder.decode import FORMATS, MAX_PIXELS, decode_rgb, prepare_decoders
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
 from embedder.sources import IMAGE_EXTENSIONS
+from tests.support import picture
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)

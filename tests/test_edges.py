@@ -9,9 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from test_decode import encode, make_recipe
-from test_sources import contents, ids, touch, write
-from test_torch_pickle import FLOATS, SOUND, read, state_dict, tensor, torch_file
 
 from embedder import sources
 from embedder.decode import decode_rgb
@@ -20,6 +17,9 @@ from embedder.labels import read_labels
 from embedder.metrics import scores
 from embedder.recipe import Recipe
 from embedder.sources import list_images, read_bytes
+from tests.test_decode import encode, make_recipe
+from tests.test_sources import contents, ids, touch, write
+from tests.test_torch_pickle import FLOATS, SOUND, read, state_dict, tensor, torch_file
 
 
 # decode

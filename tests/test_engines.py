@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import picture
 from numpy.typing import NDArray
 
 from embedder import backbones, cluster, engines
@@ -19,6 +18,7 @@ from embedder.errors import EngineError, OutOfMemory, WeightsError
 from embedder.extract import RunOptions, extract
 from embedder.recipe import Recipe
 from embedder.weights import leaf_layers
+from tests.support import picture
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 import typer
-from conftest import make_archive
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
@@ -29,6 +28,7 @@ from embedder.networks import BACKBONES
 from embedder.recipe import Recipe
 from embedder.store import Store
 from embedder.weights import import_keras
+from tests.support import TESTS, make_archive
 
 SIZE = (48, 64)  # unlike sides, so that swapped axes show
 CLASSES = np.array(["cats", "do\ngs"])  # the name of a folder can hold a line break
@@ -214,7 +214,7 @@ def test_a_killed_export_leaves_the_older_one_and_the_next_one_removes_its_rest(
     out = tmp_path / "out"
     export(world.model, out, "openvino", num_images=1)
     command = ["export", str(world.model), str(out), "--format", "keras", "--images", "1"]
-    killing = Path(__file__).with_name("killing.py")
+    killing = TESTS / "killing.py"
     done = subprocess.run([sys.executable, killing, "labels.txt", "1", *command])
     assert done.returncode == -signal.SIGKILL
     assert names_in(out) == ["export.json", "labels.txt", "model.bin", "model.xml"]

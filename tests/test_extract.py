@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import make_archive, picture
 from numpy.typing import NDArray
 from PIL import Image
-from test_cluster import scheduler_with_workers
 
 import embedder
 from embedder import pipeline
@@ -32,6 +30,8 @@ from embedder.errors import (
 )
 from embedder.store import Store
 from embedder.verify import verify
+from tests.support import make_archive, picture
+from tests.test_cluster import scheduler_with_workers
 
 # A small input makes the real network fast; every pixel of these pictures still counts.
 SMALL: dict[str, Any] = {"image_size": (64, 96)}

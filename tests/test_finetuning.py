@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_archive, picture
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -49,6 +48,7 @@ from embedder.tuning_data import decode_pixels, find_paths, read_labelled, targe
 from embedder.unlabelled import Unlabelled
 from embedder.warm_start import check_start, head_task, starting_model
 from embedder.weights import import_keras
+from tests.support import TESTS, make_archive, picture
 
 SIZE = (64, 96)
 NUM_IMAGES = 40
@@ -416,7 +416,7 @@ def test_after_a_kill_it_goes_on_with_the_same_epoch(world: Path, tmp_path: Path
 
 def killed(command: list[str], part: str, number: int) -> None:
     """Run a command of the package until just before it changes a path; see `killing`."""
-    killing = Path(__file__).with_name("killing.py")
+    killing = TESTS / "killing.py"
     done = subprocess.run([sys.executable, str(killing), part, str(number), *command])
     assert done.returncode == -signal.SIGKILL
 

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_archive
 
 import embedder
 from embedder.heads import train
 from embedder.model import Model
 from embedder.trained import TrainOptions
+from tests.support import TESTS, make_archive
 
 SIZE = (64, 96)
 # A limit on the size of a file is met as a full disk is: by an error when it is written.
@@ -89,9 +89,7 @@ def test_a_fine_tuning_says_which_file(world: Path, tmp_path: Path, limit: int, 
     words = ["--strategy", "bias", "--epochs", "1", "--batch-size", "8"]
     if file == "backbone.weights.h5":  # which is smaller than a checkpoint
         command = ["finetune", world / "model", world / "photos", tmp_path / "out", *words]
-        done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("killing.py"), "half-", "1", *command]
-        )
+        done = subprocess.run([sys.executable, TESTS / "killing.py", "half-", "1", *command])
         assert done.returncode < 0
     message = refused(
         limit, "finetune", world / "model", world / "photos", tmp_path / "out", *words

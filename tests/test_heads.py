@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ANIMALS, DIM, add_rows, animal_vectors
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
@@ -23,6 +22,7 @@ from embedder.model import Model, logits_of
 from embedder.recipe import Recipe
 from embedder.store import Store
 from embedder.trained import TrainOptions, compare
+from tests.support import ANIMALS, DIM, add_rows, animal_vectors
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import assert_same_vectors
 
 from embedder import extract
 from embedder.backbones import build, find_backbone, load_network, make_recipe
@@ -15,6 +14,7 @@ from embedder.conformance import check_features, check_input_stage
 from embedder.errors import RecipeError, RecipeMismatch, WeightsError
 from embedder.extract import RunOptions, run_extraction
 from embedder.verify import verify
+from tests.support import assert_same_vectors
 
 keras_hub = pytest.importorskip("keras_hub", reason="needs KerasHub: pip install 'embedder[hub]'")
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_archive
 from typer.testing import CliRunner
 
 from embedder.cli import app
 from embedder.errors import JobError
 from embedder.job_file import read_job
 from embedder.store import Store
+from tests.support import ROOT, make_archive
 
-JOBS = Path(__file__).parents[1] / "jobs"
+JOBS = ROOT / "jobs"
 
 JOB = """
 [variables]

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import rows_of
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.exceptions import SkipTestWarning
@@ -26,6 +25,7 @@ from embedder.keras_head import KerasHead, _held_out, store_batches
 from embedder.recipe import Recipe
 from embedder.store import FAILURE_SCHEMA, Store
 from embedder.weights import import_keras
+from tests.support import rows_of
 
 DIM = 6
 ANIMALS = np.array(["cat", "dog", "owl"])

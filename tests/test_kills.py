@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import add_rows, animal_vectors
 
 from embedder.recipe import Recipe
 from embedder.store import Store
+from tests.support import TESTS, add_rows, animal_vectors
 
-KILLING = Path(__file__).with_name("killing.py")
+KILLING = TESTS / "killing.py"
 
 
 def run(script: str, *arguments: str | Path) -> list[list[str]]:
@@ -41,7 +41,7 @@ def features(tmp_path: Path) -> Path:
 SAVE = """
 import sys
 from pathlib import Path
-from killing import kills
+from tests.killing import kills
 from embedder import metrics
 from embedder.heads import train
 from embedder.model import Model
@@ -79,7 +79,7 @@ PREDICT = """
 import sys
 from pathlib import Path
 import pyarrow.parquet as pq
-from killing import kills
+from tests.killing import kills
 from embedder.heads import train
 from embedder.predict import predict
 from embedder.store import Store

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DIM, add_rows
 
 from embedder.errors import RecipeError, SourceError, StoreError
 from embedder.labels import read_labels, read_targets
 from embedder.store import Store
+from tests.support import DIM, add_rows
 
 
 def test_folder_is_the_first_folder_and_parent_the_containing_one(store: Store) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import assert_same_vectors
 
 from embedder import extract
 from embedder.errors import RecipeError
 from embedder.verify import verify
+from tests.support import assert_same_vectors
 
 SMALL: dict[str, Any] = {"backbone": "mobilenet", "weights": "random", "image_size": (64, 96)}
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import run
 
 from embedder.errors import StoreBusy, StoreError
 from embedder.lease import LOCK_FILE, lease
 from embedder.store import Store
+from tests.test_cli import run
 
 COMMAND = sys.executable, "-m", "embedder"
 _HOLD = """

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from embedder.cli import app
 from embedder.store import Store
+from tests.support import TESTS
 
-MADE = Path(__file__).with_name("made_before")
+MADE = TESTS / "made_before"
 HEADS = "logistic", "svm", "ridge", "lda", "knn", "centroid", "linear", "mlp"
 
 

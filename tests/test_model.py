@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import add_rows, animal_vectors
 from scipy.special import softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
@@ -18,6 +17,7 @@ from embedder.heads import train
 from embedder.model import Model, logits_of
 from embedder.store import Store
 from embedder.trained import TrainOptions
+from tests.support import add_rows, animal_vectors
 
 
 @pytest.fixture

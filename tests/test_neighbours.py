@@ -5,12 +5,12 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from conftest import make_archive
 from numpy.typing import NDArray
 
 import embedder
 from embedder.errors import RecipeError
 from embedder.neighbours import near_duplicate_groups
+from tests.support import make_archive
 
 
 def vectors_with_copies(num_rows: int, num_copies: int, cosine: float) -> NDArray[np.float32]:

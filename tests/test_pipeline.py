@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import MeanColour, make_archive, picture
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -31,6 +30,7 @@ from embedder.pipeline import (
 from embedder.recipe import Recipe
 from embedder.sources import list_images
 from embedder.store import Store
+from tests.support import MeanColour, make_archive, picture
 
 
 def run(

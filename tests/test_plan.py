@@ -6,12 +6,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from test_store import make_failures, make_rows
 
 from embedder.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import Recipe
 from embedder.sources import REF_SCHEMA
 from embedder.store import FAILURES, Store
+from tests.test_store import make_failures, make_rows
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_archive, picture
 from PIL import Image
 
 import embedder
@@ -25,6 +24,7 @@ from embedder.sources import Listing, list_images
 from embedder.store import Store
 from embedder.trained import TrainOptions
 from embedder.verify import verify
+from tests.support import make_archive, picture
 
 SIZE = (64, 96)
 

@@ -10,13 +10,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from conftest import picture
 from PIL import Image
 
 import embedder
 from embedder.demo import images_folder
+from tests.support import TESTS, picture
 
-FILE = Path(__file__).with_name("reference_vectors.json")
+FILE = TESTS / "reference_vectors.json"
 NUM_VALUES = 32  # of each vector's 1,280
 TOLERANCE = 1e-4  # as a share of the largest value: OpenVINO sums in another order on other CPUs
 

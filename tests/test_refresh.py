@@ -8,9 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WebServer, body, make_archive, status
-from test_cli import run
-from test_extract import SMALL, assert_same, counts, vectors_by_id
 
 import embedder
 from embedder.errors import RecipeError, Unfinished
@@ -18,6 +15,9 @@ from embedder.pipeline import Job, extract_shard, toolbox_of
 from embedder.sources import list_images
 from embedder.store import FAILURES
 from embedder.verify import verify
+from tests.support import WebServer, body, make_archive, status
+from tests.test_cli import run
+from tests.test_extract import SMALL, assert_same, counts, vectors_by_id
 
 
 @pytest.fixture

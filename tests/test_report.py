@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import picture
 from PIL import Image
 
 from embedder import figures
@@ -26,6 +25,7 @@ from embedder.report import (
     thumbnail_of,
     write_report,
 )
+from tests.support import picture
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from conftest import assert_same_vectors
 
 from embedder.backbones import make_recipe
 from embedder.extract import RunOptions, run_extraction
 from embedder.recipe import Recipe
 from embedder.store import Store
+from tests.support import assert_same_vectors
 
 
 def recipes_in(folder: Path, **sizes: tuple[int, int]) -> dict[str, Recipe]:

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import rows_of
 from numpy.typing import NDArray
 
 from embedder import shard_file
@@ -19,6 +18,7 @@ from embedder.errors import DamagedShard, StoreError
 from embedder.recipe import Recipe
 from embedder.shard_file import digest_of, vector_array
 from embedder.store import FAILURES, Store, shard_name
+from tests.support import rows_of
 
 DIM = 4
 IDS = [f"image-{number}" for number in range(6)]

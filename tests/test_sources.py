@@ -16,12 +16,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import WebServer, body, status
 from fsspec.registry import known_implementations
 
 from embedder import sources
 from embedder.errors import ReadError, SourceError
 from embedder.sources import REF_SCHEMA, Listing, list_images, read_bytes
+from tests.support import WebServer, body, status
 
 MOMENT = datetime(2024, 2, 29, 12, 30, 15, 123456, UTC)
 

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import rows_of
 
 from embedder.errors import EmbedderError, RecipeMismatch, StoreError
 from embedder.recipe import Recipe
 from embedder.store import FAILURE_SCHEMA, FAILURES, Store, shard_name
+from tests.support import ROOT, rows_of
 
 DIM = 6
 
@@ -274,8 +274,8 @@ def test_a_failed_write_leaves_nothing_behind(store: Store) -> None:
     """A limit on the size of files stands in for a full disk: the same call fails."""
     code = f"""
 import resource, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_store import *
+sys.path.insert(0, {str(ROOT)!r})
+from tests.test_store import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store = Store({str(store.path)!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

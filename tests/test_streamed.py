@@ -6,7 +6,6 @@ from typing import Any, NoReturn
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ANIMALS, DIM, add_rows, animal_vectors, rows_of
 from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
@@ -26,6 +25,7 @@ from embedder.splits import TRAIN, VALIDATION
 from embedder.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
 from embedder.streamed import make_streamed_split, parts_of, read_features
 from embedder.trained import Head, TrainOptions
+from tests.support import ANIMALS, DIM, add_rows, animal_vectors, rows_of
 
 ALONE = TrainOptions(duplicates=None)
 

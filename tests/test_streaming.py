@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from test_cluster import scheduler_with_workers
 
 from embedder import streaming
 from embedder.cluster import connect
@@ -17,8 +16,10 @@ from embedder.ridge import RidgeHead
 from embedder.store import Store
 from embedder.streaming import ridge_sums
 from embedder.sums import Sums, signs, sums_by_fold
+from tests.support import ROOT
+from tests.test_cluster import scheduler_with_workers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 from planning import make_listing, write_store
 
 NUM_ROWS, DIM, NUM_CLASSES = 3000, 12, 5  # three shards

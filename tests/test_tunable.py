@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_same_vectors, make_archive, picture
 
 import embedder
 from embedder.backbones import load_network, make_recipe
@@ -13,6 +12,7 @@ from embedder.model_files import save_network
 from embedder.recipe import Recipe
 from embedder.tunable import FEATURES, make_tunable, seed_layers
 from embedder.weights import import_keras
+from tests.support import assert_same_vectors, make_archive, picture
 
 SIZE = (64, 96)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ANIMALS, DIM, add_rows, animal_vectors, make_archive
 from PIL import Image
 
 from embedder.decode import decode_rgb
@@ -26,6 +25,7 @@ from embedder.tuning_data import (
     read_activations,
     read_labelled,
 )
+from tests.support import ANIMALS, DIM, add_rows, animal_vectors, make_archive
 
 UNKNOWN = "0" * 64
 

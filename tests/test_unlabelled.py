@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ANIMALS, DIM, animal_vectors, rows_of
 from numpy.typing import NDArray
 
 from embedder import metrics, unlabelled
@@ -21,6 +20,7 @@ from embedder.model import logits_of
 from embedder.recipe import Recipe
 from embedder.store import FAILURE_SCHEMA, Store, shard_name
 from embedder.trained import Head, TrainOptions
+from tests.support import ANIMALS, DIM, animal_vectors, rows_of
 
 NOISE = 0.4  # clusters touch: four labels of each leave every fifth image wrong
 

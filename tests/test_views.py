@@ -11,11 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from conftest import MeanColour, assert_same_vectors, make_archive, picture
 from numpy.typing import NDArray
 from PIL import Image
-from test_decode import CROPS, encode, make_recipe
-from test_pipeline import run
 from typer.testing import CliRunner
 
 import embedder
@@ -29,6 +26,9 @@ from embedder.recipe import MAX_VIEWS, Recipe
 from embedder.store import Store
 from embedder.verify import Check, verify
 from embedder.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of
+from tests.support import MeanColour, assert_same_vectors, make_archive, picture
+from tests.test_decode import CROPS, encode, make_recipe
+from tests.test_pipeline import run
 
 NUM_VIEWS = 4
 SMALL: dict[str, Any] = {"image_size": (64, 96)}

@@ -12,8 +12,6 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import assert_same_vectors
-from test_networks import save_legacy
 
 from embedder import engines
 from embedder.backbones import build, load_network, make_recipe
@@ -21,6 +19,8 @@ from embedder.errors import RecipeError, WeightsError
 from embedder.extract import extract
 from embedder.verify import verify
 from embedder.weights import PublishedWeights
+from tests.support import assert_same_vectors
+from tests.test_networks import save_legacy
 
 SIZE = (64, 96)
 

@@ -1,0 +1,165 @@
+"""What several tests share: generated archives, a simple engine, a zoo of vectors, a web server."""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+
+from embedder.engines import Features
+from embedder.recipe import Recipe
+from embedder.store import FAILURE_SCHEMA, Store, row_schema, shard_name, vector_array
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TESTS = ROOT / "tests"
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def make_archive(folder: Path, num_images: int, first_seed: int = 0) -> Path:
+    """Write pictures of smooth random colours, in folders `cats` and `dogs`."""
+    for number in range(num_images):
+        path = (
+            folder
+            / ("cats", "dogs")[number % 2]
+            / f"{number:03d}.{('jpg', 'png')[number % 3 == 0]}"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(first_seed + number)).save(path)
+    return folder
+
+
+def picture(seed: int, height: int = 90, width: int = 120) -> NDArray[np.uint8]:
+    """A picture of smooth random colours: uint8 (height, width, 3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def assert_same_vectors(received: NDArray[Any], expected: NDArray[Any]) -> None:
+    """Equal but for rounding: to 1e-5 of the largest value, whatever the values' size."""
+    largest = np.abs(expected).max()
+    assert largest > 0
+    np.testing.assert_allclose(received, expected, atol=1e-5 * largest)
+
+
+class MeanColour:
+    """An engine simple enough to check by eye: (batch, height, width, 3) to (batch, 3)."""
+
+    name = "mean-colour"
+    device = "CPU"
+
+    def __init__(
+        self,
+        batch_size: int = 4,
+        num_parallel: int = 2,
+        before: Callable[[NDArray[np.uint8]], None] | None = None,
+    ) -> None:
+        self.batch_size, self.num_parallel, self._before = batch_size, num_parallel, before
+
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        assert pixels.shape[0] == self.batch_size
+        if self._before is not None:
+            self._before(pixels)
+        return {"embedding": pixels.mean(axis=(1, 2), dtype=np.float32)}
+
+
+def rows_of(
+    recipe: Recipe,
+    ids: list[str],
+    vectors: NDArray[Any],
+    extras: dict[str, list[Any]] | None = None,
+) -> pa.Table:
+    """Rows of files of 1 byte, with these vectors and manifest columns."""
+    extras = extras or {}
+    stored = vector_array(vectors.astype(recipe.store_dtype))
+    fields = [pa.field(name, pa.array(values).type) for name, values in extras.items()]
+    count = len(ids)
+    columns = [
+        ids,
+        [hashlib.sha256(image_id.encode()).hexdigest() for image_id in ids],
+        [1] * count,
+        [4] * count,
+        [3] * count,
+        ["PNG"] * count,
+        [None] * count,
+        *extras.values(),
+        stored,
+    ]
+    return pa.table(columns, schema=row_schema(recipe, {"embedding": stored.type}, fields))
+
+
+DIM = 16
+ANIMALS = ("cats", "dogs", "owls")
+
+
+def add_rows(
+    store: Store, ids: list[str], vectors: NDArray[Any], extras: dict[str, list[Any]] | None = None
+) -> None:
+    """Write one shard."""
+    rows = rows_of(store.recipe, ids, vectors, extras)
+    store.write_shard(rows, FAILURE_SCHEMA.empty_table(), shard_name(store.recipe, ids))
+
+
+def animal_vectors(animals: Iterable[str], seed: int = 0, noise: float = 0.2) -> NDArray[Any]:
+    """Each class in a direction of its own, with noise: float32 (n, DIM), no two rows alike."""
+    means = np.array([np.eye(DIM)[ANIMALS.index(animal)] for animal in animals])
+    random = np.random.default_rng(seed)
+    return (means + noise * random.normal(size=means.shape)).astype(np.float32)
+
+
+class WebServer:
+    """An HTTP server whose answers are functions of a request handler, by path.
+
+    Attributes:
+        url: Of its root, with no slash at the end.
+        answers: By path, such as `/a.jpg`; what is not there is answered with 404.
+    """
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
+        answers = self.answers
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                with contextlib.suppress(ConnectionError):  # whoever asked had enough
+                    answers.get(self.path, status(404))(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def status(code: int) -> Callable[[BaseHTTPRequestHandler], None]:
+    """An answer that is an error."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_error(code)
+
+    return answer
+
+
+def body(content: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    """An answer with this body, and a Content-Length that is true unless the headers say other."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        for name, value in ({"Content_Length": str(len(content))} | headers).items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
