@@ -93,32 +93,41 @@ DOORS = {
 }
 
 
+def path_of(module: str) -> Path:
+    return PACKAGE / f"{module.replace('.', '/')}.py"
+
+
 def imports_of(path: Path) -> Iterator[str]:
     """Names of all modules that a file imports, also within functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "embedder":
-            yield from (f"embedder.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            inner = [name for name in names if path_of(name.removeprefix("embedder.")).exists()]
+            yield from inner or [module]
 
 
 def test_every_module_has_its_place_in_the_order() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ORDER)
+    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    modules = {str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for path in files}
+    assert modules == set(ORDER)
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_a_module_imports_only_from_its_left(module: str) -> None:
     inner = {
-        name.split(".")[1] for name in imports_of(PACKAGE / f"{module}.py") if "embedder." in name
+        name.removeprefix("embedder.")
+        for name in imports_of(path_of(module))
+        if name.startswith("embedder.")
     }
     assert inner <= set(ORDER[: ORDER.index(module)])
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_heavy_libraries_have_one_door(module: str) -> None:
-    libraries = {name.split(".")[0] for name in imports_of(PACKAGE / f"{module}.py")}
+    libraries = {name.split(".")[0] for name in imports_of(path_of(module))}
     assert [library for library in libraries if module not in DOORS.get(library, {module})] == []
 
 
