@@ -4,7 +4,7 @@ All read the same JPEG files and bring them to EfficientNet-Lite0's size with it
 threads as cores, in turn, several rounds, after a warm-up that is not counted. The two others are
 measured where they are installed: `pip install opencv-python-headless simplejpeg`.
 
-- `exact`, `scaled`: `embedder.decode.decode_rgb`.
+- `exact`, `scaled`: `embedder.decode.decode.decode_rgb`.
 - `opencv`: `cv2.imdecode`, crop, `cv2.resize` with `INTER_AREA`. It rotates by EXIF itself.
 - `simplejpeg`: `simplejpeg.decode_jpeg`, rotation, crop and resize by Pillow.
 
@@ -31,7 +31,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from embedder import engines
 from embedder.backbones import make_recipe
 from embedder.cluster import NUM_CORES
-from embedder.decode import decode_rgb, prepare_decoders
+from embedder.decode.decode import decode_rgb, prepare_decoders
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources import list_images, read_bytes
 

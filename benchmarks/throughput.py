@@ -37,7 +37,7 @@ import embedder
 from embedder import engines
 from embedder.backbones import EMBEDDING, build, import_keras, make_recipe
 from embedder.cluster import NUM_CORES
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.recipe import Recipe
 from embedder.sources import list_images, read_bytes
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from embedder import engines
 from embedder.backbones import load_network, row_of
 from embedder.cluster import NUM_CORES
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.verify import Check
 from embedder.weights import import_keras

@@ -21,7 +21,7 @@ from embedder.conformance import (
     embed,
     test_card,
 )
-from embedder.decode import FORMATS, decode_rgb
+from embedder.decode.decode import FORMATS, decode_rgb
 from embedder.demo import images_folder
 from embedder.errors import EngineError, SourceError
 from embedder.recipe import Recipe

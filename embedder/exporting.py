@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder import backbones, hub
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.engines import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
 from embedder.extract import Progress, RunOptions

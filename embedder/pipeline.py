@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedder import engines
-from embedder.decode import DecodedImage, decode_rgb, prepare_decoders
+from embedder.decode.decode import DecodedImage, decode_rgb, prepare_decoders
 from embedder.engines import Engine, Features
 from embedder.errors import (
     DecodeError,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
 
-from embedder.decode import DecodedImage
+from embedder.decode.decode import DecodedImage
 from embedder.described import read_table, recorded
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.judging import PREDICTIONS_FILE, PREDICTIONS_SCHEMA

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embedder import engines
 from embedder.cluster import NUM_CORES
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
 from embedder.pipeline import finished_vectors, load_head
 from embedder.plan import make_plan

@@ -14,7 +14,16 @@ PACKAGE = ROOT / "embedder"
 
 # Each module imports only from its left.
 ORDER = (
-    *("errors", "files", "recipe", "torch_pickle", "sources", "views", "budget", "decode"),
+    *(
+        "errors",
+        "files",
+        "recipe",
+        "torch_pickle",
+        "sources",
+        "decode.views",
+        "decode.pixel_budget",
+        "decode.decode",
+    ),
     *("weights", "declared", "described", "model_files"),
     *("lite", "networks", "hub", "backbones", "engines", "lease", "shard_file", "store", "sums"),
     *("ridge", "centroid", "keras_head", "calibration", "model", "folding"),
@@ -58,7 +67,11 @@ ORDER = (
 
 DOORS = {
     "ai_edge_litert": {"formats"},
-    "PIL": {"decode", "doctor", "report"},  # doctor writes the pictures that decode then reads
+    "PIL": {
+        "decode.decode",
+        "doctor",
+        "report",
+    },  # doctor writes the pictures that decode then reads
     "bokeh": {"figures"},
     "dask": {"cluster"},
     "distributed": {"cluster"},

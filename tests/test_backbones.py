@@ -8,7 +8,7 @@ import pytest
 
 from embedder import networks
 from embedder.backbones import build, load_network, make_recipe, weights_file
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.engines import load
 from embedder.errors import RecipeError, WeightsError
 from embedder.networks import BACKBONES

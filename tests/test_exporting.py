@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import embedder
 from embedder import cli_heads
 from embedder.classifiers import make_estimator
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.exporting import export
 from embedder.formats import FORMATS, write_and_run

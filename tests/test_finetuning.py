@@ -26,7 +26,7 @@ from embedder.augmentation import Augmenter
 from embedder.backbones import load_network
 from embedder.calibration import calibrate
 from embedder.comparison import compare, read_tested
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
 from embedder.extract import RunOptions
 from embedder.finetuning import Tuned, finetune

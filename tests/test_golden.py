@@ -15,7 +15,7 @@ from PIL import Image
 
 from embedder import engines
 from embedder.backbones import load_network, make_recipe
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.demo import images_folder
 from embedder.recipe import Recipe
 from tests.support import SHARED, TESTS, picture

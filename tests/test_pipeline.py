@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder import engines, pipeline
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.engines import Features, exported_model
 from embedder.errors import EngineError, OutOfMemory, StoreError
 from embedder.pipeline import (

@@ -7,7 +7,7 @@ import pytest
 
 import embedder
 from embedder.backbones import load_network, make_recipe
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.model_files import save_network
 from embedder.recipe import Recipe
 from embedder.tunable import FEATURES, make_tunable, seed_layers

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.errors import Unfinished
 from embedder.heads import train
 from embedder.model import Model

@@ -16,18 +16,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import embedder
-from embedder import backbones, decode
+from embedder import backbones
 from embedder.cli import app
-from embedder.decode import decode_rgb
+from embedder.decode import decode
+from embedder.decode.decode import decode_rgb
+from embedder.decode.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of
 from embedder.engines import Features
 from embedder.errors import RecipeError
 from embedder.pipeline import Toolbox
 from embedder.recipe import MAX_VIEWS, Recipe
 from embedder.store import Store
 from embedder.verify import Check, verify
-from embedder.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of
+from tests.decode.test_decode import CROPS, encode, make_recipe
 from tests.support import MeanColour, assert_same_vectors, make_archive, picture
-from tests.test_decode import CROPS, encode, make_recipe
 from tests.test_pipeline import run
 
 NUM_VIEWS = 4

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError, _imaging
 from PIL.JpegImagePlugin import JpegImageFile
 
-from embedder.budget import PixelBudget
+from embedder.decode.pixel_budget import PixelBudget
+from embedder.decode.views import Augmentation, Box, draw_augmentation, part_of
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
-from embedder.views import Augmentation, Box, draw_augmentation, part_of
 
 try:
     import cykooz_resizer as simd

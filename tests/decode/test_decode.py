@@ -17,9 +17,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from embedder import decode
-from embedder.budget import PixelBudget
-from embedder.decode import FORMATS, MAX_PIXELS, decode_rgb, prepare_decoders
+from embedder.decode import decode
+from embedder.decode.decode import FORMATS, MAX_PIXELS, decode_rgb, prepare_decoders
+from embedder.decode.pixel_budget import PixelBudget
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
 from embedder.sources import IMAGE_EXTENSIONS
@@ -99,7 +99,7 @@ def test_silenced_decoders_write_nothing_to_standard_error(odd: Path) -> None:
     warns, errs = "crash-2020-10-test.tif", "m3-63c8b14ea08a18c884d05a3431716047.tif"
     code = """
 import pathlib, sys
-from embedder.decode import decode_rgb, prepare_decoders
+from embedder.decode.decode import decode_rgb, prepare_decoders
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
 
@@ -593,7 +593,7 @@ def test_scaled_resizes_with_pillow_where_nothing_faster_is_installed(tmp_path: 
 import sys
 sys.modules["cykooz_resizer"] = None
 from embedder.backbones import make_recipe
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 scaled, exact = (make_recipe(decode=how) for how in ("scaled", "exact"))
 encoded = open({str(file)!r}, "rb").read()
 assert (decode_rgb(encoded, scaled).pixels == decode_rgb(encoded, exact).pixels).all()
@@ -720,8 +720,8 @@ def test_postscript_is_refused_since_reading_it_would_run_it() -> None:
 PEAK = r"""
 import pathlib, re, sys
 from concurrent.futures import ThreadPoolExecutor
-from embedder import decode
-from embedder.budget import PixelBudget
+from embedder.decode import decode
+from embedder.decode.pixel_budget import PixelBudget
 from embedder.recipe import Recipe
 
 recipe = Recipe(backbone="none", weights="0" * 64, image_size=(48, 64))
@@ -935,7 +935,7 @@ def test_what_only_looks_like_a_scan_is_not_counted() -> None:
 _LITTLE_MEMORY = """
 import io, resource, sys
 from PIL import Image
-from embedder.decode import decode_rgb
+from embedder.decode.decode import decode_rgb
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
 recipe = Recipe(backbone="any", weights="0" * 64, image_size=(48, 64))
