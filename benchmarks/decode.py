@@ -33,7 +33,7 @@ from embedder.backbones import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb, prepare_decoders
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.sources import list_images, read_bytes
+from embedder.sources.listing import list_images, read_bytes
 
 Pixels = NDArray[np.uint8]
 Decoder = Callable[[bytes], Pixels]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from embedder.extract import DEFAULT_SHARD_SIZE
 from embedder.plan import drop_repeated, make_plan
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.sources import REF_SCHEMA
+from embedder.sources.listing import REF_SCHEMA
 from embedder.store import Store, row_schema, vector_array
 
 DIM = 8

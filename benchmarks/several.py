@@ -19,7 +19,7 @@ from embedder.backbones import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.extract import RunOptions, run_extraction
 from embedder.recipe import Recipe
-from embedder.sources import list_images
+from embedder.sources.listing import list_images
 
 PARTS = ["layers", "networks"]
 SHALLOW, DEEP = "conv4_block6_out", "conv5_block3_out"

@@ -39,7 +39,7 @@ from embedder.backbones import EMBEDDING, build, import_keras, make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb
 from embedder.recipe import Recipe
-from embedder.sources import list_images, read_bytes
+from embedder.sources.listing import list_images, read_bytes
 
 PIPELINES = ("keras", "timm float32", "timm bfloat16", "embedder float32", "embedder bfloat16")
 NUM_WARM_UP = 64

@@ -24,7 +24,7 @@ import embedder
 from embedder import cluster
 from embedder.backbones import make_recipe
 from embedder.pipeline import Job, Receipt
-from embedder.sources import list_images
+from embedder.sources.listing import list_images
 
 SHARD_SIZE = 2048
 NUM_EMPTY_SHARDS = 100

@@ -14,7 +14,7 @@ from embedder.errors import RecipeError, WeightsError
 from embedder.model_files import load_keras_model, with_canonical_names
 from embedder.networks import BACKBONES, Backbone
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.sources import RESERVED_COLUMNS
+from embedder.sources.listing import RESERVED_COLUMNS
 from embedder.weights import (
     IMAGENET,
     RANDOM,

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from embedder import backbones as backbone_table
 from embedder import cli_heads, cli_tuning, console, interrupts, shard_file
-from embedder import demo as demo_job
 from embedder import doctor as doctor_job
 from embedder import verify as verify_job
 from embedder.errors import JobError
@@ -21,6 +20,7 @@ from embedder.extract import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
 from embedder.job_file import read_job
 from embedder.networks import BACKBONES, Backbone
 from embedder.recipe import Recipe
+from embedder.sources import demo_images as demo_job
 from embedder.store import Store
 
 app = typer.Typer(

@@ -22,9 +22,9 @@ from embedder.conformance import (
     test_card,
 )
 from embedder.decode.decode import FORMATS, decode_rgb
-from embedder.demo import images_folder
 from embedder.errors import EngineError, SourceError
 from embedder.recipe import Recipe
+from embedder.sources.demo_images import images_folder
 from embedder.verify import Check
 
 _CARD_SIZE = (300, 400)  # (height, width): other than square, so that swapped axes show

@@ -37,7 +37,7 @@ from embedder.formats import (
 )
 from embedder.model import Model
 from embedder.predict import predict
-from embedder.sources import list_images, read_bytes
+from embedder.sources.listing import list_images, read_bytes
 from embedder.store import Store
 from embedder.weights import import_keras, logger
 

@@ -23,7 +23,7 @@ from embedder.pipeline import Earlier, Job, Receipt, extract_shard, toolbox_of
 from embedder.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import VIEW, Recipe
 from embedder.refresh import Refreshed, refresh_shard
-from embedder.sources import Listing, list_images
+from embedder.sources.listing import Listing, list_images
 from embedder.store import EMBEDDINGS, FAILURES, Store, check_place
 from embedder.summary import Summary, grouped_reasons
 from embedder.weights import logger

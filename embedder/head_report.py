@@ -11,7 +11,7 @@ from embedder.errors import EmbedderError
 from embedder.metrics import confusion_matrix
 from embedder.model import REPORT_FILE
 from embedder.report import MapPoint, Mistake, Report, map_coordinates, thumbnail_of, write_report
-from embedder.sources import list_images, read_bytes
+from embedder.sources.listing import list_images, read_bytes
 from embedder.trained import Head
 from embedder.weights import logger
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from embedder.demo import images_folder
 from embedder.errors import JobError
 from embedder.files import regular
+from embedder.sources.demo_images import images_folder
 
 MAX_BYTES = 2**20  # of a job
 MAX_CHARACTERS = 2**16  # of a word, which systems take no longer

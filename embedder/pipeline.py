@@ -36,7 +36,7 @@ from embedder.errors import (
     Unfinished,
 )
 from embedder.recipe import LOGITS, Recipe
-from embedder.sources import read_bytes
+from embedder.sources.listing import read_bytes
 from embedder.store import (
     FAILURE_SCHEMA,
     Store,

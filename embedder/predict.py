@@ -20,7 +20,7 @@ from embedder.files import local_path, remove_abandoned, remove_folder, whole_fi
 from embedder.lease import lease
 from embedder.model import Model
 from embedder.recipe import LOGITS, VIEW, Recipe
-from embedder.sources import Listing, list_images
+from embedder.sources.listing import Listing, list_images
 from embedder.store import RECIPE_FILE, Store, vectors_of
 from embedder.summary import Summary
 

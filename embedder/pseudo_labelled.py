@@ -10,7 +10,7 @@ from embedder.extract import RunOptions, run_extraction
 from embedder.fitting import Fitted
 from embedder.model import Model
 from embedder.self_training import PseudoLabels
-from embedder.sources import list_images
+from embedder.sources.listing import list_images
 from embedder.tuning_data import Labelled
 from embedder.unlabelled import Helped, Unlabelled, check_head, learn, read_unlabelled
 from embedder.warm_start import HeadTask

@@ -25,7 +25,7 @@ from embedder.recipe import VIEW, Recipe
 from embedder.shard_file import Columns
 from embedder.shard_file import vector_array as vector_array
 from embedder.shard_file import vectors_of as vectors_of
-from embedder.sources import MODIFIED_TYPE
+from embedder.sources.listing import MODIFIED_TYPE
 
 EMBEDDINGS = "embeddings"
 FAILURES = "failures"

@@ -18,7 +18,7 @@ from embedder.labels import codes_of
 from embedder.model import Model
 from embedder.pipeline import load_image
 from embedder.recipe import Recipe
-from embedder.sources import list_images
+from embedder.sources.listing import list_images
 from embedder.splits import TEST, TRAIN, VALIDATION, grouped_folds
 from embedder.store import Store, vectors_of
 from embedder.strategies import TuneOptions

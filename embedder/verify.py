@@ -19,7 +19,7 @@ from embedder.plan import make_plan
 from embedder.recipe import VIEW, Recipe
 from embedder.refresh import hash_of
 from embedder.shard_file import has_digests
-from embedder.sources import list_images, read_bytes
+from embedder.sources.listing import list_images, read_bytes
 from embedder.store import EMBEDDINGS, FAILURES, Store, vectors_of
 
 _Embed = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]

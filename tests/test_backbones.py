@@ -12,7 +12,7 @@ from embedder.decode.decode import decode_rgb
 from embedder.engines import load
 from embedder.errors import RecipeError, WeightsError
 from embedder.networks import BACKBONES
-from embedder.sources import list_images, read_bytes
+from embedder.sources.listing import list_images, read_bytes
 from embedder.torch_pickle import read_state_dict
 from embedder.weights import PackagedWeights
 from tests.support import picture

@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from embedder import sources
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ReadError, SourceError, WeightsError
 from embedder.labels import read_labels
 from embedder.metrics import scores
 from embedder.recipe import Recipe
-from embedder.sources import list_images, read_bytes
+from embedder.sources import listing as sources
+from embedder.sources.listing import list_images, read_bytes
 from tests.decode.test_decode import encode, make_recipe
-from tests.test_sources import contents, ids, touch, write
+from tests.sources.test_listing import contents, ids, touch, write
 from tests.test_torch_pickle import FLOATS, SOUND, read, state_dict, tensor, torch_file
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from embedder import engines
 from embedder.backbones import load_network, make_recipe
 from embedder.decode.decode import decode_rgb
-from embedder.demo import images_folder
 from embedder.recipe import Recipe
+from embedder.sources.demo_images import images_folder
 from tests.support import SHARED, TESTS, picture
 
 FILE = TESTS / "golden_vectors.json"

@@ -28,7 +28,7 @@ from embedder.pipeline import (
     toolbox_of,
 )
 from embedder.recipe import Recipe
-from embedder.sources import list_images
+from embedder.sources.listing import list_images
 from embedder.store import Store
 from tests.support import MeanColour, make_archive, picture
 

@@ -20,7 +20,7 @@ from embedder.extract import RunOptions, run_extraction
 from embedder.heads import train
 from embedder.model import Model
 from embedder.predict import SCHEMA, predict, prediction_table
-from embedder.sources import Listing, list_images
+from embedder.sources.listing import Listing, list_images
 from embedder.store import Store
 from embedder.trained import TrainOptions
 from embedder.verify import verify

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 import embedder
-from embedder.demo import images_folder
+from embedder.sources.demo_images import images_folder
 from tests.support import TESTS, picture
 
 FILE = TESTS / "reference_vectors.json"

@@ -12,7 +12,7 @@ import pytest
 import embedder
 from embedder.errors import RecipeError, Unfinished
 from embedder.pipeline import Job, extract_shard, toolbox_of
-from embedder.sources import list_images
+from embedder.sources.listing import list_images
 from embedder.store import FAILURES
 from embedder.verify import verify
 from tests.support import WebServer, body, make_archive, status

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.registry import known_implementations
 
-from embedder import sources
 from embedder.errors import ReadError, SourceError
-from embedder.sources import REF_SCHEMA, Listing, list_images, read_bytes
+from embedder.sources import listing as sources
+from embedder.sources.listing import REF_SCHEMA, Listing, list_images, read_bytes
 from tests.support import WebServer, body, status
 
 MOMENT = datetime(2024, 2, 29, 12, 30, 15, 123456, UTC)
