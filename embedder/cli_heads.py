@@ -68,7 +68,7 @@ def train(
         from embedder import head_report, heads
         from embedder.files import local_path
         from embedder.model import REPORT_FILE
-        from embedder.neighbours import DEFAULT_THRESHOLD
+        from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
         from embedder.trained import TrainOptions, check_model_folder
 
         options = TrainOptions(

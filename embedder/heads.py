@@ -17,7 +17,7 @@ from embedder.fitting import Task, features_of, fit_head
 from embedder.judging import coarse_classes, judge
 from embedder.labels import Targets, read_targets
 from embedder.model import Model
-from embedder.neighbours import near_duplicate_groups
+from embedder.neighbours.near_duplicates import near_duplicate_groups
 from embedder.splits import make_split
 from embedder.store import Store
 from embedder.streamed import (

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import embedder
 from embedder.errors import RecipeError
-from embedder.neighbours import near_duplicate_groups
+from embedder.neighbours.near_duplicates import near_duplicate_groups
 from tests.support import make_archive
 
 
