@@ -14,10 +14,10 @@ import statistics
 import tempfile
 
 from embedder import engines
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
+from embedder.backbones.table import BACKBONES
 from embedder.cluster import NUM_CORES
 from embedder.engines import images_per_second
-from embedder.networks import BACKBONES
 
 
 def speed_of(name: str, image_size: tuple[int, int] | None, rounds: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.backbones import load_network
+from embedder.backbones.resolve import load_network
 from embedder.extract import RunOptions
 from embedder.finetuning import finetune
 from embedder.model import Model

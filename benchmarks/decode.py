@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, features
 
 from embedder import engines
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb, prepare_decoders
 from embedder.recipe import EMBEDDING, Recipe

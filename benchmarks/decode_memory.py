@@ -32,7 +32,7 @@ DECODE = """
 import json, re, resource, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 from embedder.decode.decode import decode_rgb, prepare_decoders
 from embedder.errors import DecodeError
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from embedder import engines
-from embedder.backbones import DEFAULT_BACKBONE, build, make_recipe
+from embedder.backbones.resolve import DEFAULT_BACKBONE, build, make_recipe
 from embedder.cluster import NUM_CORES
 
 GEMM_SIDE = 2048

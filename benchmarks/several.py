@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from embedder import engines
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.extract import RunOptions, run_extraction
 from embedder.recipe import Recipe

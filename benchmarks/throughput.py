@@ -35,7 +35,7 @@ import numpy as np
 
 import embedder
 from embedder import engines
-from embedder.backbones import EMBEDDING, build, import_keras, make_recipe
+from embedder.backbones.resolve import EMBEDDING, build, import_keras, make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb
 from embedder.recipe import Recipe

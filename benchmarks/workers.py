@@ -22,7 +22,7 @@ from throughput import link_images
 
 import embedder
 from embedder import cluster
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 from embedder.pipeline import Job, Receipt
 from embedder.sources.listing import list_images
 

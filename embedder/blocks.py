@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embedder.backbones import layer_outputs, single_output
+from embedder.backbones.resolve import layer_outputs, single_output
+from embedder.backbones.weight_files import with_canonical_names
+from embedder.backbones.weights import import_keras, leaf_layers
 from embedder.errors import RecipeError
-from embedder.model_files import with_canonical_names
-from embedder.weights import import_keras, leaf_layers
 
 if TYPE_CHECKING:
     import keras

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from embedder import backbones as backbone_table
 from embedder import cli_heads, cli_tuning, console, interrupts, shard_file
 from embedder import doctor as doctor_job
 from embedder import verify as verify_job
+from embedder.backbones import resolve as backbone_table
+from embedder.backbones.table import BACKBONES, Backbone
 from embedder.errors import JobError
 from embedder.extract import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
 from embedder.job_file import read_job
-from embedder.networks import BACKBONES, Backbone
 from embedder.recipe import Recipe
 from embedder.sources import demo_images as demo_job
 from embedder.store import Store

@@ -19,8 +19,8 @@ from dask.system import CPU_COUNT
 from distributed.client import ClosedClientError
 
 from embedder import engines
+from embedder.backbones.weights import logger
 from embedder.errors import ClusterError, Unfinished
-from embedder.weights import logger
 
 _CONNECT_SECONDS = 10
 _WORKERS_SECONDS = 30  # for the first worker of a scheduler that has none yet

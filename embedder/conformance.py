@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder import engines
-from embedder.backbones import load_network, row_of
+from embedder.backbones.resolve import load_network, row_of
+from embedder.backbones.weights import import_keras
 from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.verify import Check
-from embedder.weights import import_keras
 
 MIN_COSINE = 0.9999  # between engines, and to plain Keras
 _MAX_BATCH_DIFFERENCE = 1e-5  # alone and in a batch, as a share of the largest value

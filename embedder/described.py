@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedder.declared import read_json
+from embedder.backbones.declared import read_json
 from embedder.errors import ModelError
 from embedder.files import regular
 

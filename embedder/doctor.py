@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder import engines
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.conformance import (
     check_features,

@@ -24,10 +24,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder import backbones
+from embedder.backbones import resolve as backbones
+from embedder.backbones.weights import import_keras
 from embedder.errors import EngineError, OutOfMemory
 from embedder.recipe import Recipe
-from embedder.weights import import_keras
 
 ENGINES = ("openvino", "tensorflow")
 # On a CPU, a larger batch no longer fits the caches, which decoding uses too.

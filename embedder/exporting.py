@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedder import backbones, hub
+from embedder.backbones import hub
+from embedder.backbones import resolve as backbones
+from embedder.backbones.weights import import_keras, logger
 from embedder.decode.decode import decode_rgb
 from embedder.engines import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
@@ -39,7 +41,6 @@ from embedder.model import Model
 from embedder.predict import predict
 from embedder.sources.listing import list_images, read_bytes
 from embedder.store import Store
-from embedder.weights import import_keras, logger
 
 if TYPE_CHECKING:
     import keras

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedder import cluster, engines
-from embedder.backbones import DEFAULT_BACKBONE, make_recipe
+from embedder.backbones.resolve import DEFAULT_BACKBONE, make_recipe
+from embedder.backbones.weights import logger
 from embedder.cluster import Pool, Task
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.files import local_path
@@ -26,7 +27,6 @@ from embedder.refresh import Refreshed, refresh_shard
 from embedder.sources.listing import Listing, list_images
 from embedder.store import EMBEDDINGS, FAILURES, Store, check_place
 from embedder.summary import Summary, grouped_reasons
-from embedder.weights import logger
 
 # At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few
 # enough files for a million images.

@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedder import engines, hub, scratch
+from embedder import engines, scratch
 from embedder.augmentation import Augmenter
-from embedder.backbones import dtype_policy, load_network, tapped_tensors
+from embedder.backbones import hub
+from embedder.backbones.resolve import dtype_policy, load_network, tapped_tensors
+from embedder.backbones.weights import import_keras, logger
 from embedder.blocks import find_cut
 from embedder.described import read_description, read_metrics, read_table, recorded
 from embedder.engines import best_training_precision
@@ -42,7 +44,6 @@ from embedder.tuning_data import (
     read_labelled,
 )
 from embedder.warm_start import check_start, head_task, starting_model
-from embedder.weights import import_keras, logger
 
 if TYPE_CHECKING:
     import keras

@@ -11,12 +11,12 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
+from embedder.backbones.weights import import_keras
 from embedder.centroid import CentroidHead
 from embedder.errors import RecipeError
 from embedder.keras_head import KerasHead
 from embedder.model import Model
 from embedder.ridge import RidgeHead
-from embedder.weights import import_keras
 
 if TYPE_CHECKING:
     import keras

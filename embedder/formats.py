@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.backbones.weight_files import load_keras_model, save_network
 from embedder.engines import import_openvino
 from embedder.errors import RecipeError, Unfinished
-from embedder.model_files import load_keras_model, save_network
 
 if TYPE_CHECKING:
     import keras

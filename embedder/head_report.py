@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from embedder.backbones.weights import logger
 from embedder.described import recorded
 from embedder.errors import EmbedderError
 from embedder.metrics import confusion_matrix
@@ -13,7 +14,6 @@ from embedder.model import REPORT_FILE
 from embedder.report import MapPoint, Mistake, Report, map_coordinates, thumbnail_of, write_report
 from embedder.sources.listing import list_images, read_bytes
 from embedder.trained import Head
-from embedder.weights import logger
 
 _NUM_MISTAKES = 24
 _NUM_MAP_POINTS = 1500  # t-SNE of more takes longer than the head

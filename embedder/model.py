@@ -11,8 +11,8 @@ import numpy as np
 import skops.io
 from numpy.typing import NDArray
 
+from embedder.backbones.declared import check_arrays_of_archive
 from embedder.calibration import probabilities_of
-from embedder.declared import check_arrays_of_archive
 from embedder.described import (
     CHECKSUM,
     FORMAT,

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedder.augmentation import check_augmentations
+from embedder.backbones.weights import leaf_layers
 from embedder.blocks import last_layers, layer_groups, layers_of
 from embedder.channels import CRITERIA, channel_masks
 from embedder.errors import RecipeError
 from embedder.training import Examples, Group, Schedule
 from embedder.tunable import Tunable, is_normalisation, thaw_normalisation
-from embedder.weights import leaf_layers
 
 if TYPE_CHECKING:
     import keras

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.augmentation import Augmenter
+from embedder.backbones.weights import import_keras
 from embedder.calibration import calibrate
 from embedder.errors import RecipeError, Unfinished
 from embedder.files import whole_file
 from embedder.tunable import Tunable
-from embedder.weights import import_keras
 
 if TYPE_CHECKING:
     import keras

@@ -3,17 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from embedder.backbones import (
-    layer_outputs,
-    load_network,
-    pool,
-    row_of,
-    tapped_tensors,
-)
+from embedder.backbones.resolve import layer_outputs, load_network, pool, row_of, tapped_tensors
+from embedder.backbones.weights import import_keras, leaf_layers
 from embedder.blocks import can_cut
 from embedder.errors import RecipeError
 from embedder.recipe import Recipe
-from embedder.weights import import_keras, leaf_layers
 
 if TYPE_CHECKING:
     import keras

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder import comparison, scratch
-from embedder.backbones import load_network
+from embedder.backbones.resolve import load_network
+from embedder.backbones.weight_files import save_network
+from embedder.backbones.weights import digest_of
 from embedder.calibration import calibrate
 from embedder.described import recorded
 from embedder.errors import Unfinished
@@ -18,7 +20,6 @@ from embedder.fitting import Fitted, Task
 from embedder.keras_head import KerasHead
 from embedder.labels import Targets
 from embedder.model import BACKBONE_FILES, Model
-from embedder.model_files import save_network
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.splits import Split, share_of
 from embedder.store import Store
@@ -28,7 +29,6 @@ from embedder.trained import Head, TrainOptions
 from embedder.training import Epoch
 from embedder.tunable import FEATURES
 from embedder.tuning_data import Labelled, targets_of
-from embedder.weights import digest_of
 
 if TYPE_CHECKING:
     import keras

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.backbones.weights import logger
 from embedder.calibration import probabilities_of
 from embedder.described import recorded
 from embedder.errors import Unfinished
@@ -19,7 +20,6 @@ from embedder.store import RECIPE_FILE, Store
 from embedder.tunable import FEATURES, Tunable
 from embedder.tuned import labelled_targets
 from embedder.tuning_data import Labelled, targets_of
-from embedder.weights import logger
 
 _TOLERANCE = 1e-3  # of a probability: float32 sums in another order
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 from embedder.recipe import Recipe
 from embedder.store import Store
 from tests.support import SHARED, WebServer, add_rows, animal_vectors, make_archive

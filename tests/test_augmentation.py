@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from embedder.augmentation import AUGMENTATIONS, Augmenter
-from embedder.backbones import dtype_policy
+from embedder.backbones.resolve import dtype_policy
 from embedder.errors import RecipeError
 from embedder.strategies import TuneOptions
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
+from embedder.backbones.table import BACKBONES
+from embedder.backbones.weights import import_keras, leaf_layers
 from embedder.blocks import (
     MAX_GROUPS,
     block_name,
@@ -15,9 +17,7 @@ from embedder.blocks import (
     layers_of,
 )
 from embedder.errors import RecipeError
-from embedder.networks import BACKBONES
 from embedder.tunable import make_tunable
-from embedder.weights import import_keras, leaf_layers
 
 SIZE = (96, 128)
 

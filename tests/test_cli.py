@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from embedder import doctor
-from embedder.networks import BACKBONES
+from embedder.backbones.table import BACKBONES
 from embedder.store import Store
 
 SMALL = "--image-size", "64x96"

@@ -17,9 +17,9 @@ from embedder.metrics import scores
 from embedder.recipe import Recipe
 from embedder.sources import listing as sources
 from embedder.sources.listing import list_images, read_bytes
+from tests.backbones.test_torch_weights import FLOATS, SOUND, read, state_dict, tensor, torch_file
 from tests.decode.test_decode import encode, make_recipe
 from tests.sources.test_listing import contents, ids, touch, write
-from tests.test_torch_pickle import FLOATS, SOUND, read, state_dict, tensor, torch_file
 
 
 # decode

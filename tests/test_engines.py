@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder import backbones, cluster, engines
+from embedder import cluster, engines
+from embedder.backbones import resolve as backbones
+from embedder.backbones.weights import leaf_layers
 from embedder.engines import Features, exported_model, load
 from embedder.errors import EngineError, OutOfMemory, WeightsError
 from embedder.extract import RunOptions, extract
 from embedder.recipe import Recipe
-from embedder.weights import leaf_layers
 from tests.support import picture
 
 
@@ -70,7 +71,7 @@ def test_a_cached_model_needs_no_tensorflow(lite0: Recipe, model_cache: Path) ->
     code = """
 import sys
 from embedder import engines
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 engines.load(make_recipe(image_size=(64, 96)), "openvino", 2, 1)
 print([name for name in ("tensorflow", "keras", "openvino_telemetry") if sys.modules.get(name)])
 """
@@ -129,7 +130,7 @@ def test_many_threads_may_embed_first(lite0: Recipe) -> None:
 import faulthandler, sys, threading
 import numpy as np
 from embedder import engines
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 faulthandler.dump_traceback_later(60, exit=True)  # of a deadlock
 sys.setswitchinterval(1e-6)
 engine = engines.load(make_recipe(image_size=(64, 96)), "openvino", 1, 8)
@@ -155,7 +156,7 @@ def test_openvino_telemetry_cannot_be_loaded() -> None:
 
 
 def test_nothing_is_written_to_standard_error() -> None:
-    code = "from embedder.backbones import build, make_recipe; build(make_recipe())"
+    code = "from embedder.backbones.resolve import build, make_recipe; build(make_recipe())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 

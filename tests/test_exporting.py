@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 
 import embedder
 from embedder import cli_heads
+from embedder.backbones.table import BACKBONES
+from embedder.backbones.weights import import_keras
 from embedder.classifiers import make_estimator
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.exporting import export
 from embedder.formats import FORMATS, write_and_run
 from embedder.model import Model
-from embedder.networks import BACKBONES
 from embedder.recipe import Recipe
 from embedder.store import Store
-from embedder.weights import import_keras
 from tests.support import TESTS, make_archive
 
 SIZE = (48, 64)  # unlike sides, so that swapped axes show

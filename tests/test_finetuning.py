@@ -23,7 +23,8 @@ from PIL import Image
 import embedder
 from embedder import scratch
 from embedder.augmentation import Augmenter
-from embedder.backbones import load_network
+from embedder.backbones.resolve import load_network
+from embedder.backbones.weights import import_keras
 from embedder.calibration import calibrate
 from embedder.comparison import compare, read_tested
 from embedder.decode.decode import decode_rgb
@@ -47,7 +48,6 @@ from embedder.tunable import make_tunable
 from embedder.tuning_data import decode_pixels, find_paths, read_labelled, targets_of, within
 from embedder.unlabelled import Unlabelled
 from embedder.warm_start import check_start, head_task, starting_model
-from embedder.weights import import_keras
 from tests.support import TESTS, make_archive, picture
 
 SIZE = (64, 96)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from embedder import engines
-from embedder.backbones import load_network, make_recipe
+from embedder.backbones.resolve import load_network, make_recipe
 from embedder.decode.decode import decode_rgb
 from embedder.recipe import Recipe
 from embedder.sources.demo_images import images_folder

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 from embedder.extract import RunOptions, run_extraction
 from embedder.recipe import Recipe
 from embedder.store import Store

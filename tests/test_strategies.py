@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
+from embedder.backbones.weights import import_keras
 from embedder.channels import channel_masks
 from embedder.errors import RecipeError
 from embedder.strategies import STRATEGIES, TuneOptions, num_tuned, plan_groups
 from embedder.training import Examples, Group
 from embedder.tunable import Tunable, is_normalisation, make_tunable
-from embedder.weights import import_keras
 
 SIZE = (48, 64)
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from embedder.augmentation import Augmenter
+from embedder.backbones.weights import import_keras
 from embedder.errors import Unfinished
 from embedder.training import Epoch, Examples, Group, Schedule, make_optimizer, train
 from embedder.tunable import Tunable, thaw_normalisation
-from embedder.weights import import_keras
 
 HEIGHT, WIDTH = 8, 6
 NUM_IMAGES = 24

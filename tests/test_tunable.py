@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import embedder
-from embedder.backbones import load_network, make_recipe
+from embedder.backbones.resolve import load_network, make_recipe
+from embedder.backbones.weight_files import save_network
+from embedder.backbones.weights import import_keras
 from embedder.decode.decode import decode_rgb
-from embedder.model_files import save_network
 from embedder.recipe import Recipe
 from embedder.tunable import FEATURES, make_tunable, seed_layers
-from embedder.weights import import_keras
 from tests.support import assert_same_vectors, make_archive, picture
 
 SIZE = (64, 96)

@@ -592,7 +592,7 @@ def test_scaled_resizes_with_pillow_where_nothing_faster_is_installed(tmp_path: 
     code = f"""
 import sys
 sys.modules["cykooz_resizer"] = None
-from embedder.backbones import make_recipe
+from embedder.backbones.resolve import make_recipe
 from embedder.decode.decode import decode_rgb
 scaled, exact = (make_recipe(decode=how) for how in ("scaled", "exact"))
 encoded = open({str(file)!r}, "rb").read()

@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import embedder
-from embedder import backbones
+from embedder.backbones import resolve as backbones
 from embedder.cli import app
 from embedder.decode import decode
 from embedder.decode.decode import decode_rgb

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedder import networks
-from embedder.backbones import build, load_network, make_recipe, weights_file
+from embedder.backbones import table as networks
+from embedder.backbones.resolve import build, load_network, make_recipe, weights_file
+from embedder.backbones.table import BACKBONES
+from embedder.backbones.torch_weights import read_state_dict
+from embedder.backbones.weights import PackagedWeights
 from embedder.decode.decode import decode_rgb
 from embedder.engines import load
 from embedder.errors import RecipeError, WeightsError
-from embedder.networks import BACKBONES
 from embedder.sources.listing import list_images, read_bytes
-from embedder.torch_pickle import read_state_dict
-from embedder.weights import PackagedWeights
 from tests.support import picture
 
 LITE = [name for name in BACKBONES if "lite" in name]

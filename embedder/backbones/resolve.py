@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedder import hub
-from embedder.errors import RecipeError, WeightsError
-from embedder.model_files import load_keras_model, with_canonical_names
-from embedder.networks import BACKBONES, Backbone
-from embedder.recipe import EMBEDDING, Recipe
-from embedder.sources.listing import RESERVED_COLUMNS
-from embedder.weights import (
+from embedder.backbones import hub
+from embedder.backbones.table import BACKBONES, Backbone
+from embedder.backbones.weight_files import load_keras_model, with_canonical_names
+from embedder.backbones.weights import (
     IMAGENET,
     RANDOM,
     PackagedWeights,
@@ -26,6 +23,9 @@ from embedder.weights import (
     randomise,
     seed_of,
 )
+from embedder.errors import RecipeError, WeightsError
+from embedder.recipe import EMBEDDING, Recipe
+from embedder.sources.listing import RESERVED_COLUMNS
 
 if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not need it
     import keras

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedder import lite
-from embedder.model_files import load_hdf5
-from embedder.weights import PackagedWeights, PublishedWeights, import_keras
+from embedder.backbones import efficientnet_lite as lite
+from embedder.backbones.weight_files import load_hdf5
+from embedder.backbones.weights import PackagedWeights, PublishedWeights, import_keras
 
 if TYPE_CHECKING:
     import keras

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from embedder import extract
-from embedder.backbones import build, find_backbone, load_network, make_recipe
+from embedder.backbones.resolve import build, find_backbone, load_network, make_recipe
 from embedder.conformance import check_features, check_input_stage
 from embedder.errors import RecipeError, RecipeMismatch, WeightsError
 from embedder.extract import RunOptions, run_extraction

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedder.declared import (
+from embedder.backbones.declared import (
     MAX_JSON_BYTES,
     check_archive,
     check_hdf5,
@@ -22,8 +22,8 @@ from embedder.declared import (
     parse_json,
     walk,
 )
+from embedder.backbones.weights import import_keras, leaf_layers, logger
 from embedder.errors import WeightsError
-from embedder.weights import import_keras, leaf_layers, logger
 
 if TYPE_CHECKING:
     import h5py

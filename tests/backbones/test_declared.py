@@ -19,13 +19,13 @@ import pytest
 import skops.io
 from sklearn.linear_model import LogisticRegression
 
-from embedder.backbones import load_network, make_recipe
-from embedder.declared import MAX_DEPTH, check_network, parse_json
+from embedder.backbones.declared import MAX_DEPTH, check_network, parse_json
+from embedder.backbones.resolve import load_network, make_recipe
+from embedder.backbones.table import BACKBONES
+from embedder.backbones.weight_files import load_keras_model
 from embedder.errors import EmbedderError, WeightsError
 from embedder.keras_head import KerasHead
 from embedder.model import Model
-from embedder.model_files import load_keras_model
-from embedder.networks import BACKBONES
 
 SIZE = (64, 96)
 

@@ -19,12 +19,12 @@ import pytest
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.utils import file_utils
 
-from embedder import backbones
-from embedder.backbones import find_backbone, load_network, make_recipe
+from embedder.backbones import resolve as backbones
+from embedder.backbones.resolve import find_backbone, load_network, make_recipe
+from embedder.backbones.table import BACKBONES
+from embedder.backbones.weights import PublishedWeights, leaf_layers
 from embedder.conformance import check_features, check_input_stage
 from embedder.errors import RecipeError
-from embedder.networks import BACKBONES
-from embedder.weights import PublishedWeights, leaf_layers
 
 _DAYS = 21  # until every network had its turn: two of them a day
 _TODAY = datetime.date.today().toordinal()

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from embedder.backbones.torch_weights import read_state_dict
 from embedder.errors import WeightsError
-from embedder.torch_pickle import read_state_dict
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 FACTS = {"protocol_version": 1001, "little_endian": True}
@@ -202,7 +202,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(
         ("collections", "FloatStorage"),
         ("numpy", "frombuffer"),
         ("builtins", "getattr"),
-        ("embedder.torch_pickle", "read_state_dict"),
+        ("embedder.backbones.torch_weights", "read_state_dict"),
     ],
 )
 def test_any_other_name_is_refused(tmp_path: Path, module: str, name: str) -> None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.backbones.weight_files import check_configuration
+from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError, WeightsError
-from embedder.model_files import check_configuration
-from embedder.weights import import_keras
 
 if TYPE_CHECKING:
     import keras

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from embedder import engines
-from embedder.backbones import build, load_network, make_recipe
+from embedder.backbones.resolve import build, load_network, make_recipe
+from embedder.backbones.weights import PublishedWeights
 from embedder.errors import RecipeError, WeightsError
 from embedder.extract import extract
 from embedder.verify import verify
-from embedder.weights import PublishedWeights
+from tests.backbones.test_table import save_legacy
 from tests.support import assert_same_vectors
-from tests.test_networks import save_legacy
 
 SIZE = (64, 96)
 

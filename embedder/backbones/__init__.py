@@ -1,0 +1,1 @@
+"""The networks: their table, their weights, and from a recipe to a Keras model."""
