@@ -30,7 +30,7 @@ from PIL import Image
 
 from embedder.errors import EmbedderError
 from embedder.model import Model
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.verify import verify
 
 CLASSES = ("red", "green", "blue")

@@ -25,7 +25,7 @@ from embedder.extract import DEFAULT_SHARD_SIZE
 from embedder.plan import drop_repeated, make_plan
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources.listing import REF_SCHEMA
-from embedder.store import Store, row_schema, vector_array
+from embedder.store.store import Store, row_schema, vector_array
 
 DIM = 8
 

@@ -30,7 +30,7 @@ from embedder.cluster import connect
 from embedder.extract import DEFAULT_SHARD_SIZE
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.ridge import NUM_FOLDS, RidgeHead
-from embedder.store import Store, row_schema, vector_array, vectors_of
+from embedder.store.store import Store, row_schema, vector_array, vectors_of
 from embedder.streaming import ridge_sums
 
 NUM_CLASSES = 80

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from planning import make_listing, write_store
 
-from embedder.store import Store, vector_array
+from embedder.store.store import Store, vector_array
 
 
 def read_store(folder: Path) -> NDArray[np.float32]:

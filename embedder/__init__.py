@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedder.errors import EmbedderError, RecipeError
 from embedder.extract import extract
-from embedder.store import Store
+from embedder.store.store import Store
 
 if TYPE_CHECKING:
     from embedder.trained import Head

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from embedder import cli_heads, cli_tuning, console, interrupts, shard_file
+from embedder import cli_heads, cli_tuning, console, interrupts
 from embedder import doctor as doctor_job
 from embedder import verify as verify_job
 from embedder.backbones import resolve as backbone_table
@@ -21,7 +21,8 @@ from embedder.extract import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
 from embedder.job_file import read_job
 from embedder.recipe import Recipe
 from embedder.sources import demo_images as demo_job
-from embedder.store import Store
+from embedder.store import shard_file
+from embedder.store.store import Store
 
 app = typer.Typer(
     help="Images in, a feature store out: embed large image archives with frozen backbones.",

@@ -7,7 +7,7 @@ import typer
 
 from embedder import console
 from embedder.extract import DEFAULT_SHARD_SIZE, RunOptions
-from embedder.store import Store
+from embedder.store.store import Store
 
 StorePath = Annotated[str, typer.Argument(help="Folder of the feature store.")]
 ModelPath = Annotated[str, typer.Argument(help="Folder of the model.")]

@@ -40,7 +40,7 @@ from embedder.formats import (
 from embedder.model import Model
 from embedder.predict import predict
 from embedder.sources.listing import list_images, read_bytes
-from embedder.store import Store
+from embedder.store.store import Store
 
 if TYPE_CHECKING:
     import keras

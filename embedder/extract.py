@@ -19,13 +19,13 @@ from embedder.backbones.weights import logger
 from embedder.cluster import Pool, Task
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.files import local_path
-from embedder.lease import lease
 from embedder.pipeline import Earlier, Job, Receipt, extract_shard, toolbox_of
 from embedder.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import VIEW, Recipe
 from embedder.refresh import Refreshed, refresh_shard
 from embedder.sources.listing import Listing, list_images
-from embedder.store import EMBEDDINGS, FAILURES, Store, check_place
+from embedder.store.lease import lease
+from embedder.store.store import EMBEDDINGS, FAILURES, Store, check_place
 from embedder.summary import Summary, grouped_reasons
 
 # At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few

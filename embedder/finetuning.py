@@ -29,7 +29,7 @@ from embedder.keras_head import classifier_layers
 from embedder.model import BACKBONE_FILES, Model
 from embedder.pseudo_labelled import More, add_pseudo_labels
 from embedder.recipe import EMBEDDING
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups, tuned_blocks
 from embedder.trained import Head, Stopwatch, check_model_folder
 from embedder.training import Epoch, Examples, find_optimizer, train

@@ -17,7 +17,7 @@ from embedder.keras_head import KerasHead
 from embedder.labels import Targets
 from embedder.model import logits_of
 from embedder.splits import Folds, grouped_folds
-from embedder.store import Store
+from embedder.store.store import Store
 
 _NUM_FOLDS = 3  # to choose settings by; more take longer and choose the same
 

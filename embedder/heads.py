@@ -19,7 +19,7 @@ from embedder.labels import Targets, read_targets
 from embedder.model import Model
 from embedder.neighbours.near_duplicates import near_duplicate_groups
 from embedder.splits import make_split
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.streamed import (
     STREAMED_HEADS,
     fit_streamed,

@@ -17,7 +17,7 @@ from embedder.fitting import Fitted, Task, fit, fit_head, known_classes
 from embedder.labels import Targets, read_labels, read_targets
 from embedder.model import Model
 from embedder.splits import CROSS_VALIDATED, TRAIN, VALIDATION, Split
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.streamed import read_logits
 
 PREDICTIONS_FILE = "predictions.parquet"

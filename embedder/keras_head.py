@@ -23,7 +23,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from embedder.backbones.weight_files import load_keras_model, save_network
 from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError, WeightsError
-from embedder.store import Store, vectors_of
+from embedder.store.store import Store, vectors_of
 
 if TYPE_CHECKING:
     import keras

@@ -37,7 +37,7 @@ from embedder.errors import (
 )
 from embedder.recipe import LOGITS, Recipe
 from embedder.sources.listing import read_bytes
-from embedder.store import (
+from embedder.store.store import (
     FAILURE_SCHEMA,
     Store,
     extra_columns,

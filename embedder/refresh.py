@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from embedder.errors import ReadError
 from embedder.pipeline import Stopped
 from embedder.sources.listing import read_bytes
-from embedder.store import Store, extra_columns
+from embedder.store.store import Store, extra_columns
 
 
 @dataclass(frozen=True)

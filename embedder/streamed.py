@@ -19,7 +19,7 @@ from embedder.keras_head import Batch, KerasHead, store_batches
 from embedder.model import logits_of
 from embedder.ridge import NUM_FOLDS, RidgeHead, stratified_folds
 from embedder.splits import Split, grouped_folds, make_split, strata_of
-from embedder.store import Store, vectors_of
+from embedder.store.store import Store, vectors_of
 from embedder.streaming import ridge_sums
 
 STREAMED_HEADS = ("ridge", "linear", "mlp")

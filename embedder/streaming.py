@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from embedder.cluster import Pool, Task
 from embedder.errors import RecipeError, StoreError
-from embedder.store import Store, vectors_of
+from embedder.store.store import Store, vectors_of
 from embedder.sums import CHUNK_ROWS, Sums, signs, sums_by_fold
 
 Codes = NDArray[np.integer[Any]]

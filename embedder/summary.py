@@ -16,7 +16,7 @@ from embedder.errors import StoreError
 from embedder.pipeline import STAGES, Receipt
 from embedder.recipe import Recipe
 from embedder.sources.listing import Listing
-from embedder.store import FAILURES, Store
+from embedder.store.store import FAILURES, Store
 
 # What differs between failures of one kind: quoted bytes, checksums and addresses, numbers.
 _PARTICULARS = re.compile(

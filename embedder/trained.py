@@ -27,7 +27,7 @@ from embedder.metrics import Scores, paired_difference
 from embedder.model import BACKBONE_FILES, REPORT_FILE, Model
 from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
 from embedder.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split, make_split
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.streamed import read_features
 from embedder.unlabelled import Helped
 

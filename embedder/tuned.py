@@ -22,7 +22,7 @@ from embedder.labels import Targets
 from embedder.model import BACKBONE_FILES, Model
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.splits import Split, share_of
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.strategies import SCRATCH, TuneOptions
 from embedder.streamed import read_logits
 from embedder.trained import Head, TrainOptions

@@ -20,7 +20,7 @@ from embedder.pipeline import load_image
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.splits import TEST, TRAIN, VALIDATION, grouped_folds
-from embedder.store import Store, vectors_of
+from embedder.store.store import Store, vectors_of
 from embedder.strategies import TuneOptions
 from embedder.training import Examples
 

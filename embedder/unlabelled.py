@@ -16,7 +16,7 @@ from embedder.fitting import Fitted, Task
 from embedder.model import Model, logits_of
 from embedder.self_training import Classifier, SelfTraining, SelfTrainOptions, self_train
 from embedder.splits import grouped_folds
-from embedder.store import Store
+from embedder.store.store import Store
 
 _NUM_FOLDS = 3  # of the labelled rows, to calibrate the head that pseudo-labels were added to
 

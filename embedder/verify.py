@@ -18,9 +18,9 @@ from embedder.pipeline import finished_vectors, load_head
 from embedder.plan import make_plan
 from embedder.recipe import VIEW, Recipe
 from embedder.refresh import hash_of
-from embedder.shard_file import has_digests
 from embedder.sources.listing import list_images, read_bytes
-from embedder.store import EMBEDDINGS, FAILURES, Store, vectors_of
+from embedder.store.shard_file import has_digests
+from embedder.store.store import EMBEDDINGS, FAILURES, Store, vectors_of
 
 _Embed = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 MIN_COSINE = 0.9999  # between a stored vector and the same image embedded again, alone

@@ -16,7 +16,7 @@ from embedder.fitting import Task, features_of
 from embedder.judging import refit
 from embedder.labels import Targets
 from embedder.model import Model
-from embedder.store import RECIPE_FILE, Store
+from embedder.store.store import RECIPE_FILE, Store
 from embedder.tunable import FEATURES, Tunable
 from embedder.tuned import labelled_targets
 from embedder.tuning_data import Labelled, targets_of

@@ -10,7 +10,7 @@ import pytest
 
 from embedder.backbones.resolve import make_recipe
 from embedder.recipe import Recipe
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import SHARED, WebServer, add_rows, animal_vectors, make_archive
 
 

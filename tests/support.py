@@ -15,7 +15,7 @@ from PIL import Image
 
 from embedder.engines import Features
 from embedder.recipe import Recipe
-from embedder.store import FAILURE_SCHEMA, Store, row_schema, shard_name, vector_array
+from embedder.store.store import FAILURE_SCHEMA, Store, row_schema, shard_name, vector_array
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -31,9 +31,9 @@ ORDER = (
         "backbones.hub",
         "backbones.resolve",
         "engines",
-        "lease",
-        "shard_file",
-        "store",
+        "store.lease",
+        "store.shard_file",
+        "store.store",
         "sums",
     ),
     *("ridge", "centroid", "keras_head", "calibration", "model", "folding"),
@@ -128,7 +128,7 @@ DOORS = {
         *("folding", "self_training", "unlabelled", "report", "tuning_data"),
     },
     "tensorflow": {"engines", "formats", "training", "channels"},
-    "xxhash": {"shard_file"},
+    "xxhash": {"store.shard_file"},
     "typer": {"cli", "cli_heads", "cli_tuning", "console"},
 }
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import embedder
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import ANIMALS, ROOT, add_rows, animal_vectors, make_archive, picture
 
 FOLDER = ROOT / "benchmarks"

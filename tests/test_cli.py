@@ -13,7 +13,7 @@ import pytest
 
 from embedder import doctor
 from embedder.backbones.table import BACKBONES
-from embedder.store import Store
+from embedder.store.store import Store
 
 SMALL = "--image-size", "64x96"
 

@@ -17,7 +17,7 @@ from embedder.cli import app
 from embedder.head_report import notes_of, report_of
 from embedder.heads import train
 from embedder.model import Model
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.trained import TrainOptions
 from tests.support import ANIMALS, add_rows, animal_vectors, make_archive, picture
 

@@ -14,7 +14,7 @@ from embedder.cli import app
 from embedder.comparison import compare, judge, read_tested, row_of
 from embedder.errors import ModelError, RecipeError
 from embedder.heads import train
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.trained import TrainOptions
 from tests.support import add_rows, animal_vectors
 

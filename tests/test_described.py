@@ -18,7 +18,7 @@ from embedder.fitting import Task
 from embedder.heads import train
 from embedder.judging import evaluate_model, refit
 from embedder.model import Model
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.trained import TrainOptions
 from embedder.tuning_data import read_labelled
 

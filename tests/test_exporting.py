@@ -27,7 +27,7 @@ from embedder.exporting import export
 from embedder.formats import FORMATS, write_and_run
 from embedder.model import Model
 from embedder.recipe import Recipe
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import TESTS, make_archive
 
 SIZE = (48, 64)  # unlike sides, so that swapped axes show

@@ -28,7 +28,7 @@ from embedder.errors import (
     StoreError,
     Unfinished,
 )
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.verify import verify
 from tests.support import make_archive, picture
 from tests.test_cluster import scheduler_with_workers

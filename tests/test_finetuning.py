@@ -39,7 +39,7 @@ from embedder.predict import predict
 from embedder.pseudo_labelled import extended
 from embedder.recipe import Recipe
 from embedder.self_training import PseudoLabels
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.strategies import TuneOptions, num_tuned, plan_groups
 from embedder.trained import TrainOptions
 from embedder.training import Examples

@@ -20,7 +20,7 @@ from embedder.heads import train
 from embedder.judging import evaluate_model, refit
 from embedder.model import Model, logits_of
 from embedder.recipe import Recipe
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.trained import TrainOptions, compare
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors
 

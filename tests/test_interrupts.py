@@ -15,7 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from embedder.store import Store
+from embedder.store.store import Store
 
 # A decoder that never ends, in C, for pictures of one size; it tells that it has begun.
 STUCK = """

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from embedder.cli import app
 from embedder.errors import JobError
 from embedder.job_file import read_job
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import ROOT, make_archive
 
 JOBS = ROOT / "jobs"

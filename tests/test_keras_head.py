@@ -24,7 +24,7 @@ from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError, StoreError, WeightsError
 from embedder.keras_head import KerasHead, _held_out, store_batches
 from embedder.recipe import Recipe
-from embedder.store import FAILURE_SCHEMA, Store
+from embedder.store.store import FAILURE_SCHEMA, Store
 from tests.support import rows_of
 
 DIM = 6

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from embedder.recipe import Recipe
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import TESTS, add_rows, animal_vectors
 
 KILLING = TESTS / "killing.py"
@@ -45,7 +45,7 @@ from tests.killing import kills
 from embedder import metrics
 from embedder.heads import train
 from embedder.model import Model
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.trained import TrainOptions
 metrics.NUM_RESAMPLES = 50
 store, out = Store(sys.argv[1]), Path(sys.argv[2])
@@ -82,7 +82,7 @@ import pyarrow.parquet as pq
 from tests.killing import kills
 from embedder.heads import train
 from embedder.predict import predict
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.trained import TrainOptions
 features, model, out = (Path(text) for text in sys.argv[1:])
 head = train(Store(features), "folder", "centroid", TrainOptions(duplicates=None))

@@ -7,7 +7,7 @@ import pytest
 
 from embedder.errors import RecipeError, SourceError, StoreError
 from embedder.labels import read_labels, read_targets
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import DIM, add_rows
 
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embedder.cli import app
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import TESTS
 
 MADE = TESTS / "made_before"

@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from embedder.errors import EmbedderError, ModelError, RecipeMismatch
 from embedder.heads import train
 from embedder.model import Model, logits_of
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.trained import TrainOptions
 from tests.support import add_rows, animal_vectors
 

@@ -29,7 +29,7 @@ from embedder.pipeline import (
 )
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import MeanColour, make_archive, picture
 
 

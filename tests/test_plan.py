@@ -10,8 +10,8 @@ import pytest
 from embedder.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import Recipe
 from embedder.sources.listing import REF_SCHEMA
-from embedder.store import FAILURES, Store
-from tests.test_store import make_failures, make_rows
+from embedder.store.store import FAILURES, Store
+from tests.store.test_store import make_failures, make_rows
 
 
 @pytest.fixture

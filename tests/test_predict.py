@@ -21,7 +21,7 @@ from embedder.heads import train
 from embedder.model import Model
 from embedder.predict import SCHEMA, predict, prediction_table
 from embedder.sources.listing import Listing, list_images
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.trained import TrainOptions
 from embedder.verify import verify
 from tests.support import make_archive, picture

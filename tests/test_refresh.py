@@ -13,7 +13,7 @@ import embedder
 from embedder.errors import RecipeError, Unfinished
 from embedder.pipeline import Job, extract_shard, toolbox_of
 from embedder.sources.listing import list_images
-from embedder.store import FAILURES
+from embedder.store.store import FAILURES
 from embedder.verify import verify
 from tests.support import WebServer, body, make_archive, status
 from tests.test_cli import run

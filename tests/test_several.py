@@ -12,7 +12,7 @@ import numpy as np
 from embedder.backbones.resolve import make_recipe
 from embedder.extract import RunOptions, run_extraction
 from embedder.recipe import Recipe
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import assert_same_vectors
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from embedder.errors import RecipeError, SourceError
 from embedder.splits import Split, grouped_folds, make_split
-from embedder.store import Store
+from embedder.store.store import Store
 
 CODES = np.arange(60) % 3
 ALONE = np.arange(60)

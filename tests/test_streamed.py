@@ -22,7 +22,7 @@ from embedder.predict import predict
 from embedder.recipe import Recipe
 from embedder.ridge import RidgeHead
 from embedder.splits import TRAIN, VALIDATION
-from embedder.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
+from embedder.store.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
 from embedder.streamed import make_streamed_split, parts_of, read_features
 from embedder.trained import Head, TrainOptions
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, rows_of

@@ -13,7 +13,7 @@ from embedder.cluster import connect
 from embedder.errors import RecipeError, StoreError
 from embedder.recipe import Recipe
 from embedder.ridge import RidgeHead
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.streaming import ridge_sums
 from embedder.sums import Sums, signs, sums_by_fold
 from tests.support import ROOT

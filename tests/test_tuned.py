@@ -7,7 +7,7 @@ import pytest
 from embedder.heads import train
 from embedder.model import Model
 from embedder.recipe import Recipe
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.strategies import TuneOptions
 from embedder.trained import TrainOptions
 from embedder.tunable import FEATURES

@@ -14,7 +14,7 @@ from embedder.errors import Unfinished
 from embedder.heads import train
 from embedder.model import Model
 from embedder.recipe import Recipe
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.strategies import TuneOptions
 from embedder.trained import TrainOptions
 from embedder.tuned import labelled_targets

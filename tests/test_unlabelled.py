@@ -18,7 +18,7 @@ from embedder.evaluation import Evaluation
 from embedder.heads import train
 from embedder.model import logits_of
 from embedder.recipe import Recipe
-from embedder.store import FAILURE_SCHEMA, Store, shard_name
+from embedder.store.store import FAILURE_SCHEMA, Store, shard_name
 from embedder.trained import Head, TrainOptions
 from tests.support import ANIMALS, DIM, animal_vectors, rows_of
 

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from embedder.errors import SourceError
-from embedder.store import Store
+from embedder.store.store import Store
 
 _PACKAGE = "conformal_clip_data"
 _FOLDER = "data/textile_images/simulated"

@@ -25,7 +25,7 @@ from embedder.engines import Features
 from embedder.errors import RecipeError
 from embedder.pipeline import Toolbox
 from embedder.recipe import MAX_VIEWS, Recipe
-from embedder.store import Store
+from embedder.store.store import Store
 from embedder.verify import Check, verify
 from tests.decode.test_decode import CROPS, encode, make_recipe
 from tests.support import MeanColour, assert_same_vectors, make_archive, picture

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from embedder.errors import StoreBusy, StoreError
-from embedder.lease import LOCK_FILE, lease
-from embedder.store import Store
+from embedder.store.lease import LOCK_FILE, lease
+from embedder.store.store import Store
 from tests.test_cli import run
 
 COMMAND = sys.executable, "-m", "embedder"
 _HOLD = """
 import sys, time
 from pathlib import Path
-from embedder.lease import lease
+from embedder.store.lease import lease
 with lease(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from embedder import shard_file
 from embedder.errors import DamagedShard, StoreError
 from embedder.recipe import Recipe
-from embedder.shard_file import digest_of, vector_array
-from embedder.store import FAILURES, Store, shard_name
+from embedder.store import shard_file
+from embedder.store.shard_file import digest_of, vector_array
+from embedder.store.store import FAILURES, Store, shard_name
 from tests.support import rows_of
 
 DIM = 4
@@ -207,7 +207,7 @@ def test_texts_that_read_the_same_in_a_row_have_other_digests() -> None:
 _TROUBLE = """
 import os, resource, sys
 from embedder.errors import DamagedShard, StoreError
-from embedder.store import Store
+from embedder.store.store import Store
 store = Store(sys.argv[1])
 list(store.vectors())  # all libraries are loaded
 if sys.argv[2] == "files":

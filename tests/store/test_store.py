@@ -17,7 +17,7 @@ import pytest
 
 from embedder.errors import EmbedderError, RecipeMismatch, StoreError
 from embedder.recipe import Recipe
-from embedder.store import FAILURE_SCHEMA, FAILURES, Store, shard_name
+from embedder.store.store import FAILURE_SCHEMA, FAILURES, Store, shard_name
 from tests.support import ROOT, rows_of
 
 DIM = 6
@@ -275,7 +275,7 @@ def test_a_failed_write_leaves_nothing_behind(store: Store) -> None:
     code = f"""
 import resource, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-from tests.test_store import *
+from tests.store.test_store import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store = Store({str(store.path)!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

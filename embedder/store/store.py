@@ -17,15 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedder import shard_file
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
 from embedder.files import is_temporary, local_path, regular, remove_abandoned, whole_file
-from embedder.lease import LOCK_FILE
 from embedder.recipe import VIEW, Recipe
-from embedder.shard_file import Columns
-from embedder.shard_file import vector_array as vector_array
-from embedder.shard_file import vectors_of as vectors_of
 from embedder.sources.listing import MODIFIED_TYPE
+from embedder.store import shard_file
+from embedder.store.lease import LOCK_FILE
+from embedder.store.shard_file import Columns
+from embedder.store.shard_file import vector_array as vector_array
+from embedder.store.shard_file import vectors_of as vectors_of
 
 EMBEDDINGS = "embeddings"
 FAILURES = "failures"

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 from embedder import metrics
 from embedder.cli import app
 from embedder.errors import DamagedShard
-from embedder.store import Store
+from embedder.store.store import Store
 from tests.support import assert_same_vectors, make_archive
 
 SMALL = "--image-size", "64x96", "--shard-size", "7"

@@ -1,0 +1,1 @@
+"""The feature store: shards of Parquet, and what keeps them whole."""
