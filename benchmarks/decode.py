@@ -28,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, features
 
-from embedder import engines
 from embedder.backbones.resolve import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb, prepare_decoders
+from embedder.engines import engine as engines
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources.listing import list_images, read_bytes
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from embedder import engines
 from embedder.backbones.resolve import DEFAULT_BACKBONE, build, make_recipe
 from embedder.cluster import NUM_CORES
+from embedder.engines import engine as engines
 
 GEMM_SIDE = 2048
 BATCH_SIZES = {"openvino": 4, "tensorflow": 32}

@@ -34,10 +34,10 @@ from typing import Any
 import numpy as np
 
 import embedder
-from embedder import engines
 from embedder.backbones.resolve import EMBEDDING, build, import_keras, make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb
+from embedder.engines import engine as engines
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images, read_bytes
 

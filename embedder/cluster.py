@@ -18,8 +18,8 @@ import distributed
 from dask.system import CPU_COUNT
 from distributed.client import ClosedClientError
 
-from embedder import engines
 from embedder.backbones.weights import logger
+from embedder.engines import engine as engines
 from embedder.errors import ClusterError, Unfinished
 
 _CONNECT_SECONDS = 10

@@ -7,11 +7,11 @@ crop and resize, the network's own `preprocess_input` on a NumPy array, and Kera
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder import engines
 from embedder.backbones.resolve import load_network, row_of
 from embedder.backbones.weights import import_keras
 from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb
+from embedder.engines import engine as engines
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.verify import Check
 

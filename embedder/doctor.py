@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from embedder import engines
 from embedder.backbones.resolve import make_recipe
 from embedder.cluster import NUM_CORES
 from embedder.conformance import (
@@ -22,6 +21,7 @@ from embedder.conformance import (
     test_card,
 )
 from embedder.decode.decode import FORMATS, decode_rgb
+from embedder.engines import engine as engines
 from embedder.errors import EngineError, SourceError
 from embedder.recipe import Recipe
 from embedder.sources.demo_images import images_folder

@@ -22,7 +22,7 @@ from embedder.backbones import hub
 from embedder.backbones import resolve as backbones
 from embedder.backbones.weights import import_keras, logger
 from embedder.decode.decode import decode_rgb
-from embedder.engines import versions
+from embedder.engines.engine import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
 from embedder.extract import Progress, RunOptions
 from embedder.files import is_temporary, local_path, whole_folder

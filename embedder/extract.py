@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedder import cluster, engines
+from embedder import cluster
 from embedder.backbones.resolve import DEFAULT_BACKBONE, make_recipe
 from embedder.backbones.weights import logger
 from embedder.cluster import Pool, Task
+from embedder.engines import engine as engines
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.files import local_path
 from embedder.pipeline import Earlier, Job, Receipt, extract_shard, toolbox_of

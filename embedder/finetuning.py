@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedder import engines, scratch
+from embedder import scratch
 from embedder.augmentation import Augmenter
 from embedder.backbones import hub
 from embedder.backbones.resolve import dtype_policy, load_network, tapped_tensors
 from embedder.backbones.weights import import_keras, logger
 from embedder.blocks import find_cut
 from embedder.described import read_description, read_metrics, read_table, recorded
-from embedder.engines import best_training_precision
+from embedder.engines import engine as engines
+from embedder.engines.engine import best_training_precision
 from embedder.errors import EmbedderError, RecipeError
 from embedder.extract import Progress, RunOptions, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, replace_folder

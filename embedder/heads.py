@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder import engines
 from embedder.classifiers import find_head
+from embedder.engines import engine as engines
 from embedder.errors import RecipeError
 from embedder.evaluation import Evaluation
 from embedder.fitting import Task, features_of, fit_head

@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedder import engines
 from embedder.decode.decode import DecodedImage, decode_rgb, prepare_decoders
-from embedder.engines import Engine, Features
+from embedder.engines import engine as engines
+from embedder.engines.engine import Engine, Features
 from embedder.errors import (
     DecodeError,
     EngineError,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from embedder import engines
+from embedder.engines import engine as engines
 from embedder.errors import StoreError
 from embedder.pipeline import STAGES, Receipt
 from embedder.recipe import Recipe

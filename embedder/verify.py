@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedder import engines
 from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb
+from embedder.engines import engine as engines
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
 from embedder.pipeline import finished_vectors, load_head
 from embedder.plan import make_plan

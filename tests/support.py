@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from embedder.engines import Features
+from embedder.engines.engine import Features
 from embedder.recipe import Recipe
 from embedder.store.store import FAILURE_SCHEMA, Store, row_schema, shard_name, vector_array
 

@@ -12,7 +12,7 @@ from embedder.backbones.table import BACKBONES
 from embedder.backbones.torch_weights import read_state_dict
 from embedder.backbones.weights import PackagedWeights
 from embedder.decode.decode import decode_rgb
-from embedder.engines import load
+from embedder.engines.engine import load
 from embedder.errors import RecipeError, WeightsError
 from embedder.sources.listing import list_images, read_bytes
 from tests.support import picture

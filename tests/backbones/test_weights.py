@@ -13,9 +13,9 @@ import keras
 import numpy as np
 import pytest
 
-from embedder import engines
 from embedder.backbones.resolve import build, load_network, make_recipe
 from embedder.backbones.weights import PublishedWeights
+from embedder.engines import engine as engines
 from embedder.errors import RecipeError, WeightsError
 from embedder.extract import extract
 from embedder.verify import verify

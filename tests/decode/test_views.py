@@ -21,7 +21,7 @@ from embedder.cli import app
 from embedder.decode import decode
 from embedder.decode.decode import decode_rgb
 from embedder.decode.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of
-from embedder.engines import Features
+from embedder.engines.engine import Features
 from embedder.errors import RecipeError
 from embedder.pipeline import Toolbox
 from embedder.recipe import MAX_VIEWS, Recipe

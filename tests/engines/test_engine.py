@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder import cluster, engines
+from embedder import cluster
 from embedder.backbones import resolve as backbones
 from embedder.backbones.weights import leaf_layers
-from embedder.engines import Features, exported_model, load
+from embedder.engines import engine as engines
+from embedder.engines.engine import Features, exported_model, load
 from embedder.errors import EngineError, OutOfMemory, WeightsError
 from embedder.extract import RunOptions, extract
 from embedder.recipe import Recipe
@@ -70,7 +71,7 @@ def test_a_cached_model_needs_no_tensorflow(lite0: Recipe, model_cache: Path) ->
     exported_model(lite0)
     code = """
 import sys
-from embedder import engines
+from embedder.engines import engine as engines
 from embedder.backbones.resolve import make_recipe
 engines.load(make_recipe(image_size=(64, 96)), "openvino", 2, 1)
 print([name for name in ("tensorflow", "keras", "openvino_telemetry") if sys.modules.get(name)])
@@ -129,7 +130,7 @@ def test_many_threads_may_embed_first(lite0: Recipe) -> None:
     code = """
 import faulthandler, sys, threading
 import numpy as np
-from embedder import engines
+from embedder.engines import engine as engines
 from embedder.backbones.resolve import make_recipe
 faulthandler.dump_traceback_later(60, exit=True)  # of a deadlock
 sys.setswitchinterval(1e-6)
