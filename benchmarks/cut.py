@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from embedder.backbones.resolve import load_network
 from embedder.extract import RunOptions
-from embedder.finetuning import finetune
+from embedder.finetuning.finetune import finetune
+from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.model import Model
-from embedder.strategies import TuneOptions
 
 CACHED: dict[str, Any] = {"views": 1}
 PIXELS: dict[str, Any] = {"from_pixels": True, "augment": ()}

@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from embedder.augmentation import AUGMENTATIONS
 from embedder.comparison import compare, row_of
-from embedder.finetuning import Watcher, finetune
-from embedder.strategies import STRATEGIES, TuneOptions
+from embedder.finetuning.augmentation import AUGMENTATIONS
+from embedder.finetuning.finetune import Watcher, finetune
+from embedder.finetuning.parameter_groups import STRATEGIES, TuneOptions
 
 
 def main() -> None:

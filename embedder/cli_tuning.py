@@ -86,8 +86,9 @@ def finetune(
 ) -> None:
     """Train MODEL's backbone and head further, and say whether it paid."""
     with console.exit_status(quiet):
-        from embedder import finetuning, head_report
-        from embedder.strategies import TuneOptions
+        from embedder import head_report
+        from embedder.finetuning import finetune as finetuning
+        from embedder.finetuning.parameter_groups import TuneOptions
 
         options = TuneOptions(
             strategy=strategy,

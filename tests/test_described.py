@@ -14,13 +14,13 @@ import pytest
 from embedder.comparison import read_tested
 from embedder.described import read_metrics, recorded
 from embedder.errors import EmbedderError, ModelError
+from embedder.finetuning.labelled_images import read_labelled
 from embedder.fitting import Task
 from embedder.heads import train
 from embedder.judging import evaluate_model, refit
 from embedder.model import Model
 from embedder.store.store import Store
 from embedder.trained import TrainOptions
-from embedder.tuning_data import read_labelled
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from embedder.finetuning.network import FEATURES
+from embedder.finetuning.parameter_groups import TuneOptions
+from embedder.finetuning.tuned_model import activations_recipe, tuned_recipe
 from embedder.heads import train
 from embedder.model import Model
 from embedder.recipe import Recipe
 from embedder.store.store import Store
-from embedder.strategies import TuneOptions
 from embedder.trained import TrainOptions
-from embedder.tunable import FEATURES
-from embedder.tuned import activations_recipe, tuned_recipe
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from embedder.augmentation import AUGMENTATIONS, Augmenter
 from embedder.backbones.resolve import dtype_policy
 from embedder.errors import RecipeError
-from embedder.strategies import TuneOptions
+from embedder.finetuning.augmentation import AUGMENTATIONS, Augmenter
+from embedder.finetuning.parameter_groups import TuneOptions
 
 BATCH, HEIGHT, WIDTH = 6, 20, 28
 

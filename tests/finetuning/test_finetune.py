@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import embedder
-from embedder import scratch
-from embedder.augmentation import Augmenter
 from embedder.backbones.resolve import load_network
 from embedder.backbones.weights import import_keras
 from embedder.calibration import calibrate
@@ -30,24 +28,32 @@ from embedder.comparison import compare, read_tested
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
 from embedder.extract import RunOptions
-from embedder.finetuning import Tuned, finetune
+from embedder.finetuning import scratch_network as scratch
+from embedder.finetuning.augmentation import Augmenter
+from embedder.finetuning.finetune import Tuned, finetune
+from embedder.finetuning.initial_head import check_start, head_task, starting_model
+from embedder.finetuning.labelled_images import (
+    decode_pixels,
+    find_paths,
+    read_labelled,
+    targets_of,
+    within,
+)
+from embedder.finetuning.network import make_tunable
+from embedder.finetuning.parameter_groups import TuneOptions, num_tuned, plan_groups
+from embedder.finetuning.pseudo_labels import extended
+from embedder.finetuning.trainer import Examples
+from embedder.finetuning.trainer import train as train_network
 from embedder.folding import fold
 from embedder.heads import train
 from embedder.judging import evaluate_model
 from embedder.model import Model
 from embedder.predict import predict
-from embedder.pseudo_labelled import extended
 from embedder.recipe import Recipe
 from embedder.self_training import PseudoLabels
 from embedder.store.store import Store
-from embedder.strategies import TuneOptions, num_tuned, plan_groups
 from embedder.trained import TrainOptions
-from embedder.training import Examples
-from embedder.training import train as train_network
-from embedder.tunable import make_tunable
-from embedder.tuning_data import decode_pixels, find_paths, read_labelled, targets_of, within
 from embedder.unlabelled import Unlabelled
-from embedder.warm_start import check_start, head_task, starting_model
 from tests.support import TESTS, make_archive, picture
 
 SIZE = (64, 96)

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedder.augmentation import check_augmentations
 from embedder.backbones.weights import leaf_layers
-from embedder.blocks import last_layers, layer_groups, layers_of
-from embedder.channels import CRITERIA, channel_masks
 from embedder.errors import RecipeError
-from embedder.training import Examples, Group, Schedule
-from embedder.tunable import Tunable, is_normalisation, thaw_normalisation
+from embedder.finetuning.augmentation import check_augmentations
+from embedder.finetuning.blocks import last_layers, layer_groups, layers_of
+from embedder.finetuning.channels import CRITERIA, channel_masks
+from embedder.finetuning.network import Tunable, is_normalisation, thaw_normalisation
+from embedder.finetuning.trainer import Examples, Group, Schedule
 
 if TYPE_CHECKING:
     import keras

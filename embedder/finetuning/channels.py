@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError
-from embedder.training import Examples, compiled
-from embedder.tunable import Tunable
+from embedder.finetuning.network import Tunable
+from embedder.finetuning.trainer import Examples, compiled
 
 if TYPE_CHECKING:
     import keras

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder import comparison, scratch
+from embedder import comparison
 from embedder.backbones.resolve import load_network
 from embedder.backbones.weight_files import save_network
 from embedder.backbones.weights import digest_of
@@ -16,6 +16,11 @@ from embedder.calibration import calibrate
 from embedder.described import recorded
 from embedder.errors import Unfinished
 from embedder.evaluation import Evaluation
+from embedder.finetuning import scratch_network as scratch
+from embedder.finetuning.labelled_images import Labelled, targets_of
+from embedder.finetuning.network import FEATURES
+from embedder.finetuning.parameter_groups import SCRATCH, TuneOptions
+from embedder.finetuning.trainer import Epoch
 from embedder.fitting import Fitted, Task
 from embedder.keras_head import KerasHead
 from embedder.labels import Targets
@@ -23,12 +28,8 @@ from embedder.model import BACKBONE_FILES, Model
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.splits import Split, share_of
 from embedder.store.store import Store
-from embedder.strategies import SCRATCH, TuneOptions
 from embedder.streamed import read_logits
 from embedder.trained import Head, TrainOptions
-from embedder.training import Epoch
-from embedder.tunable import FEATURES
-from embedder.tuning_data import Labelled, targets_of
 
 if TYPE_CHECKING:
     import keras

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder.blocks import layer_groups
-from embedder.scratch import make_network
+from embedder.finetuning.blocks import layer_groups
+from embedder.finetuning.scratch_network import make_network
 
 SIZE = (24, 40)
 

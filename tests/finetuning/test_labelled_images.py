@@ -11,20 +11,20 @@ from PIL import Image
 
 from embedder.decode.decode import decode_rgb
 from embedder.errors import Unfinished
-from embedder.heads import train
-from embedder.model import Model
-from embedder.recipe import Recipe
-from embedder.store.store import Store
-from embedder.strategies import TuneOptions
-from embedder.trained import TrainOptions
-from embedder.tuned import labelled_targets
-from embedder.tuning_data import (
+from embedder.finetuning.labelled_images import (
     Labelled,
     decode_pixels,
     examples_of,
     read_activations,
     read_labelled,
 )
+from embedder.finetuning.parameter_groups import TuneOptions
+from embedder.finetuning.tuned_model import labelled_targets
+from embedder.heads import train
+from embedder.model import Model
+from embedder.recipe import Recipe
+from embedder.store.store import Store
+from embedder.trained import TrainOptions
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, make_archive
 
 UNKNOWN = "0" * 64

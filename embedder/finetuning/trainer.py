@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.augmentation import Augmenter
 from embedder.backbones.weights import import_keras
 from embedder.calibration import calibrate
 from embedder.errors import RecipeError, Unfinished
 from embedder.files import whole_file
-from embedder.tunable import Tunable
+from embedder.finetuning.augmentation import Augmenter
+from embedder.finetuning.network import Tunable
 
 if TYPE_CHECKING:
     import keras

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from embedder.backbones.weights import import_keras
-from embedder.channels import CRITERIA, channel_masks
 from embedder.errors import RecipeError
-from embedder.training import Examples
-from embedder.tunable import Tunable
+from embedder.finetuning.channels import CRITERIA, channel_masks
+from embedder.finetuning.network import Tunable
+from embedder.finetuning.trainer import Examples
 
 HEIGHT, WIDTH = 6, 9
 NUM_CLASSES = 3

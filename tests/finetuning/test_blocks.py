@@ -7,7 +7,8 @@ import pytest
 from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
 from embedder.backbones.weights import import_keras, leaf_layers
-from embedder.blocks import (
+from embedder.errors import RecipeError
+from embedder.finetuning.blocks import (
     MAX_GROUPS,
     block_name,
     can_cut,
@@ -16,8 +17,7 @@ from embedder.blocks import (
     layer_groups,
     layers_of,
 )
-from embedder.errors import RecipeError
-from embedder.tunable import make_tunable
+from embedder.finetuning.network import make_tunable
 
 SIZE = (96, 128)
 

@@ -12,31 +12,20 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedder import scratch
-from embedder.augmentation import Augmenter
 from embedder.backbones import hub
 from embedder.backbones.resolve import dtype_policy, load_network, tapped_tensors
 from embedder.backbones.weights import import_keras, logger
-from embedder.blocks import find_cut
 from embedder.described import read_description, read_metrics, read_table, recorded
 from embedder.engines import engine as engines
 from embedder.engines.engine import best_training_precision
 from embedder.errors import EmbedderError, RecipeError
 from embedder.extract import Progress, RunOptions, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, replace_folder
-from embedder.folding import fold
-from embedder.judging import PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA
-from embedder.keras_head import classifier_layers
-from embedder.model import BACKBONE_FILES, Model
-from embedder.pseudo_labelled import More, add_pseudo_labels
-from embedder.recipe import EMBEDDING
-from embedder.store.store import Store
-from embedder.strategies import SCRATCH, TuneOptions, num_tuned, plan_groups, tuned_blocks
-from embedder.trained import Head, Stopwatch, check_model_folder
-from embedder.training import Epoch, Examples, find_optimizer, train
-from embedder.tunable import FEATURES, Tunable, make_tunable, seed_layers
-from embedder.tuned import Tuning, activations_recipe, judge_tuned, save_backbone, tuned_recipe
-from embedder.tuning_data import (
+from embedder.finetuning import scratch_network as scratch
+from embedder.finetuning.augmentation import Augmenter
+from embedder.finetuning.blocks import find_cut
+from embedder.finetuning.initial_head import check_start, head_task, starting_model
+from embedder.finetuning.labelled_images import (
     Labelled,
     decode_pixels,
     examples_of,
@@ -44,7 +33,30 @@ from embedder.tuning_data import (
     read_activations,
     read_labelled,
 )
-from embedder.warm_start import check_start, head_task, starting_model
+from embedder.finetuning.network import FEATURES, Tunable, make_tunable, seed_layers
+from embedder.finetuning.parameter_groups import (
+    SCRATCH,
+    TuneOptions,
+    num_tuned,
+    plan_groups,
+    tuned_blocks,
+)
+from embedder.finetuning.pseudo_labels import More, add_pseudo_labels
+from embedder.finetuning.trainer import Epoch, Examples, find_optimizer, train
+from embedder.finetuning.tuned_model import (
+    Tuning,
+    activations_recipe,
+    judge_tuned,
+    save_backbone,
+    tuned_recipe,
+)
+from embedder.folding import fold
+from embedder.judging import PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA
+from embedder.keras_head import classifier_layers
+from embedder.model import BACKBONE_FILES, Model
+from embedder.recipe import EMBEDDING
+from embedder.store.store import Store
+from embedder.trained import Head, Stopwatch, check_model_folder
 
 if TYPE_CHECKING:
     import keras

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from embedder.backbones.resolve import layer_outputs, load_network, pool, row_of, tapped_tensors
 from embedder.backbones.weights import import_keras, leaf_layers
-from embedder.blocks import can_cut
 from embedder.errors import RecipeError
+from embedder.finetuning.blocks import can_cut
 from embedder.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import pytest
 
 from embedder.backbones.resolve import make_recipe
 from embedder.backbones.weights import import_keras
-from embedder.channels import channel_masks
 from embedder.errors import RecipeError
-from embedder.strategies import STRATEGIES, TuneOptions, num_tuned, plan_groups
-from embedder.training import Examples, Group
-from embedder.tunable import Tunable, is_normalisation, make_tunable
+from embedder.finetuning.channels import channel_masks
+from embedder.finetuning.network import Tunable, is_normalisation, make_tunable
+from embedder.finetuning.parameter_groups import STRATEGIES, TuneOptions, num_tuned, plan_groups
+from embedder.finetuning.trainer import Examples, Group
 
 SIZE = (48, 64)
 

@@ -1,0 +1,1 @@
+"""The second pass: a backbone and its head trained further."""
