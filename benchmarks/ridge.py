@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from planning import make_listing
 
 import embedder
-from embedder import heads
 from embedder.cluster import connect
 from embedder.extract import DEFAULT_SHARD_SIZE
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.ridge import NUM_FOLDS, RidgeHead
 from embedder.store.store import Store, row_schema, vector_array, vectors_of
-from embedder.streaming import ridge_sums
+from embedder.training import train as heads
+from embedder.training.ridge_pass import ridge_sums
 
 NUM_CLASSES = 80
 

@@ -26,7 +26,7 @@ from sklearn.preprocessing import normalize
 
 import embedder
 from embedder.metrics import paired_difference
-from embedder.self_training import SelfTrainOptions, self_train
+from embedder.training.self_training import SelfTrainOptions, self_train
 
 # With one label a class scikit-learn asks whether this is a regression.
 warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)

@@ -8,7 +8,7 @@ from embedder.extract import extract
 from embedder.store.store import Store
 
 if TYPE_CHECKING:
-    from embedder.trained import Head
+    from embedder.training.trained_head import Head
 
 __all__ = ["EmbedderError", "Store", "extract", "train"]
 
@@ -27,8 +27,8 @@ def train(store: Store, labels: str = "folder", head: str = "logistic", **option
         EmbedderError: As in `heads.train`; also where an option is unknown.
     """
     # Extraction needs no scikit-learn, whose import takes half a second on every worker.
-    from embedder import heads
-    from embedder.trained import TrainOptions
+    from embedder.training import train as heads
+    from embedder.training.trained_head import TrainOptions
 
     known = [field.name for field in fields(TrainOptions)]
     if unknown := options.keys() - set(known):

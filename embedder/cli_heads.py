@@ -65,11 +65,12 @@ def train(
 ) -> None:
     """Train a head on STORE, test it on images it has not seen, and write it to MODEL."""
     with console.exit_status():
-        from embedder import head_report, heads
+        from embedder import head_report
         from embedder.files import local_path
         from embedder.model import REPORT_FILE
         from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
-        from embedder.trained import TrainOptions, check_model_folder
+        from embedder.training import train as heads
+        from embedder.training.trained_head import TrainOptions, check_model_folder
 
         options = TrainOptions(
             split=split,
@@ -116,7 +117,7 @@ def evaluate(
     with console.exit_status():
         import json
 
-        from embedder.judging import evaluate_model
+        from embedder.training.cross_validation import evaluate_model
 
         result = evaluate_model(model, Store(store), labels, coarse, include_trained)
         if json_out:

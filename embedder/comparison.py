@@ -14,9 +14,9 @@ from scipy.stats import binomtest
 from embedder.described import read_kind, read_metrics, read_table
 from embedder.errors import ModelError, RecipeError
 from embedder.files import local_path
-from embedder.judging import PREDICTIONS_FILE, columns_of
 from embedder.metrics import paired_difference
 from embedder.splits import TEST
+from embedder.training.cross_validation import PREDICTIONS_FILE, columns_of
 
 SIGNIFICANT = 0.05
 

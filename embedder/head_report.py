@@ -13,7 +13,7 @@ from embedder.metrics import confusion_matrix
 from embedder.model import REPORT_FILE
 from embedder.report import MapPoint, Mistake, Report, map_coordinates, thumbnail_of, write_report
 from embedder.sources.listing import list_images, read_bytes
-from embedder.trained import Head
+from embedder.training.trained_head import Head
 
 _NUM_MISTAKES = 24
 _NUM_MAP_POINTS = 1500  # t-SNE of more takes longer than the head

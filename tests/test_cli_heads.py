@@ -15,10 +15,10 @@ import embedder
 from embedder import head_report, metrics
 from embedder.cli import app
 from embedder.head_report import notes_of, report_of
-from embedder.heads import train
 from embedder.model import Model
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions
 from tests.support import ANIMALS, add_rows, animal_vectors, make_archive, picture
 
 SIZE = (64, 96)

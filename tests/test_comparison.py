@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from embedder.cli import app
 from embedder.comparison import compare, judge, read_tested, row_of
 from embedder.errors import ModelError, RecipeError
-from embedder.heads import train
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions
 from tests.support import add_rows, animal_vectors
 
 

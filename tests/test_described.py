@@ -15,12 +15,12 @@ from embedder.comparison import read_tested
 from embedder.described import read_metrics, recorded
 from embedder.errors import EmbedderError, ModelError
 from embedder.finetuning.labelled_images import read_labelled
-from embedder.fitting import Task
-from embedder.heads import train
-from embedder.judging import evaluate_model, refit
 from embedder.model import Model
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
+from embedder.training.cross_validation import evaluate_model, refit
+from embedder.training.fitting import Task
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import embedder
-from embedder.heads import train
 from embedder.model import Model
-from embedder.trained import TrainOptions
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions
 from tests.support import TESTS, make_archive
 
 SIZE = (64, 96)

@@ -43,10 +43,10 @@ import sys
 from pathlib import Path
 from tests.killing import kills
 from embedder import metrics
-from embedder.heads import train
+from embedder.training.train import train
 from embedder.model import Model
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
+from embedder.training.trained_head import TrainOptions
 metrics.NUM_RESAMPLES = 50
 store, out = Store(sys.argv[1]), Path(sys.argv[2])
 options = TrainOptions(duplicates=None)
@@ -80,10 +80,10 @@ import sys
 from pathlib import Path
 import pyarrow.parquet as pq
 from tests.killing import kills
-from embedder.heads import train
+from embedder.training.train import train
 from embedder.predict import predict
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
+from embedder.training.trained_head import TrainOptions
 features, model, out = (Path(text) for text in sys.argv[1:])
 head = train(Store(features), "folder", "centroid", TrainOptions(duplicates=None))
 head.model.save(model)

@@ -13,10 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from embedder.errors import EmbedderError, ModelError, RecipeMismatch
-from embedder.heads import train
 from embedder.model import Model, logits_of
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions
 from tests.support import add_rows, animal_vectors
 
 

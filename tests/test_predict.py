@@ -17,12 +17,12 @@ from PIL import Image
 import embedder
 from embedder.errors import EmbedderError, RecipeError, RecipeMismatch, StoreError
 from embedder.extract import RunOptions, run_extraction
-from embedder.heads import train
 from embedder.model import Model
 from embedder.predict import SCHEMA, predict, prediction_table
 from embedder.sources.listing import Listing, list_images
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions
 from embedder.verify import verify
 from tests.support import make_archive, picture
 

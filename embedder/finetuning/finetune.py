@@ -51,12 +51,12 @@ from embedder.finetuning.tuned_model import (
     tuned_recipe,
 )
 from embedder.folding import fold
-from embedder.judging import PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA
 from embedder.keras_head import classifier_layers
 from embedder.model import BACKBONE_FILES, Model
 from embedder.recipe import EMBEDDING
 from embedder.store.store import Store
-from embedder.trained import Head, Stopwatch, check_model_folder
+from embedder.training.cross_validation import PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA
+from embedder.training.trained_head import Head, Stopwatch, check_model_folder
 
 if TYPE_CHECKING:
     import keras

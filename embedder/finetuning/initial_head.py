@@ -15,11 +15,11 @@ from embedder.extract import RunOptions, run_extraction
 from embedder.finetuning.labelled_images import Labelled, targets_of
 from embedder.finetuning.network import FEATURES, Tunable
 from embedder.finetuning.tuned_model import labelled_targets
-from embedder.fitting import Task, features_of
-from embedder.judging import refit
 from embedder.labels import Targets
 from embedder.model import Model
 from embedder.store.store import RECIPE_FILE, Store
+from embedder.training.cross_validation import refit
+from embedder.training.fitting import Task, features_of
 
 _TOLERANCE = 1e-3  # of a probability: float32 sums in another order
 

@@ -15,7 +15,6 @@ from embedder.described import read_table, recorded
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.trainer import Examples
-from embedder.judging import PREDICTIONS_FILE, PREDICTIONS_SCHEMA
 from embedder.labels import codes_of
 from embedder.model import Model
 from embedder.pipeline import load_image
@@ -23,6 +22,7 @@ from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.splits import TEST, TRAIN, VALIDATION, grouped_folds
 from embedder.store.store import Store, vectors_of
+from embedder.training.cross_validation import PREDICTIONS_FILE, PREDICTIONS_SCHEMA
 
 _NUM_HELD_FOLDS = 10  # of which one is held out to stop by, where the model has no such images
 _AHEAD = 64  # images that are decoded before they are wanted

@@ -9,11 +9,11 @@ import numpy as np
 from embedder.extract import RunOptions, run_extraction
 from embedder.finetuning.initial_head import HeadTask
 from embedder.finetuning.labelled_images import Labelled
-from embedder.fitting import Fitted
 from embedder.model import Model
-from embedder.self_training import PseudoLabels
 from embedder.sources.listing import list_images
-from embedder.unlabelled import Helped, Unlabelled, check_head, learn, read_unlabelled
+from embedder.training.fitting import Fitted
+from embedder.training.self_training import PseudoLabels
+from embedder.training.semi_supervised import Helped, Unlabelled, check_head, learn, read_unlabelled
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ from embedder.finetuning.labelled_images import Labelled, targets_of
 from embedder.finetuning.network import FEATURES
 from embedder.finetuning.parameter_groups import SCRATCH, TuneOptions
 from embedder.finetuning.trainer import Epoch
-from embedder.fitting import Fitted, Task
 from embedder.keras_head import KerasHead
 from embedder.labels import Targets
 from embedder.model import BACKBONE_FILES, Model
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.splits import Split, share_of
 from embedder.store.store import Store
-from embedder.streamed import read_logits
-from embedder.trained import Head, TrainOptions
+from embedder.training.fitting import Fitted, Task
+from embedder.training.out_of_core import read_logits
+from embedder.training.trained_head import Head, TrainOptions
 
 if TYPE_CHECKING:
     import keras

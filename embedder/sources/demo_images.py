@@ -27,6 +27,6 @@ def images_folder() -> Path:
 def linear_probe(store: Store) -> dict[str, dict[str, float]]:
     """How well a logistic regression tells the demo's classes apart; see `Head.evaluate`."""
     # scikit-learn takes half a second to import, which no other command is to pay.
-    from embedder.heads import train
+    from embedder.training.train import train
 
     return train(store).evaluate()

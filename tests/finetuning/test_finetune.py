@@ -45,15 +45,15 @@ from embedder.finetuning.pseudo_labels import extended
 from embedder.finetuning.trainer import Examples
 from embedder.finetuning.trainer import train as train_network
 from embedder.folding import fold
-from embedder.heads import train
-from embedder.judging import evaluate_model
 from embedder.model import Model
 from embedder.predict import predict
 from embedder.recipe import Recipe
-from embedder.self_training import PseudoLabels
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
-from embedder.unlabelled import Unlabelled
+from embedder.training.cross_validation import evaluate_model
+from embedder.training.self_training import PseudoLabels
+from embedder.training.semi_supervised import Unlabelled
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions
 from tests.support import TESTS, make_archive, picture
 
 SIZE = (64, 96)

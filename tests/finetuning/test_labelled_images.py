@@ -20,11 +20,11 @@ from embedder.finetuning.labelled_images import (
 )
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.tuned_model import labelled_targets
-from embedder.heads import train
 from embedder.model import Model
 from embedder.recipe import Recipe
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, make_archive
 
 UNKNOWN = "0" * 64

@@ -7,11 +7,11 @@ import pytest
 from embedder.finetuning.network import FEATURES
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.tuned_model import activations_recipe, tuned_recipe
-from embedder.heads import train
 from embedder.model import Model
 from embedder.recipe import Recipe
 from embedder.store.store import Store
-from embedder.trained import TrainOptions
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from embedder.calibration import calibrate
 from embedder.classifiers import Settings, make_estimator
 from embedder.cluster import connect
 from embedder.errors import RecipeError
-from embedder.fitting import Fitted, Task, known_classes
 from embedder.keras_head import Batch, KerasHead, store_batches
 from embedder.model import logits_of
 from embedder.ridge import NUM_FOLDS, RidgeHead, stratified_folds
 from embedder.splits import Split, grouped_folds, make_split, strata_of
 from embedder.store.store import Store, vectors_of
-from embedder.streaming import ridge_sums
+from embedder.training.fitting import Fitted, Task, known_classes
+from embedder.training.ridge_pass import ridge_sums
 
 STREAMED_HEADS = ("ridge", "linear", "mlp")
 _HELD_OUT_ROWS = 20_000  # to calibrate by, at most: a temperature is one number

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder import streaming
 from embedder.cluster import connect
 from embedder.errors import RecipeError, StoreError
 from embedder.recipe import Recipe
 from embedder.ridge import RidgeHead
 from embedder.store.store import Store
-from embedder.streaming import ridge_sums
 from embedder.sums import Sums, signs, sums_by_fold
+from embedder.training import ridge_pass as streaming
+from embedder.training.ridge_pass import ridge_sums
 from tests.support import ROOT
 from tests.test_cluster import scheduler_with_workers
 

@@ -20,16 +20,22 @@ from embedder.described import METRICS_FILE, MODEL_FILE
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
 from embedder.files import is_temporary, local_path, whole_folder
-from embedder.fitting import Fitted, Task, refusals
-from embedder.judging import PREDICTIONS_FILE, PSEUDO_LABELS_FILE, judge, metrics_of, refit
 from embedder.labels import Targets
 from embedder.metrics import Scores, paired_difference
 from embedder.model import BACKBONE_FILES, REPORT_FILE, Model
 from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
 from embedder.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split, make_split
 from embedder.store.store import Store
-from embedder.streamed import read_features
-from embedder.unlabelled import Helped
+from embedder.training.cross_validation import (
+    PREDICTIONS_FILE,
+    PSEUDO_LABELS_FILE,
+    judge,
+    metrics_of,
+    refit,
+)
+from embedder.training.fitting import Fitted, Task, refusals
+from embedder.training.out_of_core import read_features
+from embedder.training.semi_supervised import Helped
 
 _FILES = {MODEL_FILE, METRICS_FILE, REPORT_FILE, PREDICTIONS_FILE, PSEUDO_LABELS_FILE}
 _FILES |= {"head.skops", "head.keras", *BACKBONE_FILES}

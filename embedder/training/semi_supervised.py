@@ -12,11 +12,11 @@ from embedder.calibration import fit_temperature, probabilities_of
 from embedder.classifiers import HEADS, make_estimator
 from embedder.errors import RecipeError
 from embedder.evaluation import widened
-from embedder.fitting import Fitted, Task
 from embedder.model import Model, logits_of
-from embedder.self_training import Classifier, SelfTraining, SelfTrainOptions, self_train
 from embedder.splits import grouped_folds
 from embedder.store.store import Store
+from embedder.training.fitting import Fitted, Task
+from embedder.training.self_training import Classifier, SelfTraining, SelfTrainOptions, self_train
 
 _NUM_FOLDS = 3  # of the labelled rows, to calibrate the head that pseudo-labels were added to
 

@@ -13,23 +13,23 @@ from embedder.classifiers import find_head
 from embedder.engines import engine as engines
 from embedder.errors import RecipeError
 from embedder.evaluation import Evaluation
-from embedder.fitting import Task, features_of, fit_head
-from embedder.judging import coarse_classes, judge
 from embedder.labels import Targets, read_targets
 from embedder.model import Model
 from embedder.neighbours.near_duplicates import near_duplicate_groups
 from embedder.splits import make_split
 from embedder.store.store import Store
-from embedder.streamed import (
+from embedder.training.cross_validation import coarse_classes, judge
+from embedder.training.fitting import Task, features_of, fit_head
+from embedder.training.out_of_core import (
     STREAMED_HEADS,
     fit_streamed,
     make_streamed_split,
     read_logits,
     shape_of,
 )
-from embedder.streaming import vector_column
-from embedder.trained import Head, Stopwatch, TrainOptions
-from embedder.unlabelled import check_head, learn, read_unlabelled
+from embedder.training.ridge_pass import vector_column
+from embedder.training.semi_supervised import check_head, learn, read_unlabelled
+from embedder.training.trained_head import Head, Stopwatch, TrainOptions
 
 STREAM_BYTES = 2 * 2**30  # of features, as float32: more are read in parts
 MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,13 +15,13 @@ from embedder.calibration import fit_temperature, log_loss, probabilities_of
 from embedder.classifiers import HEADS, make_estimator
 from embedder.errors import EmbedderError, ModelError, RecipeError, StoreError
 from embedder.evaluation import Evaluation, widened
-from embedder.fitting import Task, fit, fit_head
-from embedder.heads import train
-from embedder.judging import evaluate_model, refit
 from embedder.model import Model, logits_of
 from embedder.recipe import Recipe
 from embedder.store.store import Store
-from embedder.trained import TrainOptions, compare
+from embedder.training.cross_validation import evaluate_model, refit
+from embedder.training.fitting import Task, fit, fit_head
+from embedder.training.train import train
+from embedder.training.trained_head import TrainOptions, compare
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors
 
 

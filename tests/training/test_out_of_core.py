@@ -9,22 +9,24 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
-from embedder import heads, metrics, streamed
+from embedder import metrics
 from embedder.calibration import fit_temperature
 from embedder.classifiers import HEADS
 from embedder.errors import RecipeError
-from embedder.fitting import Task
 from embedder.head_report import notes_of, report_of, write_head_report
-from embedder.heads import train
-from embedder.judging import evaluate_model
 from embedder.model import Model, logits_of
 from embedder.predict import predict
 from embedder.recipe import Recipe
 from embedder.ridge import RidgeHead
 from embedder.splits import TRAIN, VALIDATION
 from embedder.store.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
-from embedder.streamed import make_streamed_split, parts_of, read_features
-from embedder.trained import Head, TrainOptions
+from embedder.training import out_of_core as streamed
+from embedder.training import train as heads
+from embedder.training.cross_validation import evaluate_model
+from embedder.training.fitting import Task
+from embedder.training.out_of_core import make_streamed_split, parts_of, read_features
+from embedder.training.train import train
+from embedder.training.trained_head import Head, TrainOptions
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, rows_of
 
 ALONE = TrainOptions(duplicates=None)

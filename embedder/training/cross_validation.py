@@ -13,12 +13,12 @@ from embedder.classifiers import make_estimator
 from embedder.described import read_table, recorded
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
-from embedder.fitting import Fitted, Task, fit, fit_head, known_classes
 from embedder.labels import Targets, read_labels, read_targets
 from embedder.model import Model
 from embedder.splits import CROSS_VALIDATED, TRAIN, VALIDATION, Split
 from embedder.store.store import Store
-from embedder.streamed import read_logits
+from embedder.training.fitting import Fitted, Task, fit, fit_head, known_classes
+from embedder.training.out_of_core import read_logits
 
 PREDICTIONS_FILE = "predictions.parquet"
 PSEUDO_LABELS_FILE = "pseudo_labels.parquet"

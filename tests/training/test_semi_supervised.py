@@ -11,15 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from embedder import metrics, unlabelled
+from embedder import metrics
 from embedder.classifiers import make_estimator
 from embedder.errors import RecipeError, RecipeMismatch, StoreError
 from embedder.evaluation import Evaluation
-from embedder.heads import train
 from embedder.model import logits_of
 from embedder.recipe import Recipe
 from embedder.store.store import FAILURE_SCHEMA, Store, shard_name
-from embedder.trained import Head, TrainOptions
+from embedder.training import semi_supervised as unlabelled
+from embedder.training.train import train
+from embedder.training.trained_head import Head, TrainOptions
 from tests.support import ANIMALS, DIM, animal_vectors, rows_of
 
 NOISE = 0.4  # clusters touch: four labels of each leave every fifth image wrong
