@@ -17,7 +17,7 @@ from embedder.backbones.resolve import load_network
 from embedder.extract import RunOptions
 from embedder.finetuning.finetune import finetune
 from embedder.finetuning.parameter_groups import TuneOptions
-from embedder.model import Model
+from embedder.heads.model import Model
 
 CACHED: dict[str, Any] = {"views": 1}
 PIXELS: dict[str, Any] = {"from_pixels": True, "augment": ()}

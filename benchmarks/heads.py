@@ -10,8 +10,8 @@ import argparse
 import time
 
 import embedder
-from embedder.classifiers import HEADS
 from embedder.head_report import notes_of
+from embedder.heads.table import HEADS
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from embedder.errors import EmbedderError
-from embedder.model import Model
+from embedder.heads.model import Model
 from embedder.store.store import Store
 from embedder.verify import verify
 

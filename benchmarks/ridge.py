@@ -27,8 +27,8 @@ from planning import make_listing
 import embedder
 from embedder.cluster import connect
 from embedder.extract import DEFAULT_SHARD_SIZE
+from embedder.heads.ridge_head import NUM_FOLDS, RidgeHead
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.ridge import NUM_FOLDS, RidgeHead
 from embedder.store.store import Store, row_schema, vector_array, vectors_of
 from embedder.training import train as heads
 from embedder.training.ridge_pass import ridge_sums

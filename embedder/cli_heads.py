@@ -67,7 +67,7 @@ def train(
     with console.exit_status():
         from embedder import head_report
         from embedder.files import local_path
-        from embedder.model import REPORT_FILE
+        from embedder.heads.model import REPORT_FILE
         from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
         from embedder.training import train as heads
         from embedder.training.trained_head import TrainOptions, check_model_folder

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.calibration import probabilities_of
+from embedder.heads.calibration import probabilities_of
+from embedder.heads.model import Model
 from embedder.labels import Targets, texts_of
 from embedder.metrics import (
     Scores,
@@ -17,7 +18,6 @@ from embedder.metrics import (
     reliability,
     scores,
 )
-from embedder.model import Model
 
 _BELOW_ALL = 5.0  # logits of a class that the head has never seen are this far below its lowest
 

@@ -26,7 +26,6 @@ from embedder.engines.engine import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
 from embedder.extract import Progress, RunOptions
 from embedder.files import is_temporary, local_path, whole_folder
-from embedder.folding import fold
 from embedder.formats import (
     EMBEDDING,
     FORMATS,
@@ -37,7 +36,8 @@ from embedder.formats import (
     find_format,
     write_and_run,
 )
-from embedder.model import Model
+from embedder.heads.keras_layers import fold
+from embedder.heads.model import Model
 from embedder.predict import predict
 from embedder.sources.listing import list_images, read_bytes
 from embedder.store.store import Store

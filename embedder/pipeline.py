@@ -47,7 +47,7 @@ from embedder.store.store import (
 )
 
 if TYPE_CHECKING:
-    from embedder.model import Model
+    from embedder.heads.model import Model
 
 STAGES = ("read", "decode", "embed", "write")
 _MIN_LOOKAHEAD = 64  # images read and decoded ahead of the network, per shard
@@ -229,7 +229,7 @@ def load_head(recipe: Recipe) -> "Model | None":
     if recipe.head is None:
         return None
     # scikit-learn takes half a second to import, which extraction is not to pay.
-    from embedder.model import Model
+    from embedder.heads.model import Model
 
     model = Model.load(recipe.head_source)
     if model.head_sha256 != recipe.head:

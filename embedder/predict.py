@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from embedder.errors import RecipeError, StoreBusy, Unfinished
 from embedder.extract import Progress, RunOptions, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
-from embedder.model import Model
+from embedder.heads.model import Model
 from embedder.recipe import LOGITS, VIEW, Recipe
 from embedder.sources.listing import Listing, list_images
 from embedder.store.lease import lease

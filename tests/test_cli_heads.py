@@ -15,7 +15,7 @@ import embedder
 from embedder import head_report, metrics
 from embedder.cli import app
 from embedder.head_report import notes_of, report_of
-from embedder.model import Model
+from embedder.heads.model import Model
 from embedder.store.store import Store
 from embedder.training.train import train
 from embedder.training.trained_head import TrainOptions

@@ -20,12 +20,12 @@ import embedder
 from embedder import cli_heads
 from embedder.backbones.table import BACKBONES
 from embedder.backbones.weights import import_keras
-from embedder.classifiers import make_estimator
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.exporting import export
 from embedder.formats import FORMATS, write_and_run
-from embedder.model import Model
+from embedder.heads.model import Model
+from embedder.heads.table import make_estimator
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from tests.support import TESTS, make_archive

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import embedder
-from embedder.model import Model
+from embedder.heads.model import Model
 from embedder.training.train import train
 from embedder.training.trained_head import TrainOptions
 from tests.support import TESTS, make_archive

@@ -44,7 +44,7 @@ from pathlib import Path
 from tests.killing import kills
 from embedder import metrics
 from embedder.training.train import train
-from embedder.model import Model
+from embedder.heads.model import Model
 from embedder.store.store import Store
 from embedder.training.trained_head import TrainOptions
 metrics.NUM_RESAMPLES = 50

@@ -17,7 +17,7 @@ from PIL import Image
 import embedder
 from embedder.errors import EmbedderError, RecipeError, RecipeMismatch, StoreError
 from embedder.extract import RunOptions, run_extraction
-from embedder.model import Model
+from embedder.heads.model import Model
 from embedder.predict import SCHEMA, predict, prediction_table
 from embedder.sources.listing import Listing, list_images
 from embedder.store.store import Store

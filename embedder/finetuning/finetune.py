@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from embedder.backbones import hub
 from embedder.backbones.resolve import dtype_policy, load_network, tapped_tensors
 from embedder.backbones.weights import import_keras, logger
-from embedder.described import read_description, read_metrics, read_table, recorded
 from embedder.engines import engine as engines
 from embedder.engines.engine import best_training_precision
 from embedder.errors import EmbedderError, RecipeError
@@ -50,9 +49,10 @@ from embedder.finetuning.tuned_model import (
     save_backbone,
     tuned_recipe,
 )
-from embedder.folding import fold
-from embedder.keras_head import classifier_layers
-from embedder.model import BACKBONE_FILES, Model
+from embedder.heads.keras_head import classifier_layers
+from embedder.heads.keras_layers import fold
+from embedder.heads.model import BACKBONE_FILES, Model
+from embedder.heads.model_folder import read_description, read_metrics, read_table, recorded
 from embedder.recipe import EMBEDDING
 from embedder.store.store import Store
 from embedder.training.cross_validation import PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA

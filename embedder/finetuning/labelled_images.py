@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
 
 from embedder.decode.decode import DecodedImage
-from embedder.described import read_table, recorded
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.trainer import Examples
+from embedder.heads.model import Model
+from embedder.heads.model_folder import read_table, recorded
 from embedder.labels import codes_of
-from embedder.model import Model
 from embedder.pipeline import load_image
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images

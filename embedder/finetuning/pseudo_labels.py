@@ -9,7 +9,7 @@ import numpy as np
 from embedder.extract import RunOptions, run_extraction
 from embedder.finetuning.initial_head import HeadTask
 from embedder.finetuning.labelled_images import Labelled
-from embedder.model import Model
+from embedder.heads.model import Model
 from embedder.sources.listing import list_images
 from embedder.training.fitting import Fitted
 from embedder.training.self_training import PseudoLabels

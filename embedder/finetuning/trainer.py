@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.backbones.weights import import_keras
-from embedder.calibration import calibrate
 from embedder.errors import RecipeError, Unfinished
 from embedder.files import whole_file
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.network import Tunable
+from embedder.heads.calibration import calibrate
 
 if TYPE_CHECKING:
     import keras

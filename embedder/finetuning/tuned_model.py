@@ -12,8 +12,6 @@ from embedder import comparison
 from embedder.backbones.resolve import load_network
 from embedder.backbones.weight_files import save_network
 from embedder.backbones.weights import digest_of
-from embedder.calibration import calibrate
-from embedder.described import recorded
 from embedder.errors import Unfinished
 from embedder.evaluation import Evaluation
 from embedder.finetuning import scratch_network as scratch
@@ -21,9 +19,11 @@ from embedder.finetuning.labelled_images import Labelled, targets_of
 from embedder.finetuning.network import FEATURES
 from embedder.finetuning.parameter_groups import SCRATCH, TuneOptions
 from embedder.finetuning.trainer import Epoch
-from embedder.keras_head import KerasHead
+from embedder.heads.calibration import calibrate
+from embedder.heads.keras_head import KerasHead
+from embedder.heads.model import BACKBONE_FILES, Model
+from embedder.heads.model_folder import recorded
 from embedder.labels import Targets
-from embedder.model import BACKBONE_FILES, Model
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.splits import Split, share_of
 from embedder.store.store import Store

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 
-from embedder.calibration import Calibration, calibrate
-from embedder.classifiers import Settings, find_head, make_estimator
 from embedder.errors import RecipeError
 from embedder.evaluation import widened
-from embedder.keras_head import KerasHead
+from embedder.heads.calibration import Calibration, calibrate
+from embedder.heads.keras_head import KerasHead
+from embedder.heads.model import logits_of
+from embedder.heads.table import Settings, find_head, make_estimator
 from embedder.labels import Targets
-from embedder.model import logits_of
 from embedder.splits import Folds, grouped_folds
 from embedder.store.store import Store
 

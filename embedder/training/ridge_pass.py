@@ -11,8 +11,8 @@ from threadpoolctl import threadpool_limits
 
 from embedder.cluster import Pool, Task
 from embedder.errors import RecipeError, StoreError
+from embedder.heads.ridge_statistics import CHUNK_ROWS, Sums, signs, sums_by_fold
 from embedder.store.store import Store, vectors_of
-from embedder.sums import CHUNK_ROWS, Sums, signs, sums_by_fold
 
 Codes = NDArray[np.integer[Any]]
 

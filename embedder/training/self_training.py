@@ -18,8 +18,8 @@ from scipy.special import log_softmax
 from sklearn.neighbors import NearestNeighbors
 from sklearn.semi_supervised import LabelSpreading
 
-from embedder.calibration import fit_temperature
 from embedder.errors import RecipeError
+from embedder.heads.calibration import fit_temperature
 from embedder.metrics import paired_difference
 
 _NUM_FOLDS = 5  # of the labelled rows, where they calibrate the threshold or are the guard

@@ -8,11 +8,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from sklearn.utils.validation import has_fit_parameter
 
-from embedder.calibration import fit_temperature, probabilities_of
-from embedder.classifiers import HEADS, make_estimator
 from embedder.errors import RecipeError
 from embedder.evaluation import widened
-from embedder.model import Model, logits_of
+from embedder.heads.calibration import fit_temperature, probabilities_of
+from embedder.heads.model import Model, logits_of
+from embedder.heads.table import HEADS, make_estimator
 from embedder.splits import grouped_folds
 from embedder.store.store import Store
 from embedder.training.fitting import Fitted, Task

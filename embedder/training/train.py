@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.classifiers import find_head
 from embedder.engines import engine as engines
 from embedder.errors import RecipeError
 from embedder.evaluation import Evaluation
+from embedder.heads.model import Model
+from embedder.heads.table import find_head
 from embedder.labels import Targets, read_targets
-from embedder.model import Model
 from embedder.neighbours.near_duplicates import near_duplicate_groups
 from embedder.splits import make_split
 from embedder.store.store import Store

@@ -24,8 +24,8 @@ from embedder.backbones.resolve import load_network, make_recipe
 from embedder.backbones.table import BACKBONES
 from embedder.backbones.weight_files import load_keras_model
 from embedder.errors import EmbedderError, WeightsError
-from embedder.keras_head import KerasHead
-from embedder.model import Model
+from embedder.heads.keras_head import KerasHead
+from embedder.heads.model import Model
 
 SIZE = (64, 96)
 

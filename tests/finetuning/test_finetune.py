@@ -23,7 +23,6 @@ from PIL import Image
 import embedder
 from embedder.backbones.resolve import load_network
 from embedder.backbones.weights import import_keras
-from embedder.calibration import calibrate
 from embedder.comparison import compare, read_tested
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
@@ -44,8 +43,9 @@ from embedder.finetuning.parameter_groups import TuneOptions, num_tuned, plan_gr
 from embedder.finetuning.pseudo_labels import extended
 from embedder.finetuning.trainer import Examples
 from embedder.finetuning.trainer import train as train_network
-from embedder.folding import fold
-from embedder.model import Model
+from embedder.heads.calibration import calibrate
+from embedder.heads.keras_layers import fold
+from embedder.heads.model import Model
 from embedder.predict import predict
 from embedder.recipe import Recipe
 from embedder.store.store import Store

@@ -20,7 +20,7 @@ from embedder.finetuning.labelled_images import (
 )
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.tuned_model import labelled_targets
-from embedder.model import Model
+from embedder.heads.model import Model
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training.train import train

@@ -7,7 +7,7 @@ import pytest
 from embedder.finetuning.network import FEATURES
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.tuned_model import activations_recipe, tuned_recipe
-from embedder.model import Model
+from embedder.heads.model import Model
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training.train import train

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from embedder.cluster import connect
 from embedder.errors import RecipeError, StoreError
+from embedder.heads.ridge_head import RidgeHead
+from embedder.heads.ridge_statistics import Sums, signs, sums_by_fold
 from embedder.recipe import Recipe
-from embedder.ridge import RidgeHead
 from embedder.store.store import Store
-from embedder.sums import Sums, signs, sums_by_fold
 from embedder.training import ridge_pass as streaming
 from embedder.training.ridge_pass import ridge_sums
 from tests.support import ROOT

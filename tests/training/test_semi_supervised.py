@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from embedder import metrics
-from embedder.classifiers import make_estimator
 from embedder.errors import RecipeError, RecipeMismatch, StoreError
 from embedder.evaluation import Evaluation
-from embedder.model import logits_of
+from embedder.heads.model import logits_of
+from embedder.heads.table import make_estimator
 from embedder.recipe import Recipe
 from embedder.store.store import FAILURE_SCHEMA, Store, shard_name
 from embedder.training import semi_supervised as unlabelled

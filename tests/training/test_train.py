@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from embedder import metrics
-from embedder.calibration import fit_temperature, log_loss, probabilities_of
-from embedder.classifiers import HEADS, make_estimator
 from embedder.errors import EmbedderError, ModelError, RecipeError, StoreError
 from embedder.evaluation import Evaluation, widened
-from embedder.model import Model, logits_of
+from embedder.heads.calibration import fit_temperature, log_loss, probabilities_of
+from embedder.heads.model import Model, logits_of
+from embedder.heads.table import HEADS, make_estimator
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model, refit

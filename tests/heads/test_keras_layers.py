@@ -7,11 +7,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
-from embedder.classifiers import HEADS, make_estimator
 from embedder.errors import RecipeError
-from embedder.folding import FOLDABLE, fold
-from embedder.keras_head import KerasHead
-from embedder.model import Model
+from embedder.heads.keras_head import KerasHead
+from embedder.heads.keras_layers import FOLDABLE, fold
+from embedder.heads.model import Model
+from embedder.heads.table import HEADS, make_estimator
 from embedder.recipe import Recipe
 
 DIM = 12

@@ -17,8 +17,8 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from embedder.errors import RecipeError
-from embedder.ridge import RidgeHead, stratified_folds
-from embedder.sums import Sums, signs, sums_by_fold
+from embedder.heads.ridge_head import RidgeHead, stratified_folds
+from embedder.heads.ridge_statistics import Sums, signs, sums_by_fold
 
 NAMES = np.array(["ash", "beech", "cedar", "elm"])
 

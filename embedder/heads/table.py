@@ -12,10 +12,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
-from embedder.centroid import CentroidHead
 from embedder.errors import RecipeError
-from embedder.keras_head import KerasHead
-from embedder.ridge import RidgeHead
+from embedder.heads.centroid_head import CentroidHead
+from embedder.heads.keras_head import KerasHead
+from embedder.heads.ridge_head import RidgeHead
 
 _MIN_STEPS = 600  # of a Keras head: forty images are one batch, and thirty epochs too few
 Settings = dict[str, Any]

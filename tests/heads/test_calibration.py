@@ -6,7 +6,7 @@ from scipy.special import softmax
 from sklearn.metrics import f1_score
 from sklearn.metrics import log_loss as sklearns_log_loss
 
-from embedder.calibration import fit_temperature, fit_thresholds, log_loss, probabilities_of
+from embedder.heads.calibration import fit_temperature, fit_thresholds, log_loss, probabilities_of
 
 
 @pytest.mark.parametrize("sharpness", [0.2, 1.0, 7.0])

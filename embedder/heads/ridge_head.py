@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from threadpoolctl import threadpool_limits
 
 from embedder.errors import RecipeError
-from embedder.sums import Sums, signs, sums_by_fold
+from embedder.heads.ridge_statistics import Sums, signs, sums_by_fold
 
 # Standardised features have a scatter matrix of trace `rows * dim`: these go from hardly any
 # penalty for thousands of rows to a strong one for a million.

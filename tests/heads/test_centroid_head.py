@@ -5,7 +5,7 @@ import pytest
 from sklearn.neighbors import NearestCentroid
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from embedder.centroid import CentroidHead
+from embedder.heads.centroid_head import CentroidHead
 
 
 @parametrize_with_checks([CentroidHead()])

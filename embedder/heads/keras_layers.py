@@ -12,11 +12,11 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
 from embedder.backbones.weights import import_keras
-from embedder.centroid import CentroidHead
 from embedder.errors import RecipeError
-from embedder.keras_head import KerasHead
-from embedder.model import Model
-from embedder.ridge import RidgeHead
+from embedder.heads.centroid_head import CentroidHead
+from embedder.heads.keras_head import KerasHead
+from embedder.heads.model import Model
+from embedder.heads.ridge_head import RidgeHead
 
 if TYPE_CHECKING:
     import keras

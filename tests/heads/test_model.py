@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from embedder.errors import EmbedderError, ModelError, RecipeMismatch
-from embedder.model import Model, logits_of
+from embedder.heads.model import Model, logits_of
 from embedder.store.store import Store
 from embedder.training.train import train
 from embedder.training.trained_head import TrainOptions

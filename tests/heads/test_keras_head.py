@@ -22,7 +22,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError, StoreError, WeightsError
-from embedder.keras_head import KerasHead, _held_out, store_batches
+from embedder.heads.keras_head import KerasHead, _held_out, store_batches
 from embedder.recipe import Recipe
 from embedder.store.store import FAILURE_SCHEMA, Store
 from tests.support import rows_of
@@ -124,7 +124,7 @@ def test_training_leaves_the_global_random_states_alone(head: KerasHead) -> None
 
 
 def test_importing_the_module_does_not_import_keras() -> None:
-    code = "import sys, embedder.keras_head; print('keras' in sys.modules)"
+    code = "import sys, embedder.heads.keras_head; print('keras' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedder.comparison import read_tested
-from embedder.described import read_metrics, recorded
 from embedder.errors import EmbedderError, ModelError
 from embedder.finetuning.labelled_images import read_labelled
-from embedder.model import Model
+from embedder.heads.model import Model
+from embedder.heads.model_folder import read_metrics, recorded
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model, refit
 from embedder.training.fitting import Task

@@ -4,32 +4,36 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import skops.io
 from numpy.typing import NDArray
 
 from embedder.backbones.declared import check_arrays_of_archive
-from embedder.calibration import probabilities_of
-from embedder.described import (
-    CHECKSUM,
-    FORMAT,
-    MODEL_FILE,
-    checksum_of,
-    read_description,
-)
 from embedder.errors import ModelError, RecipeError, RecipeMismatch
 from embedder.files import local_path, regular
-from embedder.keras_head import KerasHead
+from embedder.heads.calibration import probabilities_of
+from embedder.heads.keras_head import KerasHead
+from embedder.heads.model_folder import CHECKSUM, FORMAT, MODEL_FILE, checksum_of, read_description
 from embedder.recipe import Recipe
 
 REPORT_FILE = "report.html"
 BACKBONE_FILES = ("backbone.weights.h5", "backbone.keras")  # of a backbone that was tuned
 _LEAST_PROBABILITY = 1e-4  # of a class that none of the nearest neighbours has
 # What a head may hold besides what skops trusts of scikit-learn and NumPy: our own estimators.
-TRUSTED_TYPES = ("embedder.centroid.CentroidHead", "embedder.ridge.RidgeHead")
+TRUSTED_TYPES = (
+    "embedder.heads.centroid_head.CentroidHead",
+    "embedder.heads.ridge_head.RidgeHead",
+)
+# Modules of heads that were saved by version 0.1.0, and where they are now.
+_MOVED = {
+    b'"embedder.centroid"': b'"embedder.heads.centroid_head"',
+    b'"embedder.ridge"': b'"embedder.heads.ridge_head"',
+}
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,7 @@ def _load_head(folder: Path, head: dict[str, Any], num_classes: int) -> Any:
 def _loaded(content: bytes, file: Path) -> Any:
     """The estimator of a file of skops, if it holds nothing but what is trusted."""
     try:
+        content = _moved(content)
         untrusted = set(skops.io.get_untrusted_types(data=content)) - set(TRUSTED_TYPES)
         if not untrusted:
             return skops.io.loads(content, trusted=list(TRUSTED_TYPES))
@@ -241,6 +246,21 @@ def _loaded(content: bytes, file: Path) -> Any:
         f"A head may hold types of scikit-learn and NumPy, and {', '.join(TRUSTED_TYPES)}. "
         f"Received: {file} with {', '.join(sorted(untrusted))}"
     )
+
+
+def _moved(content: bytes) -> bytes:
+    """A file of skops that names our modules as they are named now."""
+    with ZipFile(BytesIO(content)) as archive:
+        schema = archive.read("schema.json")
+        if not any(name in schema for name in _MOVED):
+            return content
+        for old, new in _MOVED.items():
+            schema = schema.replace(old, new)
+        renamed = BytesIO()
+        with ZipFile(renamed, "w") as copy:
+            for name in archive.namelist():
+                copy.writestr(name, schema if name == "schema.json" else archive.read(name))
+    return renamed.getvalue()
 
 
 def logits_of(estimator: Any, features: NDArray[np.floating]) -> NDArray[np.float32]:

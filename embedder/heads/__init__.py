@@ -1,0 +1,1 @@
+"""Classifiers on features, and the model that one of them and a recipe make."""
