@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from embedder.datasets.splits import TEST
 from embedder.errors import ModelError, RecipeError
 from embedder.files import local_path
 from embedder.heads.model_folder import read_kind, read_metrics, read_table
 from embedder.metrics import paired_difference
-from embedder.splits import TEST
 from embedder.training.cross_validation import PREDICTIONS_FILE, columns_of
 
 SIGNIFICANT = 0.05

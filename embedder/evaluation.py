@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.datasets.labels import Targets, texts_of
 from embedder.heads.calibration import probabilities_of
 from embedder.heads.model import Model
-from embedder.labels import Targets, texts_of
 from embedder.metrics import (
     Scores,
     hierarchical_scores,

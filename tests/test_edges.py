@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from embedder.datasets.labels import read_labels
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ReadError, SourceError, WeightsError
-from embedder.labels import read_labels
 from embedder.metrics import scores
 from embedder.recipe import Recipe
 from embedder.sources import listing as sources

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.backbones.weights import logger
+from embedder.datasets.labels import Targets
 from embedder.errors import Unfinished
 from embedder.extract import RunOptions, run_extraction
 from embedder.finetuning.labelled_images import Labelled, targets_of
@@ -16,7 +17,6 @@ from embedder.finetuning.tuned_model import labelled_targets
 from embedder.heads.calibration import probabilities_of
 from embedder.heads.model import Model
 from embedder.heads.model_folder import recorded
-from embedder.labels import Targets
 from embedder.store.store import RECIPE_FILE, Store
 from embedder.training.cross_validation import refit
 from embedder.training.fitting import Task, features_of

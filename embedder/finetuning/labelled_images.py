@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
 
+from embedder.datasets.labels import codes_of
+from embedder.datasets.splits import TEST, TRAIN, VALIDATION, grouped_folds
 from embedder.decode.decode import DecodedImage
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.trainer import Examples
 from embedder.heads.model import Model
 from embedder.heads.model_folder import read_table, recorded
-from embedder.labels import codes_of
 from embedder.pipeline import load_image
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
-from embedder.splits import TEST, TRAIN, VALIDATION, grouped_folds
 from embedder.store.store import Store, vectors_of
 from embedder.training.cross_validation import PREDICTIONS_FILE, PREDICTIONS_SCHEMA
 

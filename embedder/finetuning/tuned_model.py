@@ -12,6 +12,8 @@ from embedder import comparison
 from embedder.backbones.resolve import load_network
 from embedder.backbones.weight_files import save_network
 from embedder.backbones.weights import digest_of
+from embedder.datasets.labels import Targets
+from embedder.datasets.splits import Split, share_of
 from embedder.errors import Unfinished
 from embedder.evaluation import Evaluation
 from embedder.finetuning import scratch_network as scratch
@@ -23,9 +25,7 @@ from embedder.heads.calibration import calibrate
 from embedder.heads.keras_head import KerasHead
 from embedder.heads.model import BACKBONE_FILES, Model
 from embedder.heads.model_folder import recorded
-from embedder.labels import Targets
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.splits import Split, share_of
 from embedder.store.store import Store
 from embedder.training.fitting import Fitted, Task
 from embedder.training.out_of_core import read_logits

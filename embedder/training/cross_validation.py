@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from embedder.datasets.labels import Targets, read_labels, read_targets
+from embedder.datasets.splits import CROSS_VALIDATED, TRAIN, VALIDATION, Split
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
 from embedder.heads.model import Model
 from embedder.heads.model_folder import read_table, recorded
 from embedder.heads.table import make_estimator
-from embedder.labels import Targets, read_labels, read_targets
-from embedder.splits import CROSS_VALIDATED, TRAIN, VALIDATION, Split
 from embedder.store.store import Store
 from embedder.training.fitting import Fitted, Task, fit, fit_head, known_classes
 from embedder.training.out_of_core import read_logits

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.cluster import connect
+from embedder.datasets.splits import Split, grouped_folds, make_split, strata_of
 from embedder.errors import RecipeError
 from embedder.heads.calibration import calibrate
 from embedder.heads.keras_head import Batch, KerasHead, store_batches
 from embedder.heads.model import logits_of
 from embedder.heads.ridge_head import NUM_FOLDS, RidgeHead, stratified_folds
 from embedder.heads.table import Settings, make_estimator
-from embedder.splits import Split, grouped_folds, make_split, strata_of
 from embedder.store.store import Store, vectors_of
 from embedder.training.fitting import Fitted, Task, known_classes
 from embedder.training.ridge_pass import ridge_sums

@@ -8,12 +8,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from sklearn.utils.validation import has_fit_parameter
 
+from embedder.datasets.splits import grouped_folds
 from embedder.errors import RecipeError
 from embedder.evaluation import widened
 from embedder.heads.calibration import fit_temperature, probabilities_of
 from embedder.heads.model import Model, logits_of
 from embedder.heads.table import HEADS, make_estimator
-from embedder.splits import grouped_folds
 from embedder.store.store import Store
 from embedder.training.fitting import Fitted, Task
 from embedder.training.self_training import Classifier, SelfTraining, SelfTrainOptions, self_train

@@ -16,15 +16,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from embedder.datasets.labels import Targets
+from embedder.datasets.splits import (
+    CROSS_VALIDATED,
+    TEST,
+    TRAIN,
+    UNUSED,
+    VALIDATION,
+    Split,
+    make_split,
+)
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
 from embedder.files import is_temporary, local_path, whole_folder
 from embedder.heads.model import BACKBONE_FILES, REPORT_FILE, Model
 from embedder.heads.model_folder import METRICS_FILE, MODEL_FILE
-from embedder.labels import Targets
 from embedder.metrics import Scores, paired_difference
 from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
-from embedder.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split, make_split
 from embedder.store.store import Store
 from embedder.training.cross_validation import (
     PREDICTIONS_FILE,

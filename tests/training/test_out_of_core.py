@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
 from embedder import metrics
+from embedder.datasets.splits import TRAIN, VALIDATION
 from embedder.errors import RecipeError
 from embedder.head_report import notes_of, report_of, write_head_report
 from embedder.heads.calibration import fit_temperature
@@ -18,7 +19,6 @@ from embedder.heads.ridge_head import RidgeHead
 from embedder.heads.table import HEADS
 from embedder.predict import predict
 from embedder.recipe import Recipe
-from embedder.splits import TRAIN, VALIDATION
 from embedder.store.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
 from embedder.training import out_of_core as streamed
 from embedder.training import train as heads

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedder.datasets.labels import read_labels, read_targets
 from embedder.errors import RecipeError, SourceError, StoreError
-from embedder.labels import read_labels, read_targets
 from embedder.store.store import Store
 from tests.support import DIM, add_rows
 

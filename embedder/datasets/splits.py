@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from embedder.datasets.labels import read_fields, read_labels
 from embedder.errors import RecipeError, SourceError
-from embedder.labels import read_fields, read_labels
 from embedder.store.store import Store
 
 # What a row is for; those of cross-validation are tested on in one round, and trained on at last.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from embedder.datasets.splits import Split, grouped_folds, make_split
 from embedder.errors import RecipeError, SourceError
-from embedder.splits import Split, grouped_folds, make_split
 from embedder.store.store import Store
 
 CODES = np.arange(60) % 3
