@@ -15,9 +15,9 @@ import tempfile
 
 from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
-from embedder.cluster import NUM_CORES
 from embedder.engines import engine as engines
 from embedder.engines.engine import images_per_second
+from embedder.extraction.cluster import NUM_CORES
 
 
 def speed_of(name: str, image_size: tuple[int, int] | None, rounds: int) -> float:

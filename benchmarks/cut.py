@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.backbones.resolve import load_network
-from embedder.extract import RunOptions
+from embedder.extraction.extract import RunOptions
 from embedder.finetuning.finetune import finetune
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.heads.model import Model

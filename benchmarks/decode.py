@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, features
 
 from embedder.backbones.resolve import make_recipe
-from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb, prepare_decoders
 from embedder.engines import engine as engines
+from embedder.extraction.cluster import NUM_CORES
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources.listing import list_images, read_bytes
 

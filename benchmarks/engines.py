@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from embedder.backbones.resolve import DEFAULT_BACKBONE, build, make_recipe
-from embedder.cluster import NUM_CORES
 from embedder.engines import engine as engines
+from embedder.extraction.cluster import NUM_CORES
 
 GEMM_SIDE = 2048
 BATCH_SIZES = {"openvino": 4, "tensorflow": 32}

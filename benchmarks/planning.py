@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedder.extract import DEFAULT_SHARD_SIZE
-from embedder.plan import drop_repeated, make_plan
+from embedder.extraction.extract import DEFAULT_SHARD_SIZE
+from embedder.extraction.plan import drop_repeated, make_plan
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources.listing import REF_SCHEMA
 from embedder.store.store import Store, row_schema, vector_array

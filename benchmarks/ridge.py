@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from planning import make_listing
 
 import embedder
-from embedder.cluster import connect
-from embedder.extract import DEFAULT_SHARD_SIZE
+from embedder.extraction.cluster import connect
+from embedder.extraction.extract import DEFAULT_SHARD_SIZE
 from embedder.heads.ridge_head import NUM_FOLDS, RidgeHead
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store.store import Store, row_schema, vector_array, vectors_of

@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 from embedder.backbones.resolve import make_recipe
-from embedder.cluster import NUM_CORES
 from embedder.engines import engine as engines
-from embedder.extract import RunOptions, run_extraction
+from embedder.extraction.cluster import NUM_CORES
+from embedder.extraction.extract import RunOptions, run_extraction
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 

@@ -6,7 +6,7 @@ each measurement is a process of its own, after a warm-up that is not counted.
 - `keras`: `image_dataset_from_directory` and `model.predict`.
 - `timm float32`, `timm bfloat16`: a `DataLoader` with a process per core and timm's own
   transforms, channels last, `torch.autocast` for bfloat16. Random weights: only the speed counts.
-- `embedder float32`, `embedder bfloat16`: `embedder.extract` into a new store; its run's
+- `embedder float32`, `embedder bfloat16`: `embedder.extraction.extract` into a new store; its run's
   `images_per_second`, from the first byte read to the last shard written.
 
 Each of our measurements also times the parts alone, in the same process: reading and decoding on
@@ -35,9 +35,9 @@ import numpy as np
 
 import embedder
 from embedder.backbones.resolve import EMBEDDING, build, import_keras, make_recipe
-from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
+from embedder.extraction.cluster import NUM_CORES
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images, read_bytes
 

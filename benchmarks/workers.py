@@ -21,9 +21,9 @@ import pyarrow as pa
 from throughput import link_images
 
 import embedder
-from embedder import cluster
 from embedder.backbones.resolve import make_recipe
-from embedder.pipeline import Job, Receipt
+from embedder.extraction import cluster
+from embedder.extraction.shard import Job, Receipt
 from embedder.sources.listing import list_images
 
 SHARD_SIZE = 2048

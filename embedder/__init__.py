@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from embedder.errors import EmbedderError, RecipeError
-from embedder.extract import extract
+from embedder.extraction.extract import extract
 from embedder.store.store import Store
 
 if TYPE_CHECKING:

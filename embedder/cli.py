@@ -17,7 +17,7 @@ from embedder import verify as verify_job
 from embedder.backbones import resolve as backbone_table
 from embedder.backbones.table import BACKBONES, Backbone
 from embedder.errors import JobError
-from embedder.extract import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
+from embedder.extraction.extract import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
 from embedder.job_file import read_job
 from embedder.recipe import Recipe
 from embedder.sources import demo_images as demo_job

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from embedder import console
-from embedder.extract import DEFAULT_SHARD_SIZE, RunOptions
+from embedder.extraction.extract import DEFAULT_SHARD_SIZE, RunOptions
 from embedder.store.store import Store
 
 StorePath = Annotated[str, typer.Argument(help="Folder of the feature store.")]

@@ -8,7 +8,7 @@ import typer
 
 from embedder import console
 from embedder.cli_heads import ModelPath
-from embedder.extract import RunOptions
+from embedder.extraction.extract import RunOptions
 from embedder.files import local_path
 
 

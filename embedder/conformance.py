@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from embedder.backbones.resolve import load_network, row_of
 from embedder.backbones.weights import import_keras
-from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
+from embedder.extraction.cluster import NUM_CORES
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.verify import Check
 

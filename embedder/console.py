@@ -19,9 +19,9 @@ from rich.text import Text
 
 from embedder import verify as verify_job
 from embedder.errors import EmbedderError
-from embedder.extract import Progress
+from embedder.extraction.extract import Progress
+from embedder.extraction.record import Summary, grouped_reasons
 from embedder.files import local_path, whole_file
-from embedder.summary import Summary, grouped_reasons
 
 _PLAIN_LINE_SECONDS = 5.0
 _PLAIN_WIDTH = 160  # characters, where the output is not a terminal

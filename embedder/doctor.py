@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder.backbones.resolve import make_recipe
-from embedder.cluster import NUM_CORES
 from embedder.conformance import (
     check_features,
     check_input_stage,
@@ -23,6 +22,7 @@ from embedder.conformance import (
 from embedder.decode.decode import FORMATS, decode_rgb
 from embedder.engines import engine as engines
 from embedder.errors import EngineError, SourceError
+from embedder.extraction.cluster import NUM_CORES
 from embedder.recipe import Recipe
 from embedder.sources.demo_images import images_folder
 from embedder.verify import Check

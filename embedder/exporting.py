@@ -24,7 +24,7 @@ from embedder.backbones.weights import import_keras, logger
 from embedder.decode.decode import decode_rgb
 from embedder.engines.engine import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
-from embedder.extract import Progress, RunOptions
+from embedder.extraction.extract import Progress, RunOptions
 from embedder.files import is_temporary, local_path, whole_folder
 from embedder.formats import (
     EMBEDDING,

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder.errors import RecipeError, StoreBusy, Unfinished
-from embedder.extract import Progress, RunOptions, run_extraction
+from embedder.extraction.extract import Progress, RunOptions, run_extraction
+from embedder.extraction.record import Summary
 from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
 from embedder.heads.model import Model
 from embedder.recipe import LOGITS, VIEW, Recipe
 from embedder.sources.listing import Listing, list_images
 from embedder.store.lease import lease
 from embedder.store.store import RECIPE_FILE, Store, vectors_of
-from embedder.summary import Summary
 
 DEFAULT_TOP_K = 5
 

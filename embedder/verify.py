@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedder.cluster import NUM_CORES
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
-from embedder.pipeline import finished_vectors, load_head
-from embedder.plan import make_plan
+from embedder.extraction.changed_files import hash_of
+from embedder.extraction.cluster import NUM_CORES
+from embedder.extraction.plan import make_plan
+from embedder.extraction.shard import finished_vectors, load_head
 from embedder.recipe import VIEW, Recipe
-from embedder.refresh import hash_of
 from embedder.sources.listing import list_images, read_bytes
 from embedder.store.shard_file import has_digests
 from embedder.store.store import EMBEDDINGS, FAILURES, Store, vectors_of

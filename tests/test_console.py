@@ -9,7 +9,7 @@ import pytest
 
 from embedder import console
 from embedder.errors import EmbedderError
-from embedder.summary import grouped_reasons
+from embedder.extraction.record import grouped_reasons
 
 NAME = "holiday:x:[red]:smile:.jpg"
 

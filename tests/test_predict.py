@@ -16,7 +16,7 @@ from PIL import Image
 
 import embedder
 from embedder.errors import EmbedderError, RecipeError, RecipeMismatch, StoreError
-from embedder.extract import RunOptions, run_extraction
+from embedder.extraction.extract import RunOptions, run_extraction
 from embedder.heads.model import Model
 from embedder.predict import SCHEMA, predict, prediction_table
 from embedder.sources.listing import Listing, list_images

@@ -1,7 +1,7 @@
 """Vectors as the first release made them: speeding things up must not change what is stored.
 
 `reference_vectors.json` was written by this file, run as a script, with the code of 0.1.0 before
-any work on speed: float32, `decode="exact"`, through `embedder.extract`.
+any work on speed: float32, `decode="exact"`, through `embedder.extraction.extract`.
 """
 
 import json

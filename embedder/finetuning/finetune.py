@@ -18,7 +18,7 @@ from embedder.backbones.weights import import_keras, logger
 from embedder.engines import engine as engines
 from embedder.engines.engine import best_training_precision
 from embedder.errors import EmbedderError, RecipeError
-from embedder.extract import Progress, RunOptions, run_extraction
+from embedder.extraction.extract import Progress, RunOptions, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, replace_folder
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from embedder.backbones.weights import logger
 from embedder.datasets.labels import Targets
 from embedder.errors import Unfinished
-from embedder.extract import RunOptions, run_extraction
+from embedder.extraction.extract import RunOptions, run_extraction
 from embedder.finetuning.labelled_images import Labelled, targets_of
 from embedder.finetuning.network import FEATURES, Tunable
 from embedder.finetuning.tuned_model import labelled_targets

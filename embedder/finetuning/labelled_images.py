@@ -14,11 +14,11 @@ from embedder.datasets.labels import codes_of
 from embedder.datasets.splits import TEST, TRAIN, VALIDATION, grouped_folds
 from embedder.decode.decode import DecodedImage
 from embedder.errors import ModelError, RecipeError, Unfinished
+from embedder.extraction.shard import load_image
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.trainer import Examples
 from embedder.heads.model import Model
 from embedder.heads.model_folder import read_table, recorded
-from embedder.pipeline import load_image
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.store.store import Store, vectors_of

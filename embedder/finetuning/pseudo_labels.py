@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from embedder.extract import RunOptions, run_extraction
+from embedder.extraction.extract import RunOptions, run_extraction
 from embedder.finetuning.initial_head import HeadTask
 from embedder.finetuning.labelled_images import Labelled
 from embedder.heads.model import Model

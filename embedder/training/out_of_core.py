@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.cluster import connect
 from embedder.datasets.splits import Split, grouped_folds, make_split, strata_of
 from embedder.errors import RecipeError
+from embedder.extraction.cluster import connect
 from embedder.heads.calibration import calibrate
 from embedder.heads.keras_head import Batch, KerasHead, store_batches
 from embedder.heads.model import logits_of

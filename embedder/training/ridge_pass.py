@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from embedder.cluster import Pool, Task
 from embedder.errors import RecipeError, StoreError
+from embedder.extraction.cluster import Pool, Task
 from embedder.heads.ridge_statistics import CHUNK_ROWS, Sums, signs, sums_by_fold
 from embedder.store.store import Store, vectors_of
 

@@ -12,7 +12,7 @@ from embedder import extract
 from embedder.backbones.resolve import build, find_backbone, load_network, make_recipe
 from embedder.conformance import check_features, check_input_stage
 from embedder.errors import RecipeError, RecipeMismatch, WeightsError
-from embedder.extract import RunOptions, run_extraction
+from embedder.extraction.extract import RunOptions, run_extraction
 from embedder.verify import verify
 from tests.support import assert_same_vectors
 

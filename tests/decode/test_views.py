@@ -23,13 +23,13 @@ from embedder.decode.decode import decode_rgb
 from embedder.decode.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of
 from embedder.engines.engine import Features
 from embedder.errors import RecipeError
-from embedder.pipeline import Toolbox
+from embedder.extraction.shard import Toolbox
 from embedder.recipe import MAX_VIEWS, Recipe
 from embedder.store.store import Store
 from embedder.verify import Check, verify
 from tests.decode.test_decode import CROPS, encode, make_recipe
+from tests.extraction.test_shard import run
 from tests.support import MeanColour, assert_same_vectors, make_archive, picture
-from tests.test_pipeline import run
 
 NUM_VIEWS = 4
 SMALL: dict[str, Any] = {"image_size": (64, 96)}

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder import cluster
 from embedder.backbones import resolve as backbones
 from embedder.backbones.weights import leaf_layers
 from embedder.engines import engine as engines
 from embedder.engines.engine import Features, exported_model, load
 from embedder.errors import EngineError, OutOfMemory, WeightsError
-from embedder.extract import RunOptions, extract
+from embedder.extraction import cluster
+from embedder.extraction.extract import RunOptions, extract
 from embedder.recipe import Recipe
 from tests.support import picture
 

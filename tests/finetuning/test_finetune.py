@@ -26,7 +26,7 @@ from embedder.backbones.weights import import_keras
 from embedder.comparison import compare, read_tested
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
-from embedder.extract import RunOptions
+from embedder.extraction.extract import RunOptions
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.finetune import Tuned, finetune

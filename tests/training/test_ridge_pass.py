@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder.cluster import connect
 from embedder.errors import RecipeError, StoreError
+from embedder.extraction.cluster import connect
 from embedder.heads.ridge_head import RidgeHead
 from embedder.heads.ridge_statistics import Sums, signs, sums_by_fold
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training import ridge_pass as streaming
 from embedder.training.ridge_pass import ridge_sums
+from tests.extraction.test_cluster import scheduler_with_workers
 from tests.support import ROOT
-from tests.test_cluster import scheduler_with_workers
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from planning import make_listing, write_store

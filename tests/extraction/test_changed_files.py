@@ -11,13 +11,13 @@ import pytest
 
 import embedder
 from embedder.errors import RecipeError, Unfinished
-from embedder.pipeline import Job, extract_shard, toolbox_of
+from embedder.extraction.shard import Job, extract_shard, toolbox_of
 from embedder.sources.listing import list_images
 from embedder.store.store import FAILURES
 from embedder.verify import verify
+from tests.extraction.test_extract import SMALL, assert_same, counts, vectors_by_id
 from tests.support import WebServer, body, make_archive, status
 from tests.test_cli import run
-from tests.test_extract import SMALL, assert_same, counts, vectors_by_id
 
 
 @pytest.fixture

@@ -13,21 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedder import cluster
 from embedder.backbones.resolve import DEFAULT_BACKBONE, make_recipe
 from embedder.backbones.weights import logger
-from embedder.cluster import Pool, Task
 from embedder.engines import engine as engines
 from embedder.errors import RecipeError, StoreError, Unfinished
+from embedder.extraction import cluster
+from embedder.extraction.changed_files import Refreshed, refresh_shard
+from embedder.extraction.cluster import Pool, Task
+from embedder.extraction.plan import Plan, drop_repeated, make_plan
+from embedder.extraction.record import Summary, grouped_reasons
+from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, toolbox_of
 from embedder.files import local_path
-from embedder.pipeline import Earlier, Job, Receipt, extract_shard, toolbox_of
-from embedder.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import VIEW, Recipe
-from embedder.refresh import Refreshed, refresh_shard
 from embedder.sources.listing import Listing, list_images
 from embedder.store.lease import lease
 from embedder.store.store import EMBEDDINGS, FAILURES, Store, check_place
-from embedder.summary import Summary, grouped_reasons
 
 # At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few
 # enough files for a million images.

@@ -13,7 +13,7 @@ from typing import Any
 
 from embedder.engines import engine as engines
 from embedder.errors import StoreError
-from embedder.pipeline import STAGES, Receipt
+from embedder.extraction.shard import STAGES, Receipt
 from embedder.recipe import Recipe
 from embedder.sources.listing import Listing
 from embedder.store.store import FAILURES, Store

@@ -14,12 +14,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from embedder import pipeline
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
 from embedder.engines.engine import Features, exported_model
 from embedder.errors import EngineError, OutOfMemory, StoreError
-from embedder.pipeline import (
+from embedder.extraction import shard as pipeline
+from embedder.extraction.shard import (
     Job,
     Receipt,
     Stopped,

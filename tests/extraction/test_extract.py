@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import embedder
-from embedder import pipeline
 from embedder.errors import (
     EngineError,
     RecipeError,
@@ -28,10 +27,11 @@ from embedder.errors import (
     StoreError,
     Unfinished,
 )
+from embedder.extraction import shard as pipeline
 from embedder.store.store import Store
 from embedder.verify import verify
+from tests.extraction.test_cluster import scheduler_with_workers
 from tests.support import make_archive, picture
-from tests.test_cluster import scheduler_with_workers
 
 # A small input makes the real network fast; every pixel of these pictures still counts.
 SMALL: dict[str, Any] = {"image_size": (64, 96)}

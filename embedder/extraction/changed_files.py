@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedder.errors import ReadError
-from embedder.pipeline import Stopped
+from embedder.extraction.shard import Stopped
 from embedder.sources.listing import read_bytes
 from embedder.store.store import Store, extra_columns
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from embedder.plan import Plan, drop_repeated, make_plan
+from embedder.extraction.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import Recipe
 from embedder.sources.listing import REF_SCHEMA
 from embedder.store.store import FAILURES, Store

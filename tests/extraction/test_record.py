@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from embedder.pipeline import Receipt
+from embedder.extraction.record import Summary
+from embedder.extraction.shard import Receipt
 from embedder.recipe import Recipe
-from embedder.summary import Summary
 
 
 def summary_of_nothing(recipe: Recipe) -> Summary:

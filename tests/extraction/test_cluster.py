@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from embedder import cluster
-from embedder.cluster import NUM_CORES, Pool, Task, connect
 from embedder.errors import ClusterError, Unfinished
+from embedder.extraction import cluster
+from embedder.extraction.cluster import NUM_CORES, Pool, Task, connect
 from tests.support import ROOT
 
 
@@ -146,7 +146,7 @@ def test_an_address_that_is_none_is_told() -> None:
 
 
 def test_a_scheduler_without_workers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedder.cluster._WORKERS_SECONDS", 1)
+    monkeypatch.setattr("embedder.extraction.cluster._WORKERS_SECONDS", 1)
     with scheduler_with_workers() as address:
         with pytest.raises(ClusterError, match="has no workers. Start some with: dask worker tcp"):
             with connect(address, 1):

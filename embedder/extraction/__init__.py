@@ -1,0 +1,1 @@
+"""The main job: a source's images, embedded into a store."""
