@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
 import embedder
-from embedder.metrics import paired_difference
+from embedder.evaluation.metrics import paired_difference
 from embedder.training.self_training import SelfTrainOptions, self_train
 
 # With one label a class scikit-learn asks whether this is a regression.

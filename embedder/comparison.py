@@ -13,9 +13,9 @@ from scipy.stats import binomtest
 
 from embedder.datasets.splits import TEST
 from embedder.errors import ModelError, RecipeError
+from embedder.evaluation.metrics import paired_difference
 from embedder.files import local_path
 from embedder.heads.model_folder import read_kind, read_metrics, read_table
-from embedder.metrics import paired_difference
 from embedder.training.cross_validation import PREDICTIONS_FILE, columns_of
 
 SIGNIFICANT = 0.05

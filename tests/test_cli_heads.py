@@ -12,8 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import embedder
-from embedder import head_report, metrics
+from embedder import head_report
 from embedder.cli import app
+from embedder.evaluation import metrics
 from embedder.head_report import notes_of, report_of
 from embedder.heads.model import Model
 from embedder.store.store import Store

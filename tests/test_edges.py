@@ -13,7 +13,7 @@ from PIL import Image
 from embedder.datasets.labels import read_labels
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ReadError, SourceError, WeightsError
-from embedder.metrics import scores
+from embedder.evaluation.metrics import scores
 from embedder.recipe import Recipe
 from embedder.sources import listing as sources
 from embedder.sources.listing import list_images, read_bytes

@@ -42,7 +42,7 @@ SAVE = """
 import sys
 from pathlib import Path
 from tests.killing import kills
-from embedder import metrics
+from embedder.evaluation import metrics
 from embedder.training.train import train
 from embedder.heads.model import Model
 from embedder.store.store import Store

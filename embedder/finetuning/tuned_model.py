@@ -15,7 +15,7 @@ from embedder.backbones.weights import digest_of
 from embedder.datasets.labels import Targets
 from embedder.datasets.splits import Split, share_of
 from embedder.errors import Unfinished
-from embedder.evaluation import Evaluation
+from embedder.evaluation.evaluation import Evaluation
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.labelled_images import Labelled, targets_of
 from embedder.finetuning.network import FEATURES

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from embedder.datasets.labels import Targets, read_labels, read_targets
 from embedder.datasets.splits import CROSS_VALIDATED, TRAIN, VALIDATION, Split
 from embedder.errors import ModelError, RecipeError
-from embedder.evaluation import Evaluation
+from embedder.evaluation.evaluation import Evaluation
 from embedder.heads.model import Model
 from embedder.heads.model_folder import read_table, recorded
 from embedder.heads.table import make_estimator

@@ -12,7 +12,7 @@ from sklearn.base import clone
 from embedder.datasets.labels import Targets
 from embedder.datasets.splits import Folds, grouped_folds
 from embedder.errors import RecipeError
-from embedder.evaluation import widened
+from embedder.evaluation.evaluation import widened
 from embedder.heads.calibration import Calibration, calibrate
 from embedder.heads.keras_head import KerasHead
 from embedder.heads.model import logits_of

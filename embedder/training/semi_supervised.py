@@ -10,7 +10,7 @@ from sklearn.utils.validation import has_fit_parameter
 
 from embedder.datasets.splits import grouped_folds
 from embedder.errors import RecipeError
-from embedder.evaluation import widened
+from embedder.evaluation.evaluation import widened
 from embedder.heads.calibration import fit_temperature, probabilities_of
 from embedder.heads.model import Model, logits_of
 from embedder.heads.table import HEADS, make_estimator

@@ -13,7 +13,7 @@ from embedder.datasets.labels import Targets, read_targets
 from embedder.datasets.splits import make_split
 from embedder.engines import engine as engines
 from embedder.errors import RecipeError
-from embedder.evaluation import Evaluation
+from embedder.evaluation.evaluation import Evaluation
 from embedder.heads.model import Model
 from embedder.heads.table import find_head
 from embedder.neighbours.near_duplicates import near_duplicate_groups

@@ -27,11 +27,11 @@ from embedder.datasets.splits import (
     make_split,
 )
 from embedder.errors import ModelError, RecipeError
-from embedder.evaluation import Evaluation
+from embedder.evaluation.evaluation import Evaluation
+from embedder.evaluation.metrics import Scores, paired_difference
 from embedder.files import is_temporary, local_path, whole_folder
 from embedder.heads.model import BACKBONE_FILES, REPORT_FILE, Model
 from embedder.heads.model_folder import METRICS_FILE, MODEL_FILE
-from embedder.metrics import Scores, paired_difference
 from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
 from embedder.store.store import Store
 from embedder.training.cross_validation import (

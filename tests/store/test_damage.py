@@ -28,9 +28,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from embedder import metrics
 from embedder.cli import app
 from embedder.errors import DamagedShard
+from embedder.evaluation import metrics
 from embedder.store.store import Store
 from tests.support import assert_same_vectors, make_archive
 

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
-from embedder import metrics
 from embedder.datasets.splits import TRAIN, VALIDATION
 from embedder.errors import RecipeError
+from embedder.evaluation import metrics
 from embedder.head_report import notes_of, report_of, write_head_report
 from embedder.heads.calibration import fit_temperature
 from embedder.heads.model import Model, logits_of

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from embedder import metrics
 from embedder.errors import RecipeError, RecipeMismatch, StoreError
-from embedder.evaluation import Evaluation
+from embedder.evaluation import metrics
+from embedder.evaluation.evaluation import Evaluation
 from embedder.heads.model import logits_of
 from embedder.heads.table import make_estimator
 from embedder.recipe import Recipe

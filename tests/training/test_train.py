@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
-from embedder import metrics
 from embedder.errors import EmbedderError, ModelError, RecipeError, StoreError
-from embedder.evaluation import Evaluation, widened
+from embedder.evaluation import metrics
+from embedder.evaluation.evaluation import Evaluation, widened
 from embedder.heads.calibration import fit_temperature, log_loss, probabilities_of
 from embedder.heads.model import Model, logits_of
 from embedder.heads.table import HEADS, make_estimator

@@ -8,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.datasets.labels import Targets, texts_of
-from embedder.heads.calibration import probabilities_of
-from embedder.heads.model import Model
-from embedder.metrics import (
+from embedder.evaluation.metrics import (
     Scores,
     hierarchical_scores,
     multilabel_scores,
@@ -18,6 +16,8 @@ from embedder.metrics import (
     reliability,
     scores,
 )
+from embedder.heads.calibration import probabilities_of
+from embedder.heads.model import Model
 
 _BELOW_ALL = 5.0  # logits of a class that the head has never seen are this far below its lowest
 

@@ -13,8 +13,8 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
-from embedder import metrics
-from embedder.metrics import (
+from embedder.evaluation import metrics
+from embedder.evaluation.metrics import (
     confusion_matrix,
     hierarchical_scores,
     multilabel_scores,
