@@ -159,7 +159,7 @@ def predict(
 ) -> None:
     """Predict the classes of the images of SOURCE, or of a store's rows, with MODEL."""
     with console.exit_status(quiet):
-        from embedder import predict as prediction
+        from embedder.inference import predict as prediction
 
         options = RunOptions(
             engine=engine,
@@ -219,7 +219,7 @@ def export(
 ) -> None:
     """Write MODEL as one network from pixels to probabilities, which runs without this package."""
     with console.exit_status(quiet):
-        from embedder import exporting
+        from embedder.inference import export as exporting
 
         with console.progress(quiet) as on_progress:
             exported = exporting.export(

@@ -85,9 +85,9 @@ ORDER = (
         "finetuning.pseudo_labels",
         "finetuning.finetune",
         "training.train",
-        "predict",
-        "formats",
-        "exporting",
+        "inference.predict",
+        "inference.formats",
+        "inference.export",
         "figures",
         "report",
         "head_report",
@@ -108,7 +108,7 @@ ORDER = (
 )
 
 DOORS = {
-    "ai_edge_litert": {"formats"},
+    "ai_edge_litert": {"inference.formats"},
     "PIL": {
         "decode.decode",
         "doctor",
@@ -126,9 +126,9 @@ DOORS = {
         *(
             "backbones.resolve",
             "backbones.declared",
-            "exporting",
+            "inference.export",
             "heads.keras_layers",
-            "formats",
+            "inference.formats",
             "backbones.hub",
             "heads.keras_head",
             "backbones.efficientnet_lite",
@@ -146,8 +146,8 @@ DOORS = {
         ),
         *("finetuning.tuned_model", "finetuning.finetune"),
     },
-    "onnx": {"formats"},
-    "onnxruntime": {"formats"},
+    "onnx": {"inference.formats"},
+    "onnxruntime": {"inference.formats"},
     "openvino": {"engines.engine"},
     "psutil": {"console"},
     "pydantic": {"recipe"},
@@ -173,7 +173,12 @@ DOORS = {
             "finetuning.labelled_images",
         ),
     },
-    "tensorflow": {"engines.engine", "formats", "finetuning.trainer", "finetuning.channels"},
+    "tensorflow": {
+        "engines.engine",
+        "inference.formats",
+        "finetuning.trainer",
+        "finetuning.channels",
+    },
     "xxhash": {"store.shard_file"},
     "typer": {"cli", "cli_heads", "cli_tuning", "console"},
 }

@@ -81,7 +81,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from tests.killing import kills
 from embedder.training.train import train
-from embedder.predict import predict
+from embedder.inference.predict import predict
 from embedder.store.store import Store
 from embedder.training.trained_head import TrainOptions
 features, model, out = (Path(text) for text in sys.argv[1:])

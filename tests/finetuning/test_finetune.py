@@ -46,7 +46,7 @@ from embedder.finetuning.trainer import train as train_network
 from embedder.heads.calibration import calibrate
 from embedder.heads.keras_layers import fold
 from embedder.heads.model import Model
-from embedder.predict import predict
+from embedder.inference.predict import predict
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model

@@ -17,7 +17,7 @@ from embedder.heads.calibration import fit_temperature
 from embedder.heads.model import Model, logits_of
 from embedder.heads.ridge_head import RidgeHead
 from embedder.heads.table import HEADS
-from embedder.predict import predict
+from embedder.inference.predict import predict
 from embedder.recipe import Recipe
 from embedder.store.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
 from embedder.training import out_of_core as streamed

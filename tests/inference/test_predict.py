@@ -18,7 +18,7 @@ import embedder
 from embedder.errors import EmbedderError, RecipeError, RecipeMismatch, StoreError
 from embedder.extraction.extract import RunOptions, run_extraction
 from embedder.heads.model import Model
-from embedder.predict import SCHEMA, predict, prediction_table
+from embedder.inference.predict import SCHEMA, predict, prediction_table
 from embedder.sources.listing import Listing, list_images
 from embedder.store.store import Store
 from embedder.training.train import train

@@ -26,7 +26,9 @@ from embedder.engines.engine import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
 from embedder.extraction.extract import Progress, RunOptions
 from embedder.files import is_temporary, local_path, whole_folder
-from embedder.formats import (
+from embedder.heads.keras_layers import fold
+from embedder.heads.model import Model
+from embedder.inference.formats import (
     EMBEDDING,
     FORMATS,
     PIXELS,
@@ -36,9 +38,7 @@ from embedder.formats import (
     find_format,
     write_and_run,
 )
-from embedder.heads.keras_layers import fold
-from embedder.heads.model import Model
-from embedder.predict import predict
+from embedder.inference.predict import predict
 from embedder.sources.listing import list_images, read_bytes
 from embedder.store.store import Store
 

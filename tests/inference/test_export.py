@@ -22,10 +22,10 @@ from embedder.backbones.table import BACKBONES
 from embedder.backbones.weights import import_keras
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished
-from embedder.exporting import export
-from embedder.formats import FORMATS, write_and_run
 from embedder.heads.model import Model
 from embedder.heads.table import make_estimator
+from embedder.inference.export import export
+from embedder.inference.formats import FORMATS, write_and_run
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from tests.support import TESTS, make_archive
