@@ -12,10 +12,10 @@ import typer
 from rich.table import Table
 
 from embedder import cli_heads, cli_tuning, console, interrupts
-from embedder import doctor as doctor_job
-from embedder import verify as verify_job
 from embedder.backbones import resolve as backbone_table
 from embedder.backbones.table import BACKBONES, Backbone
+from embedder.checks import doctor as doctor_job
+from embedder.checks import verify as verify_job
 from embedder.errors import JobError
 from embedder.extraction.extract import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
 from embedder.job_file import read_job

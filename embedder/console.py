@@ -17,7 +17,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from embedder import verify as verify_job
+from embedder.checks import verify as verify_job
 from embedder.errors import EmbedderError
 from embedder.extraction.extract import Progress
 from embedder.extraction.record import Summary, grouped_reasons

@@ -61,7 +61,7 @@ ORDER = (
         "training.ridge_pass",
         "extraction.record",
         "extraction.extract",
-        "verify",
+        "checks.verify",
     ),
     *(
         "neighbours.near_duplicates",
@@ -95,8 +95,8 @@ ORDER = (
     ),
     *(
         "sources.demo_images",
-        "conformance",
-        "doctor",
+        "checks.conformance",
+        "checks.doctor",
         "job_file",
         "console",
         "cli_heads",
@@ -111,7 +111,7 @@ DOORS = {
     "ai_edge_litert": {"inference.formats"},
     "PIL": {
         "decode.decode",
-        "doctor",
+        "checks.doctor",
         "report",
     },  # doctor writes the pictures that decode then reads
     "bokeh": {"figures"},

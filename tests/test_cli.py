@@ -11,8 +11,8 @@ import duckdb
 import numpy as np
 import pytest
 
-from embedder import doctor
 from embedder.backbones.table import BACKBONES
+from embedder.checks import doctor
 from embedder.store.store import Store
 
 SMALL = "--image-size", "64x96"

@@ -10,10 +10,10 @@ import pytest
 
 from embedder import extract
 from embedder.backbones.resolve import build, find_backbone, load_network, make_recipe
-from embedder.conformance import check_features, check_input_stage
+from embedder.checks.conformance import check_features, check_input_stage
+from embedder.checks.verify import verify
 from embedder.errors import RecipeError, RecipeMismatch, WeightsError
 from embedder.extraction.extract import RunOptions, run_extraction
-from embedder.verify import verify
 from tests.support import assert_same_vectors
 
 keras_hub = pytest.importorskip("keras_hub", reason="needs KerasHub: pip install 'embedder[hub]'")

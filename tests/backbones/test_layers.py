@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedder import extract
+from embedder.checks.verify import verify
 from embedder.errors import RecipeError
-from embedder.verify import verify
 from tests.support import assert_same_vectors
 
 SMALL: dict[str, Any] = {"backbone": "mobilenet", "weights": "random", "image_size": (64, 96)}

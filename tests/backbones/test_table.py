@@ -23,7 +23,7 @@ from embedder.backbones import resolve as backbones
 from embedder.backbones.resolve import find_backbone, load_network, make_recipe
 from embedder.backbones.table import BACKBONES
 from embedder.backbones.weights import PublishedWeights, leaf_layers
-from embedder.conformance import check_features, check_input_stage
+from embedder.checks.conformance import check_features, check_input_stage
 from embedder.errors import RecipeError
 
 _DAYS = 21  # until every network had its turn: two of them a day

@@ -15,10 +15,10 @@ import pytest
 
 from embedder.backbones.resolve import build, load_network, make_recipe
 from embedder.backbones.weights import PublishedWeights
+from embedder.checks.verify import verify
 from embedder.engines import engine as engines
 from embedder.errors import RecipeError, WeightsError
 from embedder.extraction.extract import extract
-from embedder.verify import verify
 from tests.backbones.test_table import save_legacy
 from tests.support import assert_same_vectors
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import embedder
 from embedder.backbones import resolve as backbones
+from embedder.checks.verify import Check, verify
 from embedder.cli import app
 from embedder.decode import decode
 from embedder.decode.decode import decode_rgb
@@ -26,7 +27,6 @@ from embedder.errors import RecipeError
 from embedder.extraction.shard import Toolbox
 from embedder.recipe import MAX_VIEWS, Recipe
 from embedder.store.store import Store
-from embedder.verify import Check, verify
 from tests.decode.test_decode import CROPS, encode, make_recipe
 from tests.extraction.test_shard import run
 from tests.support import MeanColour, assert_same_vectors, make_archive, picture

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import embedder
+from embedder.checks.verify import verify
 from embedder.errors import RecipeError, Unfinished
 from embedder.extraction.shard import Job, extract_shard, toolbox_of
 from embedder.sources.listing import list_images
 from embedder.store.store import FAILURES
-from embedder.verify import verify
 from tests.extraction.test_extract import SMALL, assert_same, counts, vectors_by_id
 from tests.support import WebServer, body, make_archive, status
 from tests.test_cli import run

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import embedder
+from embedder.checks.verify import verify
 from embedder.errors import (
     EngineError,
     RecipeError,
@@ -29,7 +30,6 @@ from embedder.errors import (
 )
 from embedder.extraction import shard as pipeline
 from embedder.store.store import Store
-from embedder.verify import verify
 from tests.extraction.test_cluster import scheduler_with_workers
 from tests.support import make_archive, picture
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import embedder
+from embedder.checks.verify import verify
 from embedder.errors import EmbedderError, RecipeError, RecipeMismatch, StoreError
 from embedder.extraction.extract import RunOptions, run_extraction
 from embedder.heads.model import Model
@@ -23,7 +24,6 @@ from embedder.sources.listing import Listing, list_images
 from embedder.store.store import Store
 from embedder.training.train import train
 from embedder.training.trained_head import TrainOptions
-from embedder.verify import verify
 from tests.support import make_archive, picture
 
 SIZE = (64, 96)

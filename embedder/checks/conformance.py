@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from embedder.backbones.resolve import load_network, row_of
 from embedder.backbones.weights import import_keras
+from embedder.checks.verify import Check
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
 from embedder.extraction.cluster import NUM_CORES
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.verify import Check
 
 MIN_COSINE = 0.9999  # between engines, and to plain Keras
 _MAX_BATCH_DIFFERENCE = 1e-5  # alone and in a batch, as a share of the largest value

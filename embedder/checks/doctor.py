@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder.backbones.resolve import make_recipe
-from embedder.conformance import (
+from embedder.checks.conformance import (
     check_features,
     check_input_stage,
     check_resize,
@@ -19,13 +19,13 @@ from embedder.conformance import (
     embed,
     test_card,
 )
+from embedder.checks.verify import Check
 from embedder.decode.decode import FORMATS, decode_rgb
 from embedder.engines import engine as engines
 from embedder.errors import EngineError, SourceError
 from embedder.extraction.cluster import NUM_CORES
 from embedder.recipe import Recipe
 from embedder.sources.demo_images import images_folder
-from embedder.verify import Check
 
 _CARD_SIZE = (300, 400)  # (height, width): other than square, so that swapped axes show
 _MIN_COSINE_OF_PRECISION = 0.99  # median, to float32; bfloat16 has 8 bits of mantissa

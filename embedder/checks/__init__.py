@@ -1,0 +1,1 @@
+"""Checks of stores, engines and machines."""
