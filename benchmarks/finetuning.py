@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from embedder.comparison import compare, row_of
+from embedder.analysis.compare import compare, row_of
 from embedder.finetuning.augmentation import AUGMENTATIONS
 from embedder.finetuning.finetune import Watcher, finetune
 from embedder.finetuning.parameter_groups import STRATEGIES, TuneOptions

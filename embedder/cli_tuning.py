@@ -189,7 +189,8 @@ def compare(
 ) -> None:
     """Put MODELS side by side, on the images that all of them were tested on."""
     with console.exit_status():
-        from embedder import comparison, comparison_report
+        from embedder import comparison_report
+        from embedder.analysis import compare as comparison
 
         rows = comparison.compare(models)
         table = [comparison.row_of(tested, against) for tested, against in rows]

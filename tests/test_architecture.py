@@ -77,7 +77,7 @@ ORDER = (
         "training.self_training",
         "training.semi_supervised",
         "training.cross_validation",
-        "comparison",
+        "analysis.compare",
         "finetuning.labelled_images",
         "training.trained_head",
         "finetuning.tuned_model",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder import comparison
+from embedder.analysis import compare as comparison
 from embedder.backbones.resolve import load_network
 from embedder.backbones.weight_files import save_network
 from embedder.backbones.weights import digest_of

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import embedder
+from embedder.analysis.compare import compare, read_tested
 from embedder.backbones.resolve import load_network
 from embedder.backbones.weights import import_keras
-from embedder.comparison import compare, read_tested
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
 from embedder.extraction.extract import RunOptions

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedder.comparison import read_tested
+from embedder.analysis.compare import read_tested
 from embedder.errors import EmbedderError, ModelError
 from embedder.finetuning.labelled_images import read_labelled
 from embedder.heads.model import Model

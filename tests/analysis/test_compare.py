@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from embedder.analysis.compare import compare, judge, read_tested, row_of
 from embedder.cli import app
-from embedder.comparison import compare, judge, read_tested, row_of
 from embedder.errors import ModelError, RecipeError
 from embedder.store.store import Store
 from embedder.training.train import train

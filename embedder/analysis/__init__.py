@@ -1,0 +1,1 @@
+"""What several models, or a store's vectors, say side by side."""
