@@ -65,10 +65,10 @@ def train(
 ) -> None:
     """Train a head on STORE, test it on images it has not seen, and write it to MODEL."""
     with console.exit_status():
-        from embedder import head_report
         from embedder.files import local_path
         from embedder.heads.model import REPORT_FILE
         from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
+        from embedder.report import model_report as head_report
         from embedder.training import train as heads
         from embedder.training.trained_head import TrainOptions, check_model_folder
 

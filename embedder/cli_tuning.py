@@ -86,9 +86,9 @@ def finetune(
 ) -> None:
     """Train MODEL's backbone and head further, and say whether it paid."""
     with console.exit_status(quiet):
-        from embedder import head_report
         from embedder.finetuning import finetune as finetuning
         from embedder.finetuning.parameter_groups import TuneOptions
+        from embedder.report import model_report as head_report
 
         options = TuneOptions(
             strategy=strategy,
@@ -189,8 +189,8 @@ def compare(
 ) -> None:
     """Put MODELS side by side, on the images that all of them were tested on."""
     with console.exit_status():
-        from embedder import comparison_report
         from embedder.analysis import compare as comparison
+        from embedder.report import comparison_report
 
         rows = comparison.compare(models)
         table = [comparison.row_of(tested, against) for tested, against in rows]

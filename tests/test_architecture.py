@@ -88,10 +88,10 @@ ORDER = (
         "inference.predict",
         "inference.formats",
         "inference.export",
-        "figures",
-        "report",
-        "head_report",
-        "comparison_report",
+        "report.figures",
+        "report.page",
+        "report.model_report",
+        "report.comparison_report",
     ),
     *(
         "sources.demo_images",
@@ -112,15 +112,15 @@ DOORS = {
     "PIL": {
         "decode.decode",
         "checks.doctor",
-        "report",
+        "report.page",
     },  # doctor writes the pictures that decode then reads
-    "bokeh": {"figures"},
+    "bokeh": {"report.figures"},
     "dask": {"extraction.cluster"},
     "distributed": {"extraction.cluster"},
     "faiss": {"neighbours.near_duplicates"},
     "fsspec": {"sources.listing"},
     "h5py": {"backbones.declared", "backbones.weight_files"},
-    "jinja2": {"report"},
+    "jinja2": {"report.page"},
     "keras_hub": {"backbones.hub"},
     "keras": {
         *(
@@ -169,7 +169,7 @@ DOORS = {
             "heads.keras_layers",
             "training.self_training",
             "training.semi_supervised",
-            "report",
+            "report.page",
             "finetuning.labelled_images",
         ),
     },

@@ -12,11 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import embedder
-from embedder import head_report
 from embedder.cli import app
 from embedder.evaluation import metrics
-from embedder.head_report import notes_of, report_of
 from embedder.heads.model import Model
+from embedder.report import model_report as head_report
+from embedder.report.model_report import notes_of, report_of
 from embedder.store.store import Store
 from embedder.training.train import train
 from embedder.training.trained_head import TrainOptions

@@ -12,13 +12,13 @@ from sklearn.preprocessing import StandardScaler
 from embedder.datasets.splits import TRAIN, VALIDATION
 from embedder.errors import RecipeError
 from embedder.evaluation import metrics
-from embedder.head_report import notes_of, report_of, write_head_report
 from embedder.heads.calibration import fit_temperature
 from embedder.heads.model import Model, logits_of
 from embedder.heads.ridge_head import RidgeHead
 from embedder.heads.table import HEADS
 from embedder.inference.predict import predict
 from embedder.recipe import Recipe
+from embedder.report.model_report import notes_of, report_of, write_head_report
 from embedder.store.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
 from embedder.training import out_of_core as streamed
 from embedder.training import train as heads

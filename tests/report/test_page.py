@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedder import figures
 from embedder.errors import DecodeError, RecipeError
-from embedder.report import (
+from embedder.report import figures
+from embedder.report.page import (
     MapPoint,
     Mistake,
     Report,

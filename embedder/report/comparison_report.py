@@ -5,7 +5,7 @@ from typing import Any
 
 from embedder.analysis.compare import SIGNIFICANT
 from embedder.files import whole_file
-from embedder.report import template
+from embedder.report.page import template
 
 _ROOM = 0.02  # of accuracy, beside the widest intervals
 

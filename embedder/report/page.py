@@ -16,11 +16,11 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from embedder import figures
 from embedder.decode.decode import decode_rgb
 from embedder.errors import RecipeError
 from embedder.files import whole_file
 from embedder.recipe import Recipe
+from embedder.report import figures
 
 MISTAKE_SIDE = 192  # pixels: enough to see what was mistaken for what; some 10 kB each
 MAP_SIDE = 64  # pixels: some 2 kB each, of which there may be thousands
@@ -167,7 +167,7 @@ class _Pictures:
 def template(name: str) -> jinja2.Template:
     """A template of this package, whose values are escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -11,7 +11,14 @@ from embedder.errors import EmbedderError
 from embedder.evaluation.metrics import confusion_matrix
 from embedder.heads.model import REPORT_FILE
 from embedder.heads.model_folder import recorded
-from embedder.report import MapPoint, Mistake, Report, map_coordinates, thumbnail_of, write_report
+from embedder.report.page import (
+    MapPoint,
+    Mistake,
+    Report,
+    map_coordinates,
+    thumbnail_of,
+    write_report,
+)
 from embedder.sources.listing import list_images, read_bytes
 from embedder.training.trained_head import Head
 
