@@ -55,7 +55,7 @@ def kills(part: str, begin: Callable[[], None], act: Callable[[], None]) -> Iter
 
 
 if __name__ == "__main__":
-    from embedder.cli import main
+    from embedder.cli.app import main
 
     kill_at(sys.argv[1], int(sys.argv[2]))
     sys.argv[1:] = sys.argv[3:]

@@ -97,12 +97,12 @@ ORDER = (
         "sources.demo_images",
         "checks.conformance",
         "checks.doctor",
-        "job_file",
-        "console",
-        "cli_heads",
-        "cli_tuning",
-        "interrupts",
-        "cli",
+        "cli.job_file",
+        "cli.console",
+        "cli.heads",
+        "cli.finetuning",
+        "cli.interrupts",
+        "cli.app",
         "__main__",
     ),
 )
@@ -149,10 +149,10 @@ DOORS = {
     "onnx": {"inference.formats"},
     "onnxruntime": {"inference.formats"},
     "openvino": {"engines.engine"},
-    "psutil": {"console"},
+    "psutil": {"cli.console"},
     "pydantic": {"recipe"},
     "pickle": {"backbones.torch_weights"},
-    "rich": {"cli", "console"},
+    "rich": {"cli.app", "cli.console"},
     "skops": {"heads.model"},
     # Estimators are written where they belong: scikit-learn is a contract as much as a library.
     "sklearn": {
@@ -180,7 +180,7 @@ DOORS = {
         "finetuning.channels",
     },
     "xxhash": {"store.shard_file"},
-    "typer": {"cli", "cli_heads", "cli_tuning", "console"},
+    "typer": {"cli.app", "cli.heads", "cli.finetuning", "cli.console"},
 }
 
 
@@ -224,6 +224,6 @@ def test_heavy_libraries_have_one_door(module: str) -> None:
 
 def test_importing_the_package_loads_no_network_library() -> None:
     heavy = "keras", "tensorflow", "openvino", "sklearn"
-    code = f"import sys, embedder.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    code = f"import sys, embedder.cli.app; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from embedder.cli import app
+from embedder.cli.app import app
 from embedder.store.store import Store
 from tests.support import TESTS
 

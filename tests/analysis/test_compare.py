@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from embedder.analysis.compare import compare, judge, read_tested, row_of
-from embedder.cli import app
+from embedder.cli.app import app
 from embedder.errors import ModelError, RecipeError
 from embedder.store.store import Store
 from embedder.training.train import train

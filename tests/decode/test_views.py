@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import embedder
 from embedder.backbones import resolve as backbones
 from embedder.checks.verify import Check, verify
-from embedder.cli import app
+from embedder.cli.app import app
 from embedder.decode import decode
 from embedder.decode.decode import decode_rgb
 from embedder.decode.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of

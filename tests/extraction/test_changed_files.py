@@ -15,9 +15,9 @@ from embedder.errors import RecipeError, Unfinished
 from embedder.extraction.shard import Job, extract_shard, toolbox_of
 from embedder.sources.listing import list_images
 from embedder.store.store import FAILURES
+from tests.cli.test_app import run
 from tests.extraction.test_extract import SMALL, assert_same, counts, vectors_by_id
 from tests.support import WebServer, body, make_archive, status
-from tests.test_cli import run
 
 
 @pytest.fixture

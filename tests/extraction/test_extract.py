@@ -355,7 +355,7 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.argv = ["embedder", "extract", {str(large)!r}, {str(store)!r}, "--image-size", "64x96"]
-from embedder.cli import main
+from embedder.cli.app import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

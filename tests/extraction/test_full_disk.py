@@ -17,7 +17,7 @@ SIZE = (64, 96)
 # A limit on the size of a file is met as a full disk is: by an error when it is written.
 LIMITED = """
 import resource, signal, sys
-from embedder.cli import main
+from embedder.cli.app import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import embedder
-from embedder import cli_heads
 from embedder.backbones.table import BACKBONES
 from embedder.backbones.weights import import_keras
+from embedder.cli import heads as cli_heads
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.heads.model import Model

@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from embedder.cli import app
+from embedder.cli.app import app
 from embedder.errors import DamagedShard
 from embedder.evaluation import metrics
 from embedder.store.store import Store

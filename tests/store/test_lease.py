@@ -12,7 +12,7 @@ import pytest
 from embedder.errors import StoreBusy, StoreError
 from embedder.store.lease import LOCK_FILE, lease
 from embedder.store.store import Store
-from tests.test_cli import run
+from tests.cli.test_app import run
 
 COMMAND = sys.executable, "-m", "embedder"
 _HOLD = """

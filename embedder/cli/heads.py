@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedder import console
+from embedder.cli import console
 from embedder.extraction.extract import DEFAULT_SHARD_SIZE, RunOptions
 from embedder.store.store import Store
 

@@ -11,14 +11,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from embedder import cli_heads, cli_tuning, console, interrupts
 from embedder.backbones import resolve as backbone_table
 from embedder.backbones.table import BACKBONES, Backbone
 from embedder.checks import doctor as doctor_job
 from embedder.checks import verify as verify_job
+from embedder.cli import console, interrupts
+from embedder.cli import finetuning as cli_tuning
+from embedder.cli import heads as cli_heads
+from embedder.cli.job_file import read_job
 from embedder.errors import JobError
 from embedder.extraction.extract import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
-from embedder.job_file import read_job
 from embedder.recipe import Recipe
 from embedder.sources import demo_images as demo_job
 from embedder.store import shard_file

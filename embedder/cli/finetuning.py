@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from embedder import console
-from embedder.cli_heads import ModelPath
+from embedder.cli import console
+from embedder.cli.heads import ModelPath
 from embedder.extraction.extract import RunOptions
 from embedder.files import local_path
 

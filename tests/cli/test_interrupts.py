@@ -197,7 +197,7 @@ def start_body(
     """Start a command that does this, with constants of the module `interrupts`, and await it."""
     lines = [
         "import signal, sys, threading, time",
-        "from embedder import interrupts",
+        "from embedder.cli import interrupts",
         *(f"interrupts.{name} = {value}" for name, value in (constants or {}).items()),
         "with interrupts.ending_the_process():",
         f"    pathlib.Path({str(folder / 'begun')!r}).touch()",

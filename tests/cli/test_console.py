@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from embedder import console
+from embedder.cli import console
 from embedder.errors import EmbedderError
 from embedder.extraction.record import grouped_reasons
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from embedder.cli import app
+from embedder.cli.app import app
+from embedder.cli.job_file import read_job
 from embedder.errors import JobError
-from embedder.job_file import read_job
 from embedder.store.store import Store
 from tests.support import ROOT, make_archive
 

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import embedder
-from embedder.cli import app
+from embedder.cli.app import app
 from embedder.evaluation import metrics
 from embedder.heads.model import Model
 from embedder.report import model_report as head_report
