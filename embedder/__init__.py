@@ -4,11 +4,11 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from embedder.errors import EmbedderError, RecipeError
-from embedder.extraction.extract import extract
-from embedder.store.store import Store
+from embedder.extraction import extract
+from embedder.store import Store
 
 if TYPE_CHECKING:
-    from embedder.training.trained_head import Head
+    from embedder.training import Head
 
 __all__ = ["EmbedderError", "Store", "extract", "train"]
 
@@ -27,12 +27,11 @@ def train(store: Store, labels: str = "folder", head: str = "logistic", **option
         EmbedderError: As in `heads.train`; also where an option is unknown.
     """
     # Extraction needs no scikit-learn, whose import takes half a second on every worker.
-    from embedder.training import train as heads
-    from embedder.training.trained_head import TrainOptions
+    from embedder.training import TrainOptions, train as train_head
 
     known = [field.name for field in fields(TrainOptions)]
     if unknown := options.keys() - set(known):
         raise RecipeError(
             f"Unknown option: {', '.join(sorted(unknown))}. There are: {', '.join(known)}"
         )
-    return heads.train(store, labels, head, TrainOptions(**options))
+    return train_head(store, labels, head, TrainOptions(**options))

@@ -1,6 +1,6 @@
 """`python -m embedder` is the `embedder` command."""
 
-from embedder.cli.app import main
+from embedder.cli import main
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,12 @@
-"""The order of the modules, and the one door to each heavy library."""
+"""The levels of the packages, and the one door to each heavy library."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,175 +14,51 @@ from tests.support import ROOT
 
 PACKAGE = ROOT / "embedder"
 
-# Each module imports only from its left.
-ORDER = (
-    *(
-        "errors",
-        "files",
-        "recipe",
-        "backbones.torch_weights",
-        "sources.listing",
-        "decode.views",
-        "decode.pixel_budget",
-        "decode.decode",
-    ),
-    *("backbones.weights", "backbones.declared", "heads.model_folder", "backbones.weight_files"),
-    *(
-        "backbones.efficientnet_lite",
-        "backbones.table",
-        "backbones.hub",
-        "backbones.resolve",
-        "engines.engine",
-        "store.lease",
-        "store.shard_file",
-        "store.store",
-        "heads.ridge_statistics",
-    ),
-    *(
-        "heads.ridge_head",
-        "heads.centroid_head",
-        "heads.keras_head",
-        "heads.calibration",
-        "heads.model",
-        "heads.keras_layers",
-    ),
-    *(
-        "finetuning.augmentation",
-        "finetuning.blocks",
-        "finetuning.network",
-        "finetuning.trainer",
-        "finetuning.channels",
-        "finetuning.parameter_groups",
-        "finetuning.scratch_network",
-    ),
-    *(
-        "extraction.plan",
-        "extraction.shard",
-        "extraction.changed_files",
-        "extraction.cluster",
-        "training.ridge_pass",
-        "extraction.record",
-        "extraction.extract",
-        "checks.verify",
-    ),
-    *(
-        "neighbours.near_duplicates",
-        "datasets.labels",
-        "datasets.splits",
-        "evaluation.metrics",
-        "evaluation.evaluation",
-        "heads.table",
-        "training.fitting",
-    ),
-    *(
-        "training.out_of_core",
-        "training.self_training",
-        "training.semi_supervised",
-        "training.cross_validation",
-        "analysis.compare",
-        "finetuning.labelled_images",
-        "training.trained_head",
-        "finetuning.tuned_model",
-        "finetuning.initial_head",
-        "finetuning.pseudo_labels",
-        "finetuning.finetune",
-        "training.train",
-        "inference.predict",
-        "inference.formats",
-        "inference.export",
-        "report.figures",
-        "report.page",
-        "report.model_report",
-        "report.comparison_report",
-    ),
-    *(
-        "sources.demo_images",
-        "checks.conformance",
-        "checks.doctor",
-        "cli.job_file",
-        "cli.console",
-        "cli.heads",
-        "cli.finetuning",
-        "cli.interrupts",
-        "cli.app",
-        "__main__",
-    ),
+# Packages, and modules beside them, from the bottom up: imports go down, never up or sideways.
+LEVELS = (
+    ("errors", "libraries"),
+    ("files", "recipe", "sources", "neighbours"),
+    ("decode", "backbones", "store"),
+    ("engines", "heads", "datasets"),
+    ("extraction", "evaluation"),
+    ("training", "inference", "checks"),
+    ("finetuning", "analysis"),
+    ("report",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+MODULES = sorted(
+    str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".")
+    for path in PACKAGE.rglob("*.py")
 )
 
+# Libraries, and who may import them: a package, or a module beside them.
 DOORS = {
-    "ai_edge_litert": {"inference.formats"},
-    "PIL": {
-        "decode.decode",
-        "checks.doctor",
-        "report.page",
-    },  # doctor writes the pictures that decode then reads
-    "bokeh": {"report.figures"},
-    "dask": {"extraction.cluster"},
-    "distributed": {"extraction.cluster"},
-    "faiss": {"neighbours.near_duplicates"},
-    "fsspec": {"sources.listing"},
-    "h5py": {"backbones.declared", "backbones.weight_files"},
-    "jinja2": {"report.page"},
-    "keras_hub": {"backbones.hub"},
-    "keras": {
-        *(
-            "backbones.resolve",
-            "backbones.declared",
-            "inference.export",
-            "heads.keras_layers",
-            "inference.formats",
-            "backbones.hub",
-            "heads.keras_head",
-            "backbones.efficientnet_lite",
-        ),
-        *("backbones.weight_files", "backbones.table", "backbones.weights"),
-        # The second pass trains Keras networks.
-        *(
-            "finetuning.augmentation",
-            "finetuning.blocks",
-            "finetuning.network",
-            "finetuning.trainer",
-            "finetuning.channels",
-            "finetuning.parameter_groups",
-            "finetuning.scratch_network",
-        ),
-        *("finetuning.tuned_model", "finetuning.finetune"),
-    },
-    "onnx": {"inference.formats"},
-    "onnxruntime": {"inference.formats"},
-    "openvino": {"engines.engine"},
-    "psutil": {"cli.console"},
+    "ai_edge_litert": {"inference"},
+    "PIL": {"decode", "checks", "report"},  # checks write the images that decode then reads
+    "bokeh": {"report"},
+    "dask": {"extraction"},
+    "distributed": {"extraction"},
+    "faiss": {"neighbours"},
+    "fsspec": {"sources"},
+    "h5py": {"backbones"},
+    "jinja2": {"report"},
+    "keras_hub": {"backbones"},
+    "keras": {"libraries", "backbones", "heads", "inference", "finetuning"},
+    "onnx": {"inference"},
+    "onnxruntime": {"inference"},
+    "openvino": {"engines"},
+    "psutil": {"cli"},
     "pydantic": {"recipe"},
-    "pickle": {"backbones.torch_weights"},
-    "rich": {"cli.app", "cli.console"},
-    "skops": {"heads.model"},
+    "pickle": {"backbones"},
+    "rich": {"cli"},
+    "skops": {"heads"},
     # Estimators are written where they belong: scikit-learn is a contract as much as a library.
-    "sklearn": {
-        *(
-            "heads.ridge_head",
-            "heads.centroid_head",
-            "heads.keras_head",
-            "datasets.splits",
-            "evaluation.metrics",
-            "heads.table",
-            "training.fitting",
-        ),
-        *(
-            "heads.keras_layers",
-            "training.self_training",
-            "training.semi_supervised",
-            "report.page",
-            "finetuning.labelled_images",
-        ),
-    },
-    "tensorflow": {
-        "engines.engine",
-        "inference.formats",
-        "finetuning.trainer",
-        "finetuning.channels",
-    },
-    "xxhash": {"store.shard_file"},
-    "typer": {"cli.app", "cli.heads", "cli.finetuning", "cli.console"},
+    "sklearn": {"heads", "datasets", "evaluation", "training", "finetuning", "report"},
+    "tensorflow": {"engines", "inference", "finetuning"},
+    "xxhash": {"store"},
+    "typer": {"cli"},
 }
 
 
@@ -188,38 +66,57 @@ def path_of(module: str) -> Path:
     return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
+def names_offered(package: str) -> set[str]:
+    """Names that a package offers: functions may bear the name of their module."""
+    stub = PACKAGE / package / "__init__.pyi"
+    nodes = ast.parse(stub.read_text()).body if stub.exists() else []
+    return {a.name for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names}
+
+
 def imports_of(path: Path) -> Iterator[str]:
-    """Names of all modules that a file imports, also within functions."""
+    """Modules that a file imports from, also within functions: `embedder.store`, not its names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            names = [f"{module}.{alias.name}" for alias in node.names]
-            inner = [name for name in names if path_of(name.removeprefix("embedder.")).exists()]
-            yield from inner or [module]
+            name = "." * node.level + (node.module or "")
+            offered = names_offered(name.removeprefix("embedder."))
+            for alias in node.names:
+                inner = f"{name}.{alias.name}".removeprefix("embedder.")
+                is_module = path_of(inner).exists() and alias.name not in offered
+                is_package = name == "embedder" and (PACKAGE / alias.name).is_dir()
+                yield f"{name}.{alias.name}" if is_module or is_package else name
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    files = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
-    modules = {str(path.relative_to(PACKAGE).with_suffix("")).replace("/", ".") for path in files}
-    assert modules == set(ORDER)
+def test_every_module_has_its_level() -> None:
+    assert {module.split(".")[0] for module in MODULES} == LEVEL.keys()
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_from_its_left(module: str) -> None:
-    inner = {
-        name.removeprefix("embedder.")
-        for name in imports_of(path_of(module))
-        if name.startswith("embedder.")
-    }
-    assert inner <= set(ORDER[: ORDER.index(module)])
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_and_not_past_an_init(module: str) -> None:
+    own = module.split(".")[0]
+    for name in imports_of(path_of(module)):
+        if not name.startswith("embedder."):
+            continue
+        other, *inner = name.split(".")[1:]
+        assert other == own or LEVEL[other] < LEVEL[own], f"{module} imports {name}, which is above"
+        assert other == own or not inner, f"{module} reaches into a package: {name}"
+        assert other != own or inner, f"{module} takes {name} from its own package's outside"
 
 
-@pytest.mark.parametrize("module", ORDER)
+@pytest.mark.parametrize("package", [name for name in LEVEL if (PACKAGE / name).is_dir()])
+def test_a_package_offers_what_its_init_names(package: str) -> None:
+    offered = importlib.import_module(f"embedder.{package}")
+    assert offered.__all__
+    for name in offered.__all__:
+        assert not isinstance(getattr(offered, name), ModuleType), name
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_heavy_libraries_have_one_door(module: str) -> None:
     libraries = {name.split(".")[0] for name in imports_of(path_of(module))}
-    assert [library for library in libraries if module not in DOORS.get(library, {module})] == []
+    own = module.split(".")[0]
+    assert [library for library in libraries if own not in DOORS.get(library, {own})] == []
 
 
 def test_importing_the_package_loads_no_network_library() -> None:

@@ -1,1 +1,5 @@
 """What several models, or a store's vectors, say side by side."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,9 +18,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedder.backbones.weights import import_keras
 from embedder.errors import WeightsError
 from embedder.files import regular
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import h5py

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from embedder.backbones.torch_weights import read_state_dict
 from embedder.backbones.weight_files import load_hdf5
-from embedder.backbones.weights import import_keras
 from embedder.errors import WeightsError
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras

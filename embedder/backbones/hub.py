@@ -12,13 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.backbones.weight_files import check_configuration
-from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError, WeightsError
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras
 
 PREFIX = "hub:"
+
+
+def is_preset(backbone: str) -> bool:
+    """Whether a backbone is a preset of KerasHub, `hub:NAME`."""
+    return backbone.startswith(PREFIX)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,15 +17,14 @@ from embedder.backbones.weights import (
     RANDOM,
     PackagedWeights,
     digest_of,
-    import_keras,
     leaf_layers,
-    logger,
     randomise,
     seed_of,
 )
 from embedder.errors import RecipeError, WeightsError
+from embedder.libraries import import_keras, logger
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.sources.listing import RESERVED_COLUMNS
+from embedder.sources import RESERVED_COLUMNS
 
 if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not need it
     import keras

@@ -10,7 +10,8 @@ import numpy as np
 
 from embedder.backbones import efficientnet_lite as lite
 from embedder.backbones.weight_files import load_hdf5
-from embedder.backbones.weights import PackagedWeights, PublishedWeights, import_keras
+from embedder.backbones.weights import PackagedWeights, PublishedWeights
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras

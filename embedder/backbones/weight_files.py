@@ -22,8 +22,9 @@ from embedder.backbones.declared import (
     parse_json,
     walk,
 )
-from embedder.backbones.weights import import_keras, leaf_layers, logger
+from embedder.backbones.weights import leaf_layers
 from embedder.errors import WeightsError
+from embedder.libraries import import_keras, logger
 
 if TYPE_CHECKING:
     import h5py

@@ -2,24 +2,21 @@
 
 import hashlib
 import importlib.util
-import logging
 import os
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from embedder.errors import RecipeError, WeightsError
+from embedder.libraries import import_keras, logger
 
 if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not need it
     import keras
-
-logger = logging.getLogger("embedder")
 
 # Names by which `weights` says where to look; anything else is a file.
 IMAGENET = "imagenet"
@@ -208,33 +205,3 @@ def leaf_layers(network: "keras.Layer") -> "Iterator[keras.Layer]":
 
 
 # Keras itself --------------------------------------------------------------------------------
-
-
-def import_keras() -> Any:
-    """Import Keras on TensorFlow, without TensorFlow's chatter on standard error."""
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _import_lock, _silent_standard_error():
-        import keras
-
-    return keras
-
-
-_import_lock = threading.Lock()
-
-
-@contextmanager
-def _silent_standard_error() -> Iterator[None]:
-    """Discard what native code writes to standard error: the log level does not stop all of it."""
-    if "tensorflow" in sys.modules:
-        yield
-        return
-    kept = os.dup(2)
-    discard = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(discard, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(discard)

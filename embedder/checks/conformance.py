@@ -7,12 +7,12 @@ crop and resize, the network's own `preprocess_input` on a NumPy array, and Kera
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.backbones.resolve import load_network, row_of
-from embedder.backbones.weights import import_keras
+from embedder import engines
+from embedder.backbones import load_network, row_of
 from embedder.checks.verify import Check
-from embedder.decode.decode import decode_rgb
-from embedder.engines import engine as engines
-from embedder.extraction.cluster import NUM_CORES
+from embedder.decode import decode_rgb
+from embedder.extraction import NUM_CORES
+from embedder.libraries import import_keras
 from embedder.recipe import EMBEDDING, Recipe
 
 MIN_COSINE = 0.9999  # between engines, and to plain Keras

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from embedder.backbones.resolve import make_recipe
+from embedder import engines
+from embedder.backbones import make_recipe
 from embedder.checks.conformance import (
     check_features,
     check_input_stage,
@@ -20,12 +21,11 @@ from embedder.checks.conformance import (
     test_card,
 )
 from embedder.checks.verify import Check
-from embedder.decode.decode import FORMATS, decode_rgb
-from embedder.engines import engine as engines
+from embedder.decode import FORMATS, decode_rgb
 from embedder.errors import EngineError, SourceError
-from embedder.extraction.cluster import NUM_CORES
+from embedder.extraction import NUM_CORES
 from embedder.recipe import Recipe
-from embedder.sources.demo_images import images_folder
+from embedder.sources import images_folder
 
 _CARD_SIZE = (300, 400)  # (height, width): other than square, so that swapped axes show
 _MIN_COSINE_OF_PRECISION = 0.99  # median, to float32; bfloat16 has 8 bits of mantissa

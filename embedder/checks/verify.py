@@ -10,17 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedder.decode.decode import decode_rgb
-from embedder.engines import engine as engines
+from embedder import engines
+from embedder.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
-from embedder.extraction.changed_files import hash_of
-from embedder.extraction.cluster import NUM_CORES
-from embedder.extraction.plan import make_plan
-from embedder.extraction.shard import finished_vectors, load_head
+from embedder.extraction import NUM_CORES, finished_vectors, hash_of, load_head, make_plan
 from embedder.recipe import VIEW, Recipe
-from embedder.sources.listing import list_images, read_bytes
-from embedder.store.shard_file import has_digests
-from embedder.store.store import EMBEDDINGS, FAILURES, Store, vectors_of
+from embedder.sources import list_images, read_bytes
+from embedder.store import EMBEDDINGS, FAILURES, Store, has_digests, vectors_of
 
 _Embed = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 MIN_COSINE = 0.9999  # between a stored vector and the same image embedded again, alone

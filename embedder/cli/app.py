@@ -11,20 +11,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from embedder.backbones import resolve as backbone_table
-from embedder.backbones.table import BACKBONES, Backbone
-from embedder.checks import doctor as doctor_job
-from embedder.checks import verify as verify_job
-from embedder.cli import console, interrupts
-from embedder.cli import finetuning as cli_tuning
-from embedder.cli import heads as cli_heads
+from embedder import backbones as backbone_table, checks
+from embedder.backbones import BACKBONES, Backbone
+from embedder.cli import console, finetuning as cli_tuning, heads as cli_heads, interrupts
 from embedder.cli.job_file import read_job
 from embedder.errors import JobError
-from embedder.extraction.extract import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
+from embedder.extraction import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
 from embedder.recipe import Recipe
-from embedder.sources import demo_images as demo_job
-from embedder.store import shard_file
-from embedder.store.store import Store
+from embedder.sources import images_folder
+from embedder.store import Store, num_bytes_of
 
 app = typer.Typer(
     help="Images in, a feature store out: embed large image archives with frozen backbones.",
@@ -163,7 +158,7 @@ def inspect(store: _StorePath) -> None:
             zip(failures["stage"].to_pylist(), failures["error"].to_pylist(), strict=True)
         )
         files = [path for kind in ("embeddings", "failures") for path in opened.shards(kind)]
-        num_bytes = sum(map(shard_file.num_bytes_of, files))
+        num_bytes = sum(map(num_bytes_of, files))
         facts = {
             "rows": f"{len(opened):,}",
             "failures": f"{failures.num_rows:,}",
@@ -208,7 +203,7 @@ def verify(
 ) -> None:
     """Check that every row of STORE is whole and unique, and that vectors are their images'."""
     with console.exit_status():
-        console.print_checks(verify_job.verify(Store(store), source, audit, seed))
+        console.print_checks(checks.verify(Store(store), source, audit, seed))
 
 
 @app.command()
@@ -282,9 +277,9 @@ def doctor(
 ) -> None:
     """Show this machine and its engines, and test BACKBONE's pixels and vectors."""
     with console.exit_status():
-        console.print_facts(doctor_job.machine())
+        console.print_facts(checks.machine())
         console.out.print()
-        console.print_checks(doctor_job.self_test(backbone, weights))
+        console.print_checks(checks.self_test(backbone, weights))
 
 
 @app.command()
@@ -293,7 +288,7 @@ def demo(
 ) -> None:
     """Run the main job on 2,000 real images, offline, and show what the features are good for."""
     with console.exit_status():
-        source = demo_job.images_folder()
+        source = images_folder()
         console.out.print(f"$ embedder extract {shlex.quote(str(source))} {shlex.quote(store)}\n")
         recipe = backbone_table.make_recipe()
         with console.progress(quiet=False) as on_progress:
@@ -302,7 +297,9 @@ def demo(
             )
         console.print_summaries(summaries)
         console.out.print("\nA linear probe on these features, tested on a fifth of the images:\n")
-        metrics = demo_job.linear_probe(Store(store))
+        from embedder.training import train as train_head
+
+        metrics = train_head(Store(store)).evaluate()
         console.print_facts({name: console.interval(metric) for name, metric in metrics.items()})
 
 

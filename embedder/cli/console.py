@@ -12,15 +12,19 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as ProgressBar,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from embedder.checks import verify as verify_job
+from embedder.checks import Check
 from embedder.errors import EmbedderError
-from embedder.extraction.extract import Progress
-from embedder.extraction.record import Summary, grouped_reasons
+from embedder.extraction import Progress, Summary, grouped_reasons
 from embedder.files import local_path, whole_file
 
 _PLAIN_LINE_SECONDS = 5.0
@@ -264,7 +268,7 @@ def print_reasons(reasons: Counter[tuple[str, str]]) -> None:
         out.print(f"and {len(groups) - 10:,} more reasons, in failures/*.parquet")
 
 
-def print_checks(checks: list[verify_job.Check]) -> None:
+def print_checks(checks: list[Check]) -> None:
     """Show checks; end with exit status 1 if one failed."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for check in checks:

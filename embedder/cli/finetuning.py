@@ -8,7 +8,7 @@ import typer
 
 from embedder.cli import console
 from embedder.cli.heads import ModelPath
-from embedder.extraction.extract import RunOptions
+from embedder.extraction import RunOptions
 from embedder.files import local_path
 
 
@@ -86,9 +86,8 @@ def finetune(
 ) -> None:
     """Train MODEL's backbone and head further, and say whether it paid."""
     with console.exit_status(quiet):
-        from embedder.finetuning import finetune as finetuning
-        from embedder.finetuning.parameter_groups import TuneOptions
-        from embedder.report import model_report as head_report
+        from embedder.finetuning import TuneOptions, Watcher, finetune as tune
+        from embedder.report import write_head_report
 
         options = TuneOptions(
             strategy=strategy,
@@ -122,12 +121,12 @@ def finetune(
 
         def write_report(head: Any, folder: Path) -> None:
             if report:
-                head_report.write_head_report(head, folder, source)
+                write_head_report(head, folder, source)
 
         with console.progress(quiet) as on_progress:
             on_epoch = _ignore if quiet else _print_epoch
-            watch = finetuning.Watcher(on_progress, on_epoch, write_report)
-            tuned = finetuning.finetune(
+            watch = Watcher(on_progress, on_epoch, write_report)
+            tuned = tune(
                 model,
                 source,
                 out,
@@ -189,16 +188,16 @@ def compare(
 ) -> None:
     """Put MODELS side by side, on the images that all of them were tested on."""
     with console.exit_status():
-        from embedder.analysis import compare as comparison
-        from embedder.report import comparison_report
+        from embedder.analysis import compare as compare_models, row_of
+        from embedder.report import write_comparison
 
-        rows = comparison.compare(models)
-        table = [comparison.row_of(tested, against) for tested, against in rows]
+        rows = compare_models(models)
+        table = [row_of(tested, against) for tested, against in rows]
         if json_out:
             console.write_text(json_out, json.dumps(table, indent=2))
         if report:
             with console.writing(report):
-                comparison_report.write_comparison(local_path(report), table)
+                write_comparison(local_path(report), table)
         console.print_table(
             ("model", "kind", "accuracy", "95 % interval", "p", "seconds", "tuned", "verdict"),
             [_comparison_cells(row) for row in table],

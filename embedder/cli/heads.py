@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from embedder.cli import console
-from embedder.extraction.extract import DEFAULT_SHARD_SIZE, RunOptions
-from embedder.store.store import Store
+from embedder.extraction import DEFAULT_SHARD_SIZE, RunOptions
+from embedder.store import Store
 
 StorePath = Annotated[str, typer.Argument(help="Folder of the feature store.")]
 ModelPath = Annotated[str, typer.Argument(help="Folder of the model.")]
@@ -66,11 +66,10 @@ def train(
     """Train a head on STORE, test it on images it has not seen, and write it to MODEL."""
     with console.exit_status():
         from embedder.files import local_path
-        from embedder.heads.model import REPORT_FILE
-        from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
-        from embedder.report import model_report as head_report
-        from embedder.training import train as heads
-        from embedder.training.trained_head import TrainOptions, check_model_folder
+        from embedder.heads import REPORT_FILE
+        from embedder.neighbours import DEFAULT_THRESHOLD
+        from embedder.report import notes_of, write_head_report
+        from embedder.training import TrainOptions, check_model_folder, train as train_head
 
         options = TrainOptions(
             split=split,
@@ -84,18 +83,18 @@ def train(
             seed=seed,
         )
         check_model_folder(local_path(model))
-        trained = heads.train(Store(store), labels, head, options)
+        trained = train_head(Store(store), labels, head, options)
 
         def write_report(folder: Path) -> None:
             if report:
-                head_report.write_head_report(trained, folder, source)
+                write_head_report(trained, folder, source)
 
         metrics = trained.save(model, write_report)
         facts = {"model": model}
         if report:
             facts["report"] = str(Path(model) / REPORT_FILE)
         facts["next"] = f"embedder predict {console.shell_word(model)} SOURCE predictions.parquet"
-        for note in head_report.notes_of(trained):
+        for note in notes_of(trained):
             console.out.print(note)
         console.out.print()
         console.print_facts(_metric_facts(metrics) | facts)
@@ -117,7 +116,7 @@ def evaluate(
     with console.exit_status():
         import json
 
-        from embedder.training.cross_validation import evaluate_model
+        from embedder.training import evaluate_model
 
         result = evaluate_model(model, Store(store), labels, coarse, include_trained)
         if json_out:
@@ -159,7 +158,7 @@ def predict(
 ) -> None:
     """Predict the classes of the images of SOURCE, or of a store's rows, with MODEL."""
     with console.exit_status(quiet):
-        from embedder.inference import predict as prediction
+        from embedder.inference import predict as predict_images
 
         options = RunOptions(
             engine=engine,
@@ -172,7 +171,7 @@ def predict(
             prune=prune,
         )
         with console.progress(quiet) as on_progress:
-            result = prediction.predict(
+            result = predict_images(
                 model, source, out, top_k=top_k, options=options, keep=store, watch=on_progress
             )
         if quiet:
@@ -219,10 +218,10 @@ def export(
 ) -> None:
     """Write MODEL as one network from pixels to probabilities, which runs without this package."""
     with console.exit_status(quiet):
-        from embedder.inference import export as exporting
+        from embedder.inference import DESCRIPTION_FILE, export as export_model
 
         with console.progress(quiet) as on_progress:
-            exported = exporting.export(
+            exported = export_model(
                 model, out, file_format, source=source, num_images=images, watch=on_progress
             )
         if quiet:
@@ -236,7 +235,7 @@ def export(
                 "size": console.size(exported.num_bytes),
                 "compared on": f"{exported.num_images:,} images, as `predict` has them",
                 "differences": f"{differences}, at most",
-                "how to use it": str(exported.path / exporting.DESCRIPTION_FILE),
+                "how to use it": str(exported.path / DESCRIPTION_FILE),
             }
         )
 

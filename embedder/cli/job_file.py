@@ -8,7 +8,7 @@ from typing import Any
 
 from embedder.errors import JobError
 from embedder.files import regular
-from embedder.sources.demo_images import images_folder
+from embedder.sources import images_folder
 
 MAX_BYTES = 2**20  # of a job
 MAX_CHARACTERS = 2**16  # of a word, which systems take no longer

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from embedder.errors import RecipeError, SourceError, StoreError
 from embedder.files import regular
-from embedder.store.store import Store
+from embedder.store import Store
 
 _JOINT = ";"  # between several labels of an image, where they are one text
 _RULE = "`labels` must be folder, parent, FILE.csv:COLUMN, LIST.txt:NUMBER or column:NAME."

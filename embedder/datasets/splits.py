@@ -10,7 +10,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from embedder.datasets.labels import read_fields, read_labels
 from embedder.errors import RecipeError, SourceError
-from embedder.store.store import Store
+from embedder.store import Store
 
 # What a row is for; those of cross-validation are tested on in one round, and trained on at last.
 TRAIN, VALIDATION, TEST, UNUSED = "train", "validation", "test", ""

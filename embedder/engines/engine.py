@@ -24,9 +24,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.backbones import resolve as backbones
-from embedder.backbones.weights import import_keras
+from embedder import backbones
 from embedder.errors import EngineError, OutOfMemory
+from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 
 ENGINES = ("openvino", "tensorflow")

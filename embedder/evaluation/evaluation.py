@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.datasets.labels import Targets, texts_of
+from embedder.datasets import Targets, texts_of
 from embedder.evaluation.metrics import (
     Scores,
     hierarchical_scores,
@@ -16,8 +16,7 @@ from embedder.evaluation.metrics import (
     reliability,
     scores,
 )
-from embedder.heads.calibration import probabilities_of
-from embedder.heads.model import Model
+from embedder.heads import Model, probabilities_of
 
 _BELOW_ALL = 5.0  # logits of a class that the head has never seen are this far below its lowest
 

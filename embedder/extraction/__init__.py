@@ -1,1 +1,5 @@
 """The main job: a source's images, embedded into a store."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

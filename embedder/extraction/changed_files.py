@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 
 from embedder.errors import ReadError
 from embedder.extraction.shard import Stopped
-from embedder.sources.listing import read_bytes
-from embedder.store.store import Store, extra_columns
+from embedder.sources import read_bytes
+from embedder.store import Store, extra_columns
 
 
 @dataclass(frozen=True)

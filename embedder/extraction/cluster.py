@@ -18,9 +18,9 @@ import distributed
 from dask.system import CPU_COUNT
 from distributed.client import ClosedClientError
 
-from embedder.backbones.weights import logger
-from embedder.engines import engine as engines
+from embedder import engines
 from embedder.errors import ClusterError, Unfinished
+from embedder.libraries import logger
 
 _CONNECT_SECONDS = 10
 _WORKERS_SECONDS = 30  # for the first worker of a scheduler that has none yet

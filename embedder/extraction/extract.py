@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedder.backbones.resolve import DEFAULT_BACKBONE, make_recipe
-from embedder.backbones.weights import logger
-from embedder.engines import engine as engines
+from embedder import engines
+from embedder.backbones import DEFAULT_BACKBONE, make_recipe
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.changed_files import Refreshed, refresh_shard
@@ -24,10 +23,10 @@ from embedder.extraction.plan import Plan, drop_repeated, make_plan
 from embedder.extraction.record import Summary, grouped_reasons
 from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, toolbox_of
 from embedder.files import local_path
+from embedder.libraries import logger
 from embedder.recipe import VIEW, Recipe
-from embedder.sources.listing import Listing, list_images
-from embedder.store.lease import lease
-from embedder.store.store import EMBEDDINGS, FAILURES, Store, check_place
+from embedder.sources import Listing, list_images
+from embedder.store import EMBEDDINGS, FAILURES, Store, check_place, lease
 
 # At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few
 # enough files for a million images.

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedder.store.store import EMBEDDINGS, FAILURES, PASSING, Store, extra_columns
+from embedder.store import EMBEDDINGS, FAILURES, PASSING, Store, extra_columns
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from embedder.engines import engine as engines
+from embedder import engines
 from embedder.errors import StoreError
 from embedder.extraction.shard import STAGES, Receipt
 from embedder.recipe import Recipe
-from embedder.sources.listing import Listing
-from embedder.store.store import FAILURES, Store
+from embedder.sources import Listing
+from embedder.store import FAILURES, Store
 
 # What differs between failures of one kind: quoted bytes, checksums and addresses, numbers.
 _PARTICULARS = re.compile(

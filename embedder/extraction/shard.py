@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedder.decode.decode import DecodedImage, decode_rgb, prepare_decoders
-from embedder.engines import engine as engines
-from embedder.engines.engine import Engine, Features
+from embedder import engines
+from embedder.decode import DecodedImage, decode_rgb, prepare_decoders
+from embedder.engines import Engine, Features
 from embedder.errors import (
     DecodeError,
     EngineError,
@@ -36,8 +36,8 @@ from embedder.errors import (
     Unfinished,
 )
 from embedder.recipe import LOGITS, Recipe
-from embedder.sources.listing import read_bytes
-from embedder.store.store import (
+from embedder.sources import read_bytes
+from embedder.store import (
     FAILURE_SCHEMA,
     Store,
     extra_columns,
@@ -47,7 +47,7 @@ from embedder.store.store import (
 )
 
 if TYPE_CHECKING:
-    from embedder.heads.model import Model
+    from embedder.heads import Model
 
 STAGES = ("read", "decode", "embed", "write")
 _MIN_LOOKAHEAD = 64  # images read and decoded ahead of the network, per shard
@@ -229,7 +229,7 @@ def load_head(recipe: Recipe) -> "Model | None":
     if recipe.head is None:
         return None
     # scikit-learn takes half a second to import, which extraction is not to pay.
-    from embedder.heads.model import Model
+    from embedder.heads import Model
 
     model = Model.load(recipe.head_source)
     if model.head_sha256 != recipe.head:

@@ -1,1 +1,5 @@
 """The second pass: a backbone and its head trained further."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras

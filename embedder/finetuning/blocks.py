@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embedder.backbones.resolve import layer_outputs, single_output
-from embedder.backbones.weight_files import with_canonical_names
-from embedder.backbones.weights import import_keras, leaf_layers
+from embedder.backbones import layer_outputs, leaf_layers, single_output, with_canonical_names
 from embedder.errors import RecipeError
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError
 from embedder.finetuning.network import Tunable
 from embedder.finetuning.trainer import Examples, compiled
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras

@@ -12,13 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedder.backbones import hub
-from embedder.backbones.resolve import dtype_policy, load_network, tapped_tensors
-from embedder.backbones.weights import import_keras, logger
-from embedder.engines import engine as engines
-from embedder.engines.engine import best_training_precision
+from embedder import engines
+from embedder.backbones import dtype_policy, is_preset, load_network, tapped_tensors
+from embedder.engines import best_training_precision
 from embedder.errors import EmbedderError, RecipeError
-from embedder.extraction.extract import Progress, RunOptions, run_extraction
+from embedder.extraction import Progress, RunOptions, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, replace_folder
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
@@ -49,14 +47,22 @@ from embedder.finetuning.tuned_model import (
     save_backbone,
     tuned_recipe,
 )
-from embedder.heads.keras_head import classifier_layers
-from embedder.heads.keras_layers import fold
-from embedder.heads.model import BACKBONE_FILES, Model
-from embedder.heads.model_folder import read_description, read_metrics, read_table, recorded
+from embedder.heads import (
+    BACKBONE_FILES,
+    PSEUDO_LABELS_FILE,
+    PSEUDO_LABELS_SCHEMA,
+    Model,
+    classifier_layers,
+    fold,
+    read_description,
+    read_metrics,
+    read_table,
+    recorded,
+)
+from embedder.libraries import import_keras, logger
 from embedder.recipe import EMBEDDING
-from embedder.store.store import Store
-from embedder.training.cross_validation import PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA
-from embedder.training.trained_head import Head, Stopwatch, check_model_folder
+from embedder.store import Store
+from embedder.training import Head, Stopwatch, check_model_folder
 
 if TYPE_CHECKING:
     import keras
@@ -196,7 +202,7 @@ def _pseudo_labels(model: Model, path: Path, more: More | None) -> pa.Table | No
 def _check(model: Model, path: Path, folder: Path, features: Path, options: TuneOptions) -> None:
     """Refuse what cannot be done before anything is made."""
     check_model_folder(folder)
-    if model.recipe.backbone.startswith(hub.PREFIX):
+    if is_preset(model.recipe.backbone):
         raise RecipeError(
             f"Backbones of `embedder backbones` and `.keras` files can be fine-tuned, presets of "
             f"KerasHub cannot. Received: {model.recipe.backbone}"

@@ -7,19 +7,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.backbones.weights import logger
-from embedder.datasets.labels import Targets
+from embedder.datasets import Targets
 from embedder.errors import Unfinished
-from embedder.extraction.extract import RunOptions, run_extraction
+from embedder.extraction import RunOptions, run_extraction
 from embedder.finetuning.labelled_images import Labelled, targets_of
 from embedder.finetuning.network import FEATURES, Tunable
 from embedder.finetuning.tuned_model import labelled_targets
-from embedder.heads.calibration import probabilities_of
-from embedder.heads.model import Model
-from embedder.heads.model_folder import recorded
-from embedder.store.store import RECIPE_FILE, Store
-from embedder.training.cross_validation import refit
-from embedder.training.fitting import Task, features_of
+from embedder.heads import Model, probabilities_of, recorded
+from embedder.libraries import logger
+from embedder.store import RECIPE_FILE, Store
+from embedder.training import Task, features_of, refit
 
 _TOLERANCE = 1e-3  # of a probability: float32 sums in another order
 

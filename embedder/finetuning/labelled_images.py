@@ -10,19 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
 
-from embedder.datasets.labels import codes_of
-from embedder.datasets.splits import TEST, TRAIN, VALIDATION, grouped_folds
-from embedder.decode.decode import DecodedImage
+from embedder.datasets import TEST, TRAIN, VALIDATION, codes_of, grouped_folds
+from embedder.decode import DecodedImage
 from embedder.errors import ModelError, RecipeError, Unfinished
-from embedder.extraction.shard import load_image
+from embedder.extraction import load_image
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.trainer import Examples
-from embedder.heads.model import Model
-from embedder.heads.model_folder import read_table, recorded
+from embedder.heads import PREDICTIONS_FILE, PREDICTIONS_SCHEMA, Model, read_table, recorded
 from embedder.recipe import Recipe
-from embedder.sources.listing import list_images
-from embedder.store.store import Store, vectors_of
-from embedder.training.cross_validation import PREDICTIONS_FILE, PREDICTIONS_SCHEMA
+from embedder.sources import list_images
+from embedder.store import Store, vectors_of
 
 _NUM_HELD_FOLDS = 10  # of which one is held out to stop by, where the model has no such images
 _AHEAD = 64  # images that are decoded before they are wanted

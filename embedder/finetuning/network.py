@@ -3,10 +3,17 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from embedder.backbones.resolve import layer_outputs, load_network, pool, row_of, tapped_tensors
-from embedder.backbones.weights import import_keras, leaf_layers
+from embedder.backbones import (
+    layer_outputs,
+    leaf_layers,
+    load_network,
+    pool,
+    row_of,
+    tapped_tensors,
+)
 from embedder.errors import RecipeError
 from embedder.finetuning.blocks import can_cut
+from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedder.backbones.weights import leaf_layers
+from embedder.backbones import leaf_layers
 from embedder.errors import RecipeError
 from embedder.finetuning.augmentation import check_augmentations
 from embedder.finetuning.blocks import last_layers, layer_groups, layers_of

@@ -6,14 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from embedder.extraction.extract import RunOptions, run_extraction
+from embedder.extraction import RunOptions, run_extraction
 from embedder.finetuning.initial_head import HeadTask
 from embedder.finetuning.labelled_images import Labelled
-from embedder.heads.model import Model
-from embedder.sources.listing import list_images
-from embedder.training.fitting import Fitted
-from embedder.training.self_training import PseudoLabels
-from embedder.training.semi_supervised import Helped, Unlabelled, check_head, learn, read_unlabelled
+from embedder.heads import Model
+from embedder.sources import list_images
+from embedder.training import (
+    Fitted,
+    Helped,
+    PseudoLabels,
+    Unlabelled,
+    check_head,
+    learn,
+    read_unlabelled,
+)
 
 
 @dataclass(frozen=True)

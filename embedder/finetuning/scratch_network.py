@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embedder.backbones.weights import import_keras
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError, Unfinished
 from embedder.files import whole_file
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.network import Tunable
-from embedder.heads.calibration import calibrate
+from embedder.heads import calibrate
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras

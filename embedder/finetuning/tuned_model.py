@@ -8,28 +8,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.analysis import compare as comparison
-from embedder.backbones.resolve import load_network
-from embedder.backbones.weight_files import save_network
-from embedder.backbones.weights import digest_of
-from embedder.datasets.labels import Targets
-from embedder.datasets.splits import Split, share_of
+from embedder.backbones import digest_of, load_network, save_network
+from embedder.datasets import Split, Targets, share_of
 from embedder.errors import Unfinished
-from embedder.evaluation.evaluation import Evaluation
+from embedder.evaluation import Evaluation, judge, read_tested
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.labelled_images import Labelled, targets_of
 from embedder.finetuning.network import FEATURES
 from embedder.finetuning.parameter_groups import SCRATCH, TuneOptions
 from embedder.finetuning.trainer import Epoch
-from embedder.heads.calibration import calibrate
-from embedder.heads.keras_head import KerasHead
-from embedder.heads.model import BACKBONE_FILES, Model
-from embedder.heads.model_folder import recorded
+from embedder.heads import BACKBONE_FILES, KerasHead, Model, calibrate, recorded
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.store.store import Store
-from embedder.training.fitting import Fitted, Task
-from embedder.training.out_of_core import read_logits
-from embedder.training.trained_head import Head, TrainOptions
+from embedder.store import Store
+from embedder.training import Fitted, Head, Task, TrainOptions, read_logits
 
 if TYPE_CHECKING:
     import keras
@@ -257,10 +248,10 @@ def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> 
 
 def _facts(test: Evaluation, ids: NDArray[np.object_], tuning: Tuning) -> dict[str, Any]:
     """What `metrics.json` says of a fine-tuning."""
-    before = comparison.read_tested(tuning.model)
+    before = read_tested(tuning.model)
     right = dict(zip(ids, test.is_right, strict=True))
     ours = np.array([right[image] for image in before.ids], dtype=bool)
-    found = comparison.judge(ours, before.is_right, sum(tuning.seconds.values()))
+    found = judge(ours, before.is_right, sum(tuning.seconds.values()))
     return {
         "strategy": tuning.options.strategy,
         "model": str(tuning.model),

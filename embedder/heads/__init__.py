@@ -1,1 +1,5 @@
 """Classifiers on features, and the model that one of them and a recipe make."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,10 +20,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 
-from embedder.backbones.weight_files import load_keras_model, save_network
-from embedder.backbones.weights import import_keras
+from embedder.backbones import load_keras_model, save_network
 from embedder.errors import RecipeError, WeightsError
-from embedder.store.store import Store, vectors_of
+from embedder.libraries import import_keras
+from embedder.store import Store, vectors_of
 
 if TYPE_CHECKING:
     import keras

@@ -11,12 +11,12 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
-from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError
 from embedder.heads.centroid_head import CentroidHead
 from embedder.heads.keras_head import KerasHead
 from embedder.heads.model import Model
 from embedder.heads.ridge_head import RidgeHead
+from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras

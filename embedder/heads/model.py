@@ -13,7 +13,7 @@ import numpy as np
 import skops.io
 from numpy.typing import NDArray
 
-from embedder.backbones.declared import check_arrays_of_archive
+from embedder.backbones import check_arrays_of_archive
 from embedder.errors import ModelError, RecipeError, RecipeMismatch
 from embedder.files import local_path, regular
 from embedder.heads.calibration import probabilities_of

@@ -14,12 +14,34 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedder.backbones.declared import read_json
+from embedder.backbones import read_json
 from embedder.errors import ModelError
 from embedder.files import regular
 
 MODEL_FILE = "model.json"
 METRICS_FILE = "metrics.json"
+PREDICTIONS_FILE = "predictions.parquet"
+PSEUDO_LABELS_FILE = "pseudo_labels.parquet"
+PREDICTIONS_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("group", pa.int64(), nullable=False),
+        pa.field("predicted", pa.string()),
+        pa.field("probability", pa.float64()),
+    ]
+)
+PSEUDO_LABELS_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("confidence", pa.float64()),
+        pa.field("round", pa.int64()),
+    ]
+)
 CHECKSUM = "checksum"
 FORMAT = 1
 _TOGETHER = ("fingerprint", "column", "head", "classes", "temperature", "thresholds")
@@ -128,6 +150,11 @@ _TUNED: dict[str, _Rule] = {
     "against_before": _OBJECT,
 }
 _AGAINST: dict[str, _Rule] = {"num_better": _COUNT, "num_worse": _COUNT, "p_value": _NUMBER}
+
+
+def columns_of(*names: str) -> pa.Schema:
+    """Some of the columns of `predictions.parquet`."""
+    return pa.schema([PREDICTIONS_SCHEMA.field(name) for name in names])
 
 
 def read_description(folder: Path) -> dict[str, Any]:

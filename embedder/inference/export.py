@@ -18,16 +18,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedder.backbones import hub
-from embedder.backbones import resolve as backbones
-from embedder.backbones.weights import import_keras, logger
-from embedder.decode.decode import decode_rgb
-from embedder.engines.engine import versions
+from embedder import backbones
+from embedder.decode import decode_rgb
+from embedder.engines import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
-from embedder.extraction.extract import Progress, RunOptions
+from embedder.extraction import Progress, RunOptions
 from embedder.files import is_temporary, local_path, whole_folder
-from embedder.heads.keras_layers import fold
-from embedder.heads.model import Model
+from embedder.heads import Model, fold
 from embedder.inference.formats import (
     EMBEDDING,
     FORMATS,
@@ -39,8 +36,9 @@ from embedder.inference.formats import (
     write_and_run,
 )
 from embedder.inference.predict import predict
-from embedder.sources.listing import list_images, read_bytes
-from embedder.store.store import Store
+from embedder.libraries import import_keras, logger
+from embedder.sources import list_images, read_bytes
+from embedder.store import Store
 
 if TYPE_CHECKING:
     import keras
@@ -261,7 +259,7 @@ def _describe(model: Model, exported: Exported, row: Format, folder: Path) -> No
     """Write the labels, and all that is needed to use the network and to know where it is from."""
     runtime = (
         *row.packages,
-        *(["keras-hub"] if model.recipe.backbone.startswith(hub.PREFIX) else []),
+        *(["keras-hub"] if backbones.is_preset(model.recipe.backbone) else []),
     )
     thresholds = None if model.thresholds is None else model.thresholds.tolist()
     classes = model.classes.tolist()

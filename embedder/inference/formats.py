@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.backbones.weight_files import load_keras_model, save_network
-from embedder.engines.engine import import_openvino
+from embedder.backbones import load_keras_model, save_network
+from embedder.engines import import_openvino
 from embedder.errors import RecipeError, Unfinished
 
 if TYPE_CHECKING:

@@ -15,14 +15,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder.errors import RecipeError, StoreBusy, Unfinished
-from embedder.extraction.extract import Progress, RunOptions, run_extraction
-from embedder.extraction.record import Summary
+from embedder.extraction import Progress, RunOptions, Summary, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
-from embedder.heads.model import Model
+from embedder.heads import Model
 from embedder.recipe import LOGITS, VIEW, Recipe
-from embedder.sources.listing import Listing, list_images
-from embedder.store.lease import lease
-from embedder.store.store import RECIPE_FILE, Store, vectors_of
+from embedder.sources import Listing, list_images
+from embedder.store import RECIPE_FILE, Store, lease, vectors_of
 
 DEFAULT_TOP_K = 5
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from embedder.analysis.compare import SIGNIFICANT
+from embedder.evaluation import SIGNIFICANT
 from embedder.files import whole_file
 from embedder.report.page import template
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from embedder.backbones.weights import logger
 from embedder.errors import EmbedderError
-from embedder.evaluation.metrics import confusion_matrix
-from embedder.heads.model import REPORT_FILE
-from embedder.heads.model_folder import recorded
+from embedder.evaluation import confusion_matrix
+from embedder.heads import REPORT_FILE, recorded
+from embedder.libraries import logger
 from embedder.report.page import (
     MapPoint,
     Mistake,
@@ -19,8 +18,8 @@ from embedder.report.page import (
     thumbnail_of,
     write_report,
 )
-from embedder.sources.listing import list_images, read_bytes
-from embedder.training.trained_head import Head
+from embedder.sources import list_images, read_bytes
+from embedder.training import Head
 
 _NUM_MISTAKES = 24
 _NUM_MAP_POINTS = 1500  # t-SNE of more takes longer than the head

@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from embedder.decode.decode import decode_rgb
+from embedder.decode import decode_rgb
 from embedder.errors import RecipeError
 from embedder.files import whole_file
 from embedder.recipe import Recipe

@@ -1,1 +1,5 @@
 """The feature store: shards of Parquet, and what keeps them whole."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
 from embedder.files import is_temporary, local_path, regular, remove_abandoned, whole_file
 from embedder.recipe import VIEW, Recipe
-from embedder.sources.listing import MODIFIED_TYPE
+from embedder.sources import MODIFIED_TYPE
 from embedder.store import shard_file
 from embedder.store.lease import LOCK_FILE
-from embedder.store.shard_file import Columns
-from embedder.store.shard_file import vector_array as vector_array
-from embedder.store.shard_file import vectors_of as vectors_of
+from embedder.store.shard_file import (
+    Columns,
+    vector_array as vector_array,
+    vectors_of as vectors_of,
+)
 
 EMBEDDINGS = "embeddings"
 FAILURES = "failures"

@@ -6,47 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedder.datasets.labels import Targets, read_labels, read_targets
-from embedder.datasets.splits import CROSS_VALIDATED, TRAIN, VALIDATION, Split
+from embedder.datasets import (
+    CROSS_VALIDATED,
+    TRAIN,
+    VALIDATION,
+    Split,
+    Targets,
+    read_labels,
+    read_targets,
+)
 from embedder.errors import ModelError, RecipeError
-from embedder.evaluation.evaluation import Evaluation
-from embedder.heads.model import Model
-from embedder.heads.model_folder import read_table, recorded
-from embedder.heads.table import make_estimator
-from embedder.store.store import Store
+from embedder.evaluation import Evaluation
+from embedder.heads import (
+    PREDICTIONS_FILE,
+    PSEUDO_LABELS_FILE,
+    PSEUDO_LABELS_SCHEMA,
+    Model,
+    columns_of,
+    make_estimator,
+    read_table,
+    recorded,
+)
+from embedder.store import Store
 from embedder.training.fitting import Fitted, Task, fit, fit_head, known_classes
 from embedder.training.out_of_core import read_logits
-
-PREDICTIONS_FILE = "predictions.parquet"
-PSEUDO_LABELS_FILE = "pseudo_labels.parquet"
-PREDICTIONS_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("label", pa.string(), nullable=False),
-        pa.field("part", pa.string(), nullable=False),
-        pa.field("group", pa.int64(), nullable=False),
-        pa.field("predicted", pa.string()),
-        pa.field("probability", pa.float64()),
-    ]
-)
-PSEUDO_LABELS_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("label", pa.string(), nullable=False),
-        pa.field("confidence", pa.float64()),
-        pa.field("round", pa.int64()),
-    ]
-)
-
-
-def columns_of(*names: str) -> pa.Schema:
-    """Some of the columns of `predictions.parquet`."""
-    return pa.schema([PREDICTIONS_SCHEMA.field(name) for name in names])
 
 
 def judge(

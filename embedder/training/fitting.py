@@ -9,15 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 
-from embedder.datasets.labels import Targets
-from embedder.datasets.splits import Folds, grouped_folds
+from embedder.datasets import Folds, Targets, grouped_folds
 from embedder.errors import RecipeError
-from embedder.evaluation.evaluation import widened
-from embedder.heads.calibration import Calibration, calibrate
-from embedder.heads.keras_head import KerasHead
-from embedder.heads.model import logits_of
-from embedder.heads.table import Settings, find_head, make_estimator
-from embedder.store.store import Store
+from embedder.evaluation import widened
+from embedder.heads import (
+    Calibration,
+    KerasHead,
+    Settings,
+    calibrate,
+    find_head,
+    logits_of,
+    make_estimator,
+)
+from embedder.store import Store
 
 _NUM_FOLDS = 3  # to choose settings by; more take longer and choose the same
 

@@ -10,15 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.datasets.splits import Split, grouped_folds, make_split, strata_of
+from embedder.datasets import Split, grouped_folds, make_split, strata_of
 from embedder.errors import RecipeError
-from embedder.extraction.cluster import connect
-from embedder.heads.calibration import calibrate
-from embedder.heads.keras_head import Batch, KerasHead, store_batches
-from embedder.heads.model import logits_of
-from embedder.heads.ridge_head import NUM_FOLDS, RidgeHead, stratified_folds
-from embedder.heads.table import Settings, make_estimator
-from embedder.store.store import Store, vectors_of
+from embedder.extraction import connect
+from embedder.heads import (
+    NUM_FOLDS,
+    Batch,
+    KerasHead,
+    RidgeHead,
+    Settings,
+    calibrate,
+    logits_of,
+    make_estimator,
+    store_batches,
+    stratified_folds,
+)
+from embedder.store import Store, vectors_of
 from embedder.training.fitting import Fitted, Task, known_classes
 from embedder.training.ridge_pass import ridge_sums
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from embedder.errors import RecipeError, StoreError
-from embedder.extraction.cluster import Pool, Task
-from embedder.heads.ridge_statistics import CHUNK_ROWS, Sums, signs, sums_by_fold
-from embedder.store.store import Store, vectors_of
+from embedder.extraction import Pool, Task
+from embedder.heads import CHUNK_ROWS, Sums, signs, sums_by_fold
+from embedder.store import Store, vectors_of
 
 Codes = NDArray[np.integer[Any]]
 

@@ -19,8 +19,8 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.semi_supervised import LabelSpreading
 
 from embedder.errors import RecipeError
-from embedder.evaluation.metrics import paired_difference
-from embedder.heads.calibration import fit_temperature
+from embedder.evaluation import paired_difference
+from embedder.heads import fit_temperature
 
 _NUM_FOLDS = 5  # of the labelled rows, where they calibrate the threshold or are the guard
 _SMALLEST = 1e-15  # a probability of 0 has no logarithm

@@ -8,13 +8,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from sklearn.utils.validation import has_fit_parameter
 
-from embedder.datasets.splits import grouped_folds
+from embedder.datasets import grouped_folds
 from embedder.errors import RecipeError
-from embedder.evaluation.evaluation import widened
-from embedder.heads.calibration import fit_temperature, probabilities_of
-from embedder.heads.model import Model, logits_of
-from embedder.heads.table import HEADS, make_estimator
-from embedder.store.store import Store
+from embedder.evaluation import widened
+from embedder.heads import (
+    HEADS,
+    Model,
+    fit_temperature,
+    logits_of,
+    make_estimator,
+    probabilities_of,
+)
+from embedder.store import Store
 from embedder.training.fitting import Fitted, Task
 from embedder.training.self_training import Classifier, SelfTraining, SelfTrainOptions, self_train
 

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.datasets.labels import Targets, read_targets
-from embedder.datasets.splits import make_split
-from embedder.engines import engine as engines
+from embedder import engines
+from embedder.datasets import Targets, make_split, read_targets
 from embedder.errors import RecipeError
-from embedder.evaluation.evaluation import Evaluation
-from embedder.heads.model import Model
-from embedder.heads.table import find_head
-from embedder.neighbours.near_duplicates import near_duplicate_groups
-from embedder.store.store import Store
+from embedder.evaluation import Evaluation
+from embedder.heads import Model, find_head
+from embedder.neighbours import near_duplicate_groups
+from embedder.store import Store
 from embedder.training.cross_validation import coarse_classes, judge
 from embedder.training.fitting import Task, features_of, fit_head
 from embedder.training.out_of_core import (

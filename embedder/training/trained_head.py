@@ -16,31 +16,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedder.datasets.labels import Targets
-from embedder.datasets.splits import (
+from embedder.datasets import (
     CROSS_VALIDATED,
     TEST,
     TRAIN,
     UNUSED,
     VALIDATION,
     Split,
+    Targets,
     make_split,
 )
 from embedder.errors import ModelError, RecipeError
-from embedder.evaluation.evaluation import Evaluation
-from embedder.evaluation.metrics import Scores, paired_difference
+from embedder.evaluation import Evaluation, Scores, paired_difference
 from embedder.files import is_temporary, local_path, whole_folder
-from embedder.heads.model import BACKBONE_FILES, REPORT_FILE, Model
-from embedder.heads.model_folder import METRICS_FILE, MODEL_FILE
-from embedder.neighbours.near_duplicates import DEFAULT_THRESHOLD
-from embedder.store.store import Store
-from embedder.training.cross_validation import (
+from embedder.heads import (
+    BACKBONE_FILES,
+    METRICS_FILE,
+    MODEL_FILE,
     PREDICTIONS_FILE,
     PSEUDO_LABELS_FILE,
-    judge,
-    metrics_of,
-    refit,
+    REPORT_FILE,
+    Model,
 )
+from embedder.neighbours import DEFAULT_THRESHOLD
+from embedder.store import Store
+from embedder.training.cross_validation import judge, metrics_of, refit
 from embedder.training.fitting import Fitted, Task, refusals
 from embedder.training.out_of_core import read_features
 from embedder.training.semi_supervised import Helped

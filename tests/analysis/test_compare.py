@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from embedder.analysis.compare import compare, judge, read_tested, row_of
+from embedder.analysis.compare import compare, row_of
 from embedder.cli.app import app
 from embedder.errors import ModelError, RecipeError
+from embedder.evaluation.paired_test import judge
+from embedder.evaluation.tested_model import read_tested
 from embedder.store.store import Store
 from embedder.training.train import train
 from embedder.training.trained_head import TrainOptions

@@ -6,7 +6,7 @@ import pytest
 
 from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
-from embedder.backbones.weights import import_keras, leaf_layers
+from embedder.backbones.weights import leaf_layers
 from embedder.errors import RecipeError
 from embedder.finetuning.blocks import (
     MAX_GROUPS,
@@ -18,6 +18,7 @@ from embedder.finetuning.blocks import (
     layers_of,
 )
 from embedder.finetuning.network import make_tunable
+from embedder.libraries import import_keras
 
 SIZE = (96, 128)
 

@@ -8,11 +8,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
-from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError
 from embedder.finetuning.channels import CRITERIA, channel_masks
 from embedder.finetuning.network import Tunable
 from embedder.finetuning.trainer import Examples
+from embedder.libraries import import_keras
 
 HEIGHT, WIDTH = 6, 9
 NUM_CLASSES = 3

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import embedder
-from embedder.analysis.compare import compare, read_tested
+from embedder.analysis.compare import compare
 from embedder.backbones.resolve import load_network
-from embedder.backbones.weights import import_keras
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
+from embedder.evaluation.tested_model import read_tested
 from embedder.extraction.extract import RunOptions
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
@@ -41,12 +41,12 @@ from embedder.finetuning.labelled_images import (
 from embedder.finetuning.network import make_tunable
 from embedder.finetuning.parameter_groups import TuneOptions, num_tuned, plan_groups
 from embedder.finetuning.pseudo_labels import extended
-from embedder.finetuning.trainer import Examples
-from embedder.finetuning.trainer import train as train_network
+from embedder.finetuning.trainer import Examples, train as train_network
 from embedder.heads.calibration import calibrate
 from embedder.heads.keras_layers import fold
 from embedder.heads.model import Model
 from embedder.inference.predict import predict
+from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model

@@ -8,9 +8,9 @@ import pytest
 import embedder
 from embedder.backbones.resolve import load_network, make_recipe
 from embedder.backbones.weight_files import save_network
-from embedder.backbones.weights import import_keras
 from embedder.decode.decode import decode_rgb
 from embedder.finetuning.network import FEATURES, make_tunable, seed_layers
+from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 from tests.support import assert_same_vectors, make_archive, picture
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from embedder.backbones.resolve import make_recipe
-from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError
 from embedder.finetuning.channels import channel_masks
 from embedder.finetuning.network import Tunable, is_normalisation, make_tunable
 from embedder.finetuning.parameter_groups import STRATEGIES, TuneOptions, num_tuned, plan_groups
 from embedder.finetuning.trainer import Examples, Group
+from embedder.libraries import import_keras
 
 SIZE = (48, 64)
 

@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from embedder.backbones.weights import import_keras
 from embedder.errors import Unfinished
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.network import Tunable, thaw_normalisation
 from embedder.finetuning.trainer import Epoch, Examples, Group, Schedule, make_optimizer, train
+from embedder.libraries import import_keras
 
 HEIGHT, WIDTH = 8, 6
 NUM_IMAGES = 24

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 from scipy.special import softmax
-from sklearn.metrics import f1_score
-from sklearn.metrics import log_loss as sklearns_log_loss
+from sklearn.metrics import f1_score, log_loss as sklearns_log_loss
 
 from embedder.heads.calibration import fit_temperature, fit_thresholds, log_loss, probabilities_of
 

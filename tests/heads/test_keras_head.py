@@ -20,9 +20,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
-from embedder.backbones.weights import import_keras
 from embedder.errors import RecipeError, StoreError, WeightsError
 from embedder.heads.keras_head import KerasHead, _held_out, store_batches
+from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 from embedder.store.store import FAILURE_SCHEMA, Store
 from tests.support import rows_of

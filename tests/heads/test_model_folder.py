@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedder.analysis.compare import read_tested
 from embedder.errors import EmbedderError, ModelError
+from embedder.evaluation.tested_model import read_tested
 from embedder.finetuning.labelled_images import read_labelled
 from embedder.heads.model import Model
 from embedder.heads.model_folder import read_metrics, recorded

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 import embedder
 from embedder.backbones.table import BACKBONES
-from embedder.backbones.weights import import_keras
 from embedder.cli import heads as cli_heads
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished
@@ -26,6 +25,7 @@ from embedder.heads.model import Model
 from embedder.heads.table import make_estimator
 from embedder.inference.export import export
 from embedder.inference.formats import FORMATS, write_and_run
+from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from tests.support import TESTS, make_archive

@@ -20,8 +20,7 @@ from embedder.inference.predict import predict
 from embedder.recipe import Recipe
 from embedder.report.model_report import notes_of, report_of, write_head_report
 from embedder.store.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
-from embedder.training import out_of_core as streamed
-from embedder.training import train as heads
+from embedder.training import out_of_core as streamed, train as heads
 from embedder.training.cross_validation import evaluate_model
 from embedder.training.fitting import Task
 from embedder.training.out_of_core import make_streamed_split, parts_of, read_features

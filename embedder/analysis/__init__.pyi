@@ -1,0 +1,1 @@
+from .compare import compare as compare, row_of as row_of

@@ -1,0 +1,20 @@
+from .labels import (
+    Targets as Targets,
+    codes_of as codes_of,
+    read_labels as read_labels,
+    read_targets as read_targets,
+    texts_of as texts_of,
+)
+from .splits import (
+    CROSS_VALIDATED as CROSS_VALIDATED,
+    TEST as TEST,
+    TRAIN as TRAIN,
+    UNUSED as UNUSED,
+    VALIDATION as VALIDATION,
+    Folds as Folds,
+    Split as Split,
+    grouped_folds as grouped_folds,
+    make_split as make_split,
+    share_of as share_of,
+    strata_of as strata_of,
+)

@@ -1,0 +1,17 @@
+from .engine import (
+    ENGINES as ENGINES,
+    Engine as Engine,
+    Features as Features,
+    best_training_precision as best_training_precision,
+    cache_folder as cache_folder,
+    check_precision as check_precision,
+    choose as choose,
+    find_batch_size as find_batch_size,
+    gpus as gpus,
+    gpus_of as gpus_of,
+    import_openvino as import_openvino,
+    is_batch_size_known as is_batch_size_known,
+    load as load,
+    prepare as prepare,
+    versions as versions,
+)

@@ -1,0 +1,89 @@
+"""A model's predictions on the images that it was tested on, read from its folder."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from embedder.datasets import TEST
+from embedder.errors import ModelError, RecipeError
+from embedder.files import local_path
+from embedder.heads import PREDICTIONS_FILE, columns_of, read_kind, read_metrics, read_table
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A model's predictions on the images that it was tested on.
+
+    Attributes:
+        path: Folder of the model.
+        kind: Its head, or how it was fine-tuned.
+        ids: (n,) str, sorted.
+        sha256: (n,) str, of their bytes.
+        is_right: bool (n,).
+        metrics: As in `metrics.json`.
+    """
+
+    path: Path
+    kind: str
+    ids: NDArray[np.object_]
+    sha256: NDArray[np.object_]
+    is_right: NDArray[np.bool_]
+    metrics: dict[str, Any]
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """What `metrics.json` says of the fine-tuning; empty for a head on frozen features."""
+        return dict(self.metrics.get("tuning", {}))
+
+    @property
+    def seconds(self) -> float:
+        """Of training: of all steps but the features of a frozen backbone."""
+        return float(sum(self.metrics["seconds"].values()))
+
+
+def read_tested(path: str | os.PathLike[str]) -> Tested:
+    """Read what a model predicted for the images that it was tested on.
+
+    Raises:
+        ModelError: The folder holds no model, or one that was not tested on images of its own.
+    """
+    folder = local_path(path)
+    columns = columns_of("image_id", "sha256", "label", "part", "predicted")
+    table = read_table(folder / PREDICTIONS_FILE, columns)
+    metrics, head = read_metrics(folder), read_kind(folder)
+    table = table.filter(pc.equal(table["part"], TEST)).sort_by("image_id")
+    if not table.num_rows:
+        raise ModelError(
+            f"A model must have been tested on images that it was not trained on. Received: "
+            f"{folder}, trained with cross-validation; train it with --split 0.2 or official lists"
+        )
+    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    tuning = metrics.get("tuning")
+    return Tested(
+        path=folder,
+        kind=tuning["strategy"] if tuning else f"frozen + {head}",
+        ids=columns["image_id"],
+        sha256=columns["sha256"],
+        is_right=columns["label"] == columns["predicted"],
+        metrics=metrics,
+    )
+
+
+def check_same_images(ours: Tested, theirs: Tested) -> None:
+    """Refuse models that were not tested on the same bytes.
+
+    Raises:
+        RecipeError: They were not.
+    """
+    if ours.ids.tolist() != theirs.ids.tolist() or ours.sha256.tolist() != theirs.sha256.tolist():
+        common = len(set(ours.ids) & set(theirs.ids))
+        raise RecipeError(
+            f"Models must be tested on the same images to be compared. Received: {ours.path} on "
+            f"{len(ours.ids):,} and {theirs.path} on {len(theirs.ids):,} images, of which "
+            f"{common:,} have the same id"
+        )

@@ -1,0 +1,16 @@
+from .changed_files import hash_of as hash_of
+from .cluster import NUM_CORES as NUM_CORES, Pool as Pool, Task as Task, connect as connect
+from .extract import (
+    DEFAULT_SHARD_SIZE as DEFAULT_SHARD_SIZE,
+    Progress as Progress,
+    RunOptions as RunOptions,
+    extract as extract,
+    run_extraction as run_extraction,
+)
+from .plan import make_plan as make_plan
+from .record import Summary as Summary, grouped_reasons as grouped_reasons
+from .shard import (
+    finished_vectors as finished_vectors,
+    load_head as load_head,
+    load_image as load_image,
+)

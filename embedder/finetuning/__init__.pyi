@@ -1,0 +1,2 @@
+from .finetune import Watcher as Watcher, finetune as finetune
+from .parameter_groups import TuneOptions as TuneOptions

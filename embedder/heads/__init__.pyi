@@ -1,0 +1,50 @@
+from .calibration import (
+    Calibration as Calibration,
+    calibrate as calibrate,
+    fit_temperature as fit_temperature,
+    probabilities_of as probabilities_of,
+)
+from .keras_head import (
+    Batch as Batch,
+    KerasHead as KerasHead,
+    classifier_layers as classifier_layers,
+    store_batches as store_batches,
+)
+from .keras_layers import fold as fold
+from .model import (
+    BACKBONE_FILES as BACKBONE_FILES,
+    REPORT_FILE as REPORT_FILE,
+    Model as Model,
+    logits_of as logits_of,
+)
+from .model_folder import (
+    METRICS_FILE as METRICS_FILE,
+    MODEL_FILE as MODEL_FILE,
+    PREDICTIONS_FILE as PREDICTIONS_FILE,
+    PREDICTIONS_SCHEMA as PREDICTIONS_SCHEMA,
+    PSEUDO_LABELS_FILE as PSEUDO_LABELS_FILE,
+    PSEUDO_LABELS_SCHEMA as PSEUDO_LABELS_SCHEMA,
+    columns_of as columns_of,
+    read_description as read_description,
+    read_kind as read_kind,
+    read_metrics as read_metrics,
+    read_table as read_table,
+    recorded as recorded,
+)
+from .ridge_head import (
+    NUM_FOLDS as NUM_FOLDS,
+    RidgeHead as RidgeHead,
+    stratified_folds as stratified_folds,
+)
+from .ridge_statistics import (
+    CHUNK_ROWS as CHUNK_ROWS,
+    Sums as Sums,
+    signs as signs,
+    sums_by_fold as sums_by_fold,
+)
+from .table import (
+    HEADS as HEADS,
+    Settings as Settings,
+    find_head as find_head,
+    make_estimator as make_estimator,
+)

@@ -1,0 +1,2 @@
+from .export import DESCRIPTION_FILE as DESCRIPTION_FILE, export as export
+from .predict import predict as predict

@@ -1,0 +1,41 @@
+"""Heavy libraries, imported where they are first needed, and the package's logger."""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger("embedder")
+
+
+def import_keras() -> Any:
+    """Import Keras on TensorFlow, without TensorFlow's chatter on standard error."""
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _import_lock, _silent_standard_error():
+        import keras
+
+    return keras
+
+
+_import_lock = threading.Lock()
+
+
+@contextmanager
+def _silent_standard_error() -> Iterator[None]:
+    """Discard what native code writes to standard error: the log level does not stop all of it."""
+    if "tensorflow" in sys.modules:
+        yield
+        return
+    kept = os.dup(2)
+    discard = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(discard, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(discard)

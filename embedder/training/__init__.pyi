@@ -1,0 +1,18 @@
+from .cross_validation import evaluate_model as evaluate_model, refit as refit
+from .fitting import Fitted as Fitted, Task as Task, features_of as features_of
+from .out_of_core import read_logits as read_logits
+from .self_training import PseudoLabels as PseudoLabels
+from .semi_supervised import (
+    Helped as Helped,
+    Unlabelled as Unlabelled,
+    check_head as check_head,
+    learn as learn,
+    read_unlabelled as read_unlabelled,
+)
+from .train import train as train
+from .trained_head import (
+    Head as Head,
+    Stopwatch as Stopwatch,
+    TrainOptions as TrainOptions,
+    check_model_folder as check_model_folder,
+)
