@@ -30,7 +30,7 @@ SHARD_SIZE = 2048
 NUM_EMPTY_SHARDS = 100
 
 
-def empty_shard(task: cluster.Task, _: Job, refs: pa.Table) -> Receipt:
+def empty_shard(task: cluster.WorkerContext, _: Job, refs: pa.Table) -> Receipt:
     """A shard's task without its work; a shard of ten seconds would report twenty times."""
     for _report in range(20):
         task.report(0, 0)

@@ -8,12 +8,14 @@ from embedder.extraction import extract
 from embedder.store import Store
 
 if TYPE_CHECKING:
-    from embedder.training import Head
+    from embedder.training import TrainedHead
 
 __all__ = ["EmbedderError", "Store", "extract", "train"]
 
 
-def train(store: Store, labels: str = "folder", head: str = "logistic", **options: Any) -> "Head":
+def train(
+    store: Store, labels: str = "folder", head: str = "logistic", **options: Any
+) -> "TrainedHead":
     """Train a head on a store's features, and test it on images it has not seen.
 
     Args:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from embedder.evaluation import Against, Tested, check_same_images, judge, read_tested
+from embedder.evaluation import PairedTest, TestedModel, check_same_images, judge, read_tested
 
 
-def against(ours: Tested, theirs: Tested) -> Against:
+def against(ours: TestedModel, theirs: TestedModel) -> PairedTest:
     """Compare two models.
 
     Raises:
@@ -18,7 +18,7 @@ def against(ours: Tested, theirs: Tested) -> Against:
     return judge(ours.is_right, theirs.is_right, ours.seconds, bool(ours.tuning))
 
 
-def compare(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[Tested, Against | None]]:
+def compare(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[TestedModel, PairedTest | None]]:
     """Models side by side, each against the first.
 
     Raises:
@@ -29,7 +29,7 @@ def compare(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[Tested, Again
     return [(first, None), *((other, against(other, first)) for other in others)]
 
 
-def row_of(tested: Tested, found: Against | None) -> dict[str, Any]:
+def row_of(tested: TestedModel, found: PairedTest | None) -> dict[str, Any]:
     """A model of a comparison, in values of JSON."""
     metrics, tuning = tested.metrics, tested.tuning
     low, high = metrics["intervals"]["test"]["accuracy"]

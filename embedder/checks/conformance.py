@@ -22,7 +22,7 @@ _MAX_PIXEL_DIFFERENCE = 1  # of 255, for the rounding
 _SUPPORT = {"nearest": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 
 
-def test_card(image_size: tuple[int, int]) -> NDArray[np.uint8]:
+def colour_bars(image_size: tuple[int, int]) -> NDArray[np.uint8]:
     """Colour bars, extremes and gradients: uint8 (height, width, 3), with no symmetry."""
     height, width = image_size
     card = np.zeros((height, width, 3), np.uint8)
@@ -44,7 +44,7 @@ def check_input_stage(recipe: Recipe) -> Check:
     """
     keras = import_keras()
     row = row_of(recipe)
-    card = test_card(recipe.image_size)[None]
+    card = colour_bars(recipe.image_size)[None]
     expected = np.asarray(row.preprocess(card.astype(np.float32)))
     pixels = keras.Input((*recipe.image_size, 3), dtype="uint8")
     stage = keras.Model(pixels, row.preprocess(keras.ops.cast(pixels, "float32")))
@@ -76,7 +76,7 @@ def check_features(recipe: Recipe) -> list[Check]:
     Plain Keras is the network's own `preprocess_input`, `predict`, and the mean over positions.
     """
     row = row_of(recipe)
-    card = test_card(recipe.image_size)
+    card = colour_bars(recipe.image_size)
     batch = np.stack([card[:, ::-1], card, 255 - card])
     network = load_network(recipe)
     maps = network.predict(np.asarray(row.preprocess(card[None].astype(np.float32))), verbose=0)

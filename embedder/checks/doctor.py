@@ -16,9 +16,9 @@ from embedder.checks.conformance import (
     check_features,
     check_input_stage,
     check_resize,
+    colour_bars,
     cosines,
     embed,
-    test_card,
 )
 from embedder.checks.verify import Check
 from embedder.decode import FORMATS, decode_rgb
@@ -57,7 +57,7 @@ def self_test(backbone: str, weights: str | None = None) -> list[Check]:
         WeightsError: The weights are missing or corrupt.
     """
     recipe = make_recipe(backbone, weights)
-    card = test_card(_CARD_SIZE)
+    card = colour_bars(_CARD_SIZE)
     upright, on_its_side = _encode(card, 1), _encode(card, 6)
     return [
         _check_rotation(recipe, upright, on_its_side),
@@ -89,7 +89,7 @@ def _check_precisions(recipe: Recipe) -> list[Check]:
         encoded = [path.read_bytes() for path in chosen]
         what = f"{len(encoded)} demo images"
     except SourceError:
-        encoded, what = [_encode(test_card(_CARD_SIZE), 1)], "the test card"
+        encoded, what = [_encode(colour_bars(_CARD_SIZE), 1)], "the test card"
     pixels = np.stack([decode_rgb(file, recipe).pixels for file in encoded])
     exact = embed(recipe, "auto", pixels)
     checks = []

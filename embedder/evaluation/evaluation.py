@@ -59,7 +59,7 @@ class Evaluation:
     ) -> "Evaluation":
         """As `of`, where the model's logits (n, n_known) have been computed already."""
         known = np.searchsorted(targets.classes, model.classes)
-        logits = widened(logits, known, len(targets.classes))
+        logits = expand_logits(logits, known, len(targets.classes))
         calibrated = probabilities_of(logits, model.temperature, model.is_multilabel)
         if model.thresholds is None:
             chosen = calibrated.argmax(axis=1)[:, None] == np.arange(len(targets.classes))
@@ -154,7 +154,7 @@ class Evaluation:
         return bins
 
 
-def widened(
+def expand_logits(
     logits: NDArray[np.float32], known: NDArray[np.integer], num_classes: int
 ) -> NDArray[np.float32]:
     """Logits (n, num_classes), where the head knows only the classes `known`."""

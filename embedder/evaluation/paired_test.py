@@ -12,7 +12,7 @@ SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
-class Against:
+class PairedTest:
     """A model against another, on the same images.
 
     Attributes:
@@ -48,9 +48,9 @@ class Against:
 
 def judge(
     ours: NDArray[np.bool_], theirs: NDArray[np.bool_], seconds: float, is_tuned: bool = True
-) -> Against:
+) -> PairedTest:
     """Compare which of the same images, (n,), are right."""
     better, worse = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
     gain = paired_difference(ours, theirs)
-    return Against(gain, better, worse, float(p_value), seconds, is_tuned)
+    return PairedTest(gain, better, worse, float(p_value), seconds, is_tuned)

@@ -16,7 +16,7 @@ from embedder.heads import PREDICTIONS_FILE, columns_of, read_kind, read_metrics
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestedModel:
     """A model's predictions on the images that it was tested on.
 
     Attributes:
@@ -46,7 +46,7 @@ class Tested:
         return float(sum(self.metrics["seconds"].values()))
 
 
-def read_tested(path: str | os.PathLike[str]) -> Tested:
+def read_tested(path: str | os.PathLike[str]) -> TestedModel:
     """Read what a model predicted for the images that it was tested on.
 
     Raises:
@@ -64,7 +64,7 @@ def read_tested(path: str | os.PathLike[str]) -> Tested:
         )
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     tuning = metrics.get("tuning")
-    return Tested(
+    return TestedModel(
         path=folder,
         kind=tuning["strategy"] if tuning else f"frozen + {head}",
         ids=columns["image_id"],
@@ -74,7 +74,7 @@ def read_tested(path: str | os.PathLike[str]) -> Tested:
     )
 
 
-def check_same_images(ours: Tested, theirs: Tested) -> None:
+def check_same_images(ours: TestedModel, theirs: TestedModel) -> None:
     """Refuse models that were not tested on the same bytes.
 
     Raises:

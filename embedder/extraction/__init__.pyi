@@ -1,5 +1,10 @@
 from .changed_files import hash_of as hash_of
-from .cluster import NUM_CORES as NUM_CORES, Pool as Pool, Task as Task, connect as connect
+from .cluster import (
+    NUM_CORES as NUM_CORES,
+    Pool as Pool,
+    WorkerContext as WorkerContext,
+    connect as connect,
+)
 from .extract import (
     DEFAULT_SHARD_SIZE as DEFAULT_SHARD_SIZE,
     Progress as Progress,

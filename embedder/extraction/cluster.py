@@ -33,7 +33,7 @@ NUM_CORES: int = CPU_COUNT  # those this process may use: affinity and cgroups a
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkerContext:
     """What a function that runs on a worker is given to talk to the run that started it."""
 
     topic: str
@@ -166,7 +166,7 @@ class Pool:
         When the caller stops iterating, or a task fails, those in work are told to stop.
 
         Args:
-            function: Importable on the workers; its first argument is a `Task`.
+            function: Importable on the workers; its first argument is a `WorkerContext`.
             arguments: The other arguments of each call.
             on_report: Called with what tasks `report`, in a thread of its own.
 
@@ -189,7 +189,7 @@ class Pool:
                     if item is None:
                         break
                     future = self._client.submit(
-                        function, Task(topic, self._threads_per_worker), *item, pure=False
+                        function, WorkerContext(topic, self._threads_per_worker), *item, pure=False
                     )
                     results.add(future)
                     num_out += 1

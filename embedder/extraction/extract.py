@@ -18,10 +18,10 @@ from embedder.backbones import DEFAULT_BACKBONE, make_recipe
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.changed_files import Refreshed, refresh_shard
-from embedder.extraction.cluster import Pool, Task
+from embedder.extraction.cluster import Pool, WorkerContext
 from embedder.extraction.plan import Plan, drop_repeated, make_plan
 from embedder.extraction.record import Summary, grouped_reasons
-from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, toolbox_of
+from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, worker_state_of
 from embedder.files import local_path
 from embedder.libraries import logger
 from embedder.recipe import VIEW, Recipe
@@ -475,14 +475,14 @@ def _too_many_failures(num_failed: int, max_failures: float, summary: Summary) -
 
 
 def _extract_shard(
-    task: Task, jobs: list[Job], refs: pa.Table, earlier: list[Earlier]
+    task: WorkerContext, jobs: list[Job], refs: pa.Table, earlier: list[Earlier]
 ) -> dict[str, Receipt]:
-    toolboxes = [toolbox_of(job, task.num_threads()) for job in jobs]
-    receipts = extract_shard(jobs, toolboxes, refs, task.report, task.is_stopped, earlier)
+    states = [worker_state_of(job, task.num_threads()) for job in jobs]
+    receipts = extract_shard(jobs, states, refs, task.report, task.is_stopped, earlier)
     return dict(zip((job.store for job in jobs), receipts, strict=True))
 
 
-def _refresh_shard(task: Task, job: Job, name: str, refs: pa.Table) -> Refreshed:
+def _refresh_shard(task: WorkerContext, job: Job, name: str, refs: pa.Table) -> Refreshed:
     found = refresh_shard(Store(job.store), name, refs, task.is_stopped)
     task.report(refs.num_rows)
     return found

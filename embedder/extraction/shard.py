@@ -124,7 +124,7 @@ class Stopped(Unfinished):
     """The run was stopped while this shard was in work; nothing of it was written."""
 
 
-class Toolbox:
+class WorkerState:
     """What a worker process keeps between shards: the engine, the threads and the buffers."""
 
     def __init__(self, recipe: Recipe, engine: Engine, num_threads: int) -> None:
@@ -199,12 +199,12 @@ def _give_back_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2 * 2**20)
 
 
-_toolboxes: dict[Any, Toolbox] = {}
+_toolboxes: dict[Any, WorkerState] = {}
 _toolboxes_lock = threading.Lock()
 
 
-def toolbox_of(job: Job, num_threads: int) -> Toolbox:
-    """This process's toolbox for a job: made by its first shard, shared by all others."""
+def worker_state_of(job: Job, num_threads: int) -> WorkerState:
+    """This process's state for a job: made by its first shard, shared by all others."""
     key = (job.recipe, job.engine, job.batch_size, num_threads)
     with _toolboxes_lock:
         if key not in _toolboxes:
@@ -216,7 +216,7 @@ def toolbox_of(job: Job, num_threads: int) -> Toolbox:
                 and not engines.is_batch_size_known(recipe, job.engine, num_threads)
             ):
                 engine = engines.find_batch_size(engine, recipe, num_threads)
-            _toolboxes[key] = Toolbox(job.recipe, engine, num_threads)
+            _toolboxes[key] = WorkerState(job.recipe, engine, num_threads)
         return _toolboxes[key]
 
 
@@ -275,7 +275,7 @@ def load_image(path: bytes, recipe: Recipe) -> LoadedImage:
 
 def extract_shard(
     jobs: Sequence[Job],
-    toolboxes: Sequence[Toolbox],
+    states: Sequence[WorkerState],
     refs: pa.Table,
     report: Callable[[int, int], None],
     is_stopped: Callable[[], bool],
@@ -286,7 +286,7 @@ def extract_shard(
     Args:
         jobs: What the shards of this run have in common, for each store. Their recipes differ in
             the network alone: every image is read and decoded once, for all of them.
-        toolboxes: This process's engine and threads for each job; the first one's threads decode.
+        states: This process's engine and threads for each job; the first one's threads decode.
         refs: Refs of the shard's images.
         report: Called now and then with the number of images done and of failures among them,
             since the last call.
@@ -302,13 +302,13 @@ def extract_shard(
     """
     stores = [Store(job.store) for job in jobs]
     shards = [
-        _ShardInWork(job.recipe, toolbox, refs, of_job)
-        for job, toolbox, of_job in zip(jobs, toolboxes, earlier or [{}] * len(jobs), strict=True)
+        ShardBuilder(job.recipe, state, refs, of_job)
+        for job, state, of_job in zip(jobs, states, earlier or [{}] * len(jobs), strict=True)
     ]
     loading = _Loading()
     reporter = _Reporter(report)
     try:
-        for position, image in enumerate(_load_images(refs, jobs[0].recipe, toolboxes[0], loading)):
+        for position, image in enumerate(_load_images(refs, jobs[0].recipe, states[0], loading)):
             if is_stopped():
                 raise Stopped(f"stopped while shard {shards[0].receipt.shard} was in work")
             for shard in shards:
@@ -353,18 +353,18 @@ class _Loading:
 
 
 def _load_images(
-    refs: pa.Table, recipe: Recipe, toolbox: Toolbox, loading: _Loading
+    refs: pa.Table, recipe: Recipe, state: WorkerState, loading: _Loading
 ) -> Iterator[LoadedImage]:
-    """Images in the refs' order, read and decoded by the toolbox's threads ahead of need."""
-    lookahead = max(_MIN_LOOKAHEAD, 4 * toolbox.engine.batch_size)
+    """Images in the refs' order, read and decoded by the worker's threads ahead of need."""
+    lookahead = max(_MIN_LOOKAHEAD, 4 * state.engine.batch_size)
     # An image with several views waits with all their pixels; every thread still has one in work.
-    lookahead = min(lookahead, max(lookahead // recipe.views, toolbox.num_threads + 1))
+    lookahead = min(lookahead, max(lookahead // recipe.views, state.num_threads + 1))
     ahead: deque[Future[LoadedImage]] = deque()
     try:
-        with toolbox.feeding:
+        with state.feeding:
             loading.started = time.time()
             for path in refs["path"]:
-                ahead.append(toolbox.decoders.submit(load_image, path.as_py(), recipe))
+                ahead.append(state.decoders.submit(load_image, path.as_py(), recipe))
                 if len(ahead) == lookahead:
                     yield _take(ahead.popleft(), loading)
         while ahead:
@@ -398,17 +398,20 @@ class _Row(NamedTuple):
     format: str
 
 
-class _ShardInWork:
+class ShardBuilder:
     """Collects a shard's images into batches, and their vectors into rows.
 
     A vector finds its row by the position of its ref and its view, which travel with the pixels:
     nothing depends on the order in which batches come back.
     """
 
-    def __init__(self, recipe: Recipe, toolbox: Toolbox, refs: pa.Table, earlier: Earlier) -> None:
+    def __init__(
+        self, recipe: Recipe, state: WorkerState, refs: pa.Table, earlier: Earlier
+    ) -> None:
+        """Begin with no image."""
         self.refs = refs
         self.recipe = recipe
-        self.toolbox = toolbox
+        self.state = state
         self._ids: list[str] = refs["image_id"].to_pylist()
         self._earlier = earlier
         replaced = {image_id: sha256 for image_id, sha256 in earlier.items() if sha256}
@@ -434,7 +437,7 @@ class _ShardInWork:
         for view, pixels in enumerate((outcome.pixels, *outcome.augmented)):
             if self._buffer is None:
                 begin = time.perf_counter()
-                self._buffer = self.toolbox.buffers.get()
+                self._buffer = self.state.buffers.get()
                 self.receipt.waits["embed"] += time.perf_counter() - begin
             self._buffer[len(self._batch)] = pixels
             self._batch.append(row._replace(view=view))
@@ -444,7 +447,7 @@ class _ShardInWork:
     def _submit(self, buffer: NDArray[np.uint8]) -> None:
         """Hand the batch over, with its buffer, and take in those that are done."""
         self._in_flight.append(
-            self.toolbox.embedders.submit(_embed, self.toolbox, self.recipe, self._batch, buffer)
+            self.state.embedders.submit(_embed, self.state, self.recipe, self._batch, buffer)
         )
         self._batch, self._buffer = [], None
         while self._in_flight and self._in_flight[0].done():
@@ -483,18 +486,18 @@ class _ShardInWork:
         self.failures.sort(key=lambda failure: failure[0].position)
 
     def give_back(self) -> None:
-        """Return what a shard that was given up still holds of the toolbox."""
+        """Return what a shard that was given up still holds of the state."""
         if self._buffer is not None:
-            self.toolbox.buffers.put(self._buffer)
+            self.state.buffers.put(self._buffer)
             self._buffer = None
         for future in self._in_flight:
             future.exception()  # its buffer is back
 
     def write(self, store: Store, loading: _Loading) -> Receipt:
         """Write the shard, and tell what became of it."""
-        receipt, engine = self.receipt, self.toolbox.engine
+        receipt, engine = self.receipt, self.state.engine
         receipt.engine, receipt.batch_size = f"{engine.name} on {engine.device}", engine.batch_size
-        receipt.num_threads, receipt.num_parallel = self.toolbox.num_threads, engine.num_parallel
+        receipt.num_threads, receipt.num_parallel = self.state.num_threads, engine.num_parallel
         receipt.started, receipt.num_ready = loading.started, loading.num_ready
         receipt.seconds["read"] = loading.read_seconds
         receipt.seconds["decode"] = loading.decode_seconds
@@ -582,16 +585,16 @@ class _EmbeddedBatch(NamedTuple):
 
 
 def _embed(
-    toolbox: Toolbox, recipe: Recipe, rows: list[_Row], buffer: NDArray[np.uint8]
+    state: WorkerState, recipe: Recipe, rows: list[_Row], buffer: NDArray[np.uint8]
 ) -> _EmbeddedBatch:
     """Embed a batch, of which the first `len(rows)` images are real, and return its buffer."""
     begin = time.perf_counter()
     try:
-        features = toolbox.embed(buffer)
+        features = state.embed(buffer)
     finally:
-        toolbox.buffers.put(buffer)
+        state.buffers.put(buffer)
     mine = {name: f[: len(rows)] for name, f in features.items()}
-    vectors = finished_vectors(mine, recipe, toolbox.head)
+    vectors = finished_vectors(mine, recipe, state.head)
     return _EmbeddedBatch(rows, vectors, time.perf_counter() - begin)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import RecipeError
-from embedder.finetuning.network import Tunable
+from embedder.finetuning.network import TrainableNetwork
 from embedder.finetuning.trainer import Examples, compiled
 from embedder.libraries import import_keras
 
@@ -18,7 +18,7 @@ _NUM_BATCHES = 8  # more change a few of the chosen channels, at the cost of an 
 
 
 def channel_masks(
-    tunable: Tunable,
+    tunable: TrainableNetwork,
     layers: "list[keras.Layer]",
     examples: Examples,
     fraction: float,
@@ -87,7 +87,7 @@ def _is_depthwise(layer: "keras.Layer") -> bool:
 
 
 def _scores(
-    tunable: Tunable,
+    tunable: TrainableNetwork,
     kernels: "list[tuple[keras.Layer, keras.Variable]]",
     examples: Examples,
     criterion: str,

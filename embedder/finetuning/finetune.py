@@ -30,7 +30,7 @@ from embedder.finetuning.labelled_images import (
     read_activations,
     read_labelled,
 )
-from embedder.finetuning.network import FEATURES, Tunable, make_tunable, seed_layers
+from embedder.finetuning.network import FEATURES, TrainableNetwork, make_trainable, seed_layers
 from embedder.finetuning.parameter_groups import (
     SCRATCH,
     TuneOptions,
@@ -38,7 +38,7 @@ from embedder.finetuning.parameter_groups import (
     plan_groups,
     tuned_blocks,
 )
-from embedder.finetuning.pseudo_labels import More, add_pseudo_labels
+from embedder.finetuning.pseudo_labels import PseudoLabelledImages, add_pseudo_labels
 from embedder.finetuning.trainer import Epoch, Examples, find_optimizer, train
 from embedder.finetuning.tuned_model import (
     Tuning,
@@ -52,8 +52,8 @@ from embedder.heads import (
     PSEUDO_LABELS_FILE,
     PSEUDO_LABELS_SCHEMA,
     Model,
+    as_keras_layers,
     classifier_layers,
-    fold,
     read_description,
     read_metrics,
     read_table,
@@ -62,7 +62,7 @@ from embedder.heads import (
 from embedder.libraries import import_keras, logger
 from embedder.recipe import EMBEDDING
 from embedder.store import Store
-from embedder.training import Head, Stopwatch, check_model_folder
+from embedder.training import Stopwatch, TrainedHead, check_model_folder
 
 if TYPE_CHECKING:
     import keras
@@ -86,7 +86,7 @@ class Tuned:
 
     path: Path
     metrics: dict[str, Any]
-    head: Head | None
+    head: TrainedHead | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Watcher:
 
     run: Callable[[Progress], None] = lambda _: None
     epoch: Callable[[Epoch], None] = lambda _: None
-    head: Callable[[Head, Path], None] = lambda *_: None
+    head: Callable[[TrainedHead, Path], None] = lambda *_: None
 
 
 def finetune(
@@ -191,7 +191,7 @@ def _in_its_place(model: Model, weights: Path, features: Path) -> Model:
     return replace(model, recipe=recipe, record=model.record | {"provenance": provenance})
 
 
-def _pseudo_labels(model: Model, path: Path, more: More | None) -> pa.Table | None:
+def _pseudo_labels(model: Model, path: Path, more: PseudoLabelledImages | None) -> pa.Table | None:
     """Pseudo-labels that the weights have learned from, so that `evaluate` knows of them."""
     tables = [] if more is None else [more.helped.pseudo_labels()]
     if "tuning" in model.record and (path / PSEUDO_LABELS_FILE).exists():
@@ -227,11 +227,11 @@ def _check(model: Model, path: Path, folder: Path, features: Path, options: Tune
                 f"OUT.features is written over, and must be of an older fine-tuning, or not be "
                 f"there. Received: {features}, features of the weights {older}"
             )
-    find_optimizer(options.usual("optimizer"))
+    find_optimizer(options.resolved("optimizer"))
     if options.class_weight is not None and model.is_multilabel:
         raise RecipeError("Class weights need images of one label each. Received: several")
     if options.kind.keeps_head:
-        fold(model)  # refuses a head that is not made of layers
+        as_keras_layers(model)  # refuses a head that is not made of layers
 
 
 def _request(model: Model, labelled: Labelled, options: TuneOptions) -> dict[str, Any]:
@@ -316,16 +316,16 @@ class _Job:
         self.stopwatch = Stopwatch()
         self.num_tuned = 0
 
-    def make_tunable(self) -> Tunable:
+    def make_tunable(self) -> TrainableNetwork:
         """The network, whose heads are still to come; refuses what the network has no place for."""
         network = self._network()
         self.cut = self._find_cut(network)
-        tunable = make_tunable(self.recipe, EMBEDDING, network, self.cut, self.options.auxiliary)
+        tunable = make_trainable(self.recipe, EMBEDDING, network, self.cut, self.options.auxiliary)
         tuned_blocks(tunable, self.options)
         self.stopwatch.lap("network")
         return tunable
 
-    def find_start(self, source: str | os.PathLike[str]) -> More | None:
+    def find_start(self, source: str | os.PathLike[str]) -> PseudoLabelledImages | None:
         """The head that training starts from, and what it makes of images without labels."""
         options, model = self.options, self.model
         is_clean = "tuning" in model.record  # a tuned model has not seen its validation images
@@ -346,11 +346,11 @@ class _Job:
 
     def prepare(
         self,
-        tunable: Tunable,
+        tunable: TrainableNetwork,
         source: str | os.PathLike[str],
         paths: list[bytes],
         activations: str | os.PathLike[str] | None,
-    ) -> tuple[Tunable, Examples]:
+    ) -> tuple[TrainableNetwork, Examples]:
         """The network with its head, and what it learns from."""
         options, labelled = self.options, self.labelled
         tunable = self._with_heads(tunable)
@@ -400,14 +400,14 @@ class _Job:
         top = tapped_tensors(network, self.recipe)[EMBEDDING]
         return find_cut(network, top, options.cut)
 
-    def _with_heads(self, tunable: Tunable) -> Tunable:
+    def _with_heads(self, tunable: TrainableNetwork) -> TrainableNetwork:
         """Add the model's own head, or a new one, and the auxiliary one."""
         options, num_classes = self.options, len(self.model.classes)
         dim = tunable.upper.output["features"].shape[-1]
         if options.kind.keeps_head:
-            head = fold(self.start)
+            head = as_keras_layers(self.start)
         else:
-            hidden, dropout = options.usual("hidden"), options.usual("dropout")
+            hidden, dropout = options.resolved("hidden"), options.resolved("dropout")
             head = _new_head(dim, num_classes, hidden, dropout, options.seed)
         auxiliary = None
         if options.auxiliary is not None:
@@ -415,7 +415,7 @@ class _Job:
             auxiliary = _new_head(width, num_classes, 0, 0.0, options.seed + 1)
         return replace(tunable, head=head, auxiliary_head=auxiliary)
 
-    def train(self, tunable: Tunable, examples: Examples) -> list[Epoch]:
+    def train(self, tunable: TrainableNetwork, examples: Examples) -> list[Epoch]:
         """Train the network."""
         options = self.options
         groups = plan_groups(tunable, examples, options)

@@ -11,7 +11,7 @@ from embedder.datasets import Targets
 from embedder.errors import Unfinished
 from embedder.extraction import RunOptions, run_extraction
 from embedder.finetuning.labelled_images import Labelled, targets_of
-from embedder.finetuning.network import FEATURES, Tunable
+from embedder.finetuning.network import FEATURES, TrainableNetwork
 from embedder.finetuning.tuned_model import labelled_targets
 from embedder.heads import Model, probabilities_of, recorded
 from embedder.libraries import logger
@@ -95,7 +95,7 @@ def starting_model(model: Model, labelled: Labelled, found: HeadTask) -> Model:
     return refit(found.task, model, found.targets, np.sort(found.place_of[rows]))
 
 
-def check_start(tunable: Tunable, pixels: NDArray[np.uint8], start: Model) -> None:
+def check_start(tunable: TrainableNetwork, pixels: NDArray[np.uint8], start: Model) -> None:
     """Check that a network with its head predicts, before the first step, what the head predicts.
 
     Args:

@@ -24,7 +24,7 @@ _AUXILIARY = "auxiliary"
 
 
 @dataclass(frozen=True)
-class Tunable:
+class TrainableNetwork:
     """A network from pixels, or from activations at a cut, to logits.
 
     Attributes:
@@ -69,13 +69,13 @@ class Tunable:
         return self.logits(self.below_the_cut(inputs) if are_pixels else inputs)[0]
 
 
-def make_tunable(
+def make_trainable(
     recipe: Recipe,
     column: str,
     network: "keras.Model | None" = None,
     cut: str | None = None,
     auxiliary: str | None = None,
-) -> Tunable:
+) -> TrainableNetwork:
     """Make a recipe's backbone trainable; its heads are still to be added.
 
     BatchNormalization is frozen, layer by layer: calling the network with `training=False` does
@@ -120,7 +120,7 @@ def make_tunable(
                 f"Received: auxiliary={auxiliary}"
             )
         outputs[_AUXILIARY] = pool(tensor, "avg", _AUXILIARY)
-    return Tunable(
+    return TrainableNetwork(
         network=network,
         preprocess=row_of(recipe).preprocess,
         lower=None if cut is None else keras.Model(network.inputs, bottom),

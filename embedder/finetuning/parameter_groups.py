@@ -10,7 +10,7 @@ from embedder.errors import RecipeError
 from embedder.finetuning.augmentation import check_augmentations
 from embedder.finetuning.blocks import last_layers, layer_groups, layers_of
 from embedder.finetuning.channels import CRITERIA, channel_masks
-from embedder.finetuning.network import Tunable, is_normalisation, thaw_normalisation
+from embedder.finetuning.network import TrainableNetwork, is_normalisation, thaw_normalisation
 from embedder.finetuning.trainer import Examples, Group, Schedule
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class TuneOptions:
         """The strategy, as a row of the table."""
         return STRATEGIES[self.strategy]
 
-    def usual(self, name: str) -> Any:
+    def resolved(self, name: str) -> Any:
         """An option's value, or what is usual with the strategy."""
         given = getattr(self, name)
         return getattr(self.kind, name) if given is None else given
@@ -219,10 +219,10 @@ class TuneOptions:
         """How training goes."""
         auxiliary, main = self.loss_weights
         return Schedule(
-            epochs=self.usual("epochs"),
+            epochs=self.resolved("epochs"),
             batch_size=self.batch_size,
-            learning_rate=self.usual("learning_rate"),
-            optimizer=self.usual("optimizer"),
+            learning_rate=self.resolved("learning_rate"),
+            optimizer=self.resolved("optimizer"),
             weight_decay=self.weight_decay,
             label_smoothing=self.label_smoothing,
             loss_weights=(main, auxiliary) if self.auxiliary else (1.0, 0.0),
@@ -232,7 +232,7 @@ class TuneOptions:
         )
 
 
-def tuned_blocks(tunable: Tunable, options: TuneOptions) -> "dict[str, list[keras.Layer]]":
+def tuned_blocks(tunable: TrainableNetwork, options: TuneOptions) -> "dict[str, list[keras.Layer]]":
     """Layers that are trained beside the heads, from the bottom up, by the name of their group.
 
     Raises:
@@ -258,7 +258,7 @@ def tuned_blocks(tunable: Tunable, options: TuneOptions) -> "dict[str, list[kera
     return blocks
 
 
-def plan_groups(tunable: Tunable, examples: Examples, options: TuneOptions) -> list[Group]:
+def plan_groups(tunable: TrainableNetwork, examples: Examples, options: TuneOptions) -> list[Group]:
     """What is trained, and how: a group for each few blocks, from the top, the heads first.
 
     Args:
@@ -273,11 +273,11 @@ def plan_groups(tunable: Tunable, examples: Examples, options: TuneOptions) -> l
     groups, blocks = [Group("head", heads)], tuned_blocks(tunable, options)
     if options.strategy == "partial":
         return [*groups, _channels(tunable, blocks["channels"], examples, options)]
-    decay = options.usual("rate_decay")
+    decay = options.resolved("rate_decay")
     if options.train_norm:
         thaw_normalisation(list(leaf_layers(tunable.upper)))
     # Gradual: all are unfrozen by the middle of the training, and are trained together from there.
-    step = options.usual("epochs") / 2 / max(1, len(blocks))
+    step = options.resolved("epochs") / 2 / max(1, len(blocks))
     for number, name in enumerate(reversed(blocks), start=1):
         variables = [v for layer in blocks[name] for v in _trained(layer, options)]
         if variables:
@@ -307,7 +307,7 @@ def _trained(layer: "keras.Layer", options: TuneOptions) -> "list[keras.Variable
 
 
 def _channels(
-    tunable: Tunable, layers: "list[keras.Layer]", examples: Examples, options: TuneOptions
+    tunable: TrainableNetwork, layers: "list[keras.Layer]", examples: Examples, options: TuneOptions
 ) -> Group:
     masked = channel_masks(
         tunable,

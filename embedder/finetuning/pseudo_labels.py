@@ -13,17 +13,17 @@ from embedder.heads import Model
 from embedder.sources import list_images
 from embedder.training import (
     Fitted,
-    Helped,
     PseudoLabels,
+    SemiSupervisedFit,
     Unlabelled,
     check_head,
-    learn,
+    fit_semi_supervised,
     read_unlabelled,
 )
 
 
 @dataclass(frozen=True)
-class More:
+class PseudoLabelledImages:
     """Images with pseudo-labels.
 
     Attributes:
@@ -34,7 +34,7 @@ class More:
 
     labelled: Labelled
     paths: list[bytes]
-    helped: Helped
+    helped: SemiSupervisedFit
 
     def facts(self) -> dict[str, Any]:
         """What `metrics.json` says of them."""
@@ -54,7 +54,7 @@ def add_pseudo_labels(
     unlabelled: str,
     work: Path,
     run_options: RunOptions,
-) -> More:
+) -> PseudoLabelledImages:
     """Let the head label images, and take those labels that its guard finds to help.
 
     As `train --unlabelled`: labelled images that the judged heads have not seen decide, and where
@@ -80,11 +80,13 @@ def add_pseudo_labels(
     known = np.searchsorted(targets.classes, model.classes)
     fitted = Fitted(model.estimator, model.settings, known, model.temperature, None, [])
     images = read_unlabelled(others, model, set(labelled.sha256))
-    helped = learn(task, np.sort(place_of[labelled.train]), fitted, images, "self-training")
+    helped = fit_semi_supervised(
+        task, np.sort(place_of[labelled.train]), fitted, images, "self-training"
+    )
     pseudo = helped.training.pseudo_labels
     path_of = list_images(unlabelled).paths()
     paths = [path_of[image] for image in images.ids[pseudo.rows]]
-    return More(extended(labelled, images, pseudo), paths, helped)
+    return PseudoLabelledImages(extended(labelled, images, pseudo), paths, helped)
 
 
 def extended(labelled: Labelled, images: Unlabelled, pseudo: PseudoLabels) -> Labelled:

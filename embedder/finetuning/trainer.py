@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from embedder.errors import RecipeError, Unfinished
 from embedder.files import whole_file
 from embedder.finetuning.augmentation import Augmenter
-from embedder.finetuning.network import Tunable
+from embedder.finetuning.network import TrainableNetwork
 from embedder.heads import calibrate
 from embedder.libraries import import_keras
 
@@ -136,7 +136,7 @@ class Epoch:
 
 
 def train(
-    tunable: Tunable,
+    tunable: TrainableNetwork,
     groups: list[Group],
     examples: Examples,
     schedule: Schedule,
@@ -186,7 +186,7 @@ class _Trainer:
 
     def __init__(
         self,
-        tunable: Tunable,
+        tunable: TrainableNetwork,
         groups: list[Group],
         examples: Examples,
         schedule: Schedule,

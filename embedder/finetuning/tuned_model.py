@@ -20,7 +20,7 @@ from embedder.finetuning.trainer import Epoch
 from embedder.heads import BACKBONE_FILES, KerasHead, Model, calibrate, recorded
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store import Store
-from embedder.training import Fitted, Head, Task, TrainOptions, read_logits
+from embedder.training import Fitted, Task, TrainedHead, TrainOptions, read_logits
 
 if TYPE_CHECKING:
     import keras
@@ -115,7 +115,7 @@ def save_backbone(
 
 def judge_tuned(
     head: "keras.Sequential", model: Model, labelled: Labelled, store: Store, tuning: Tuning
-) -> Head:
+) -> TrainedHead:
     """Make a model of a tuned head and the features under it, and test it.
 
     Args:
@@ -162,7 +162,7 @@ def judge_tuned(
         seed=tuning.options.seed,
     )
     coarse_of = model.record.get("coarse_of")  # models made before have none
-    return Head(
+    return TrainedHead(
         model=tuned,
         store=store,
         options=options,

@@ -10,7 +10,7 @@ from .keras_head import (
     classifier_layers as classifier_layers,
     store_batches as store_batches,
 )
-from .keras_layers import fold as fold
+from .keras_layers import as_keras_layers as as_keras_layers
 from .model import (
     BACKBONE_FILES as BACKBONE_FILES,
     REPORT_FILE as REPORT_FILE,
@@ -38,8 +38,8 @@ from .ridge_head import (
 )
 from .ridge_statistics import (
     CHUNK_ROWS as CHUNK_ROWS,
-    Sums as Sums,
-    signs as signs,
+    SufficientStatistics as SufficientStatistics,
+    one_vs_rest_targets as one_vs_rest_targets,
     sums_by_fold as sums_by_fold,
 )
 from .table import (

@@ -58,32 +58,34 @@ def fit_temperature(logits: NDArray[np.floating], codes: NDArray[np.integer]) ->
         logits: (n, n_classes), of rows that the head was not trained on.
         codes: (n,) true classes, or (n, n_classes) with several labels an image.
     """
-    span, doubt = np.log(_LARGEST_FACTOR), 1 / (len(codes) + 2)
+    span, smoothing = np.log(_LARGEST_FACTOR), 1 / (len(codes) + 2)
     found = minimize_scalar(
-        lambda log_temperature: log_loss(logits / np.exp(log_temperature), codes, doubt),
+        lambda log_temperature: log_loss(logits / np.exp(log_temperature), codes, smoothing),
         bounds=(-span, span),
         method="bounded",
     )
     return float(np.exp(found.x))
 
 
-def log_loss(logits: NDArray[np.floating], codes: NDArray[np.integer], doubt: float = 0.0) -> float:
+def log_loss(
+    logits: NDArray[np.floating], codes: NDArray[np.integer], smoothing: float = 0.0
+) -> float:
     """Mean log-loss in nats: of the true class, or over all labels of all images.
 
     Args:
         logits: (n, n_classes).
         codes: (n,) true classes, or (n, n_classes) with several labels an image.
-        doubt: Share of each truth, 0 to 1, that goes to the other classes.
+        smoothing: Share of each truth, 0 to 1, that goes to the other classes.
     """
     wide = logits.astype(np.float64)
     if codes.ndim == 2:
         right = np.logaddexp(0, np.where(codes, -wide, wide)).mean()
         wrong = np.logaddexp(0, np.where(codes, wide, -wide)).mean()
-        return float((1 - doubt) * right + doubt * wrong)
+        return float((1 - smoothing) * right + smoothing * wrong)
     losses = -log_softmax(wide, axis=1)
     right = losses[np.arange(len(codes)), codes]
     wrong = (losses.sum(axis=1) - right) / (losses.shape[1] - 1)
-    return float(((1 - doubt) * right + doubt * wrong).mean())
+    return float(((1 - smoothing) * right + smoothing * wrong).mean())
 
 
 def fit_thresholds(

@@ -26,7 +26,7 @@ LOGITS_LAYER = "logits"
 _WITH_COEFFICIENTS = (LogisticRegression, LinearSVC, RidgeHead, LinearDiscriminantAnalysis)
 
 
-def fold(model: Model) -> "keras.Sequential":
+def as_keras_layers(model: Model) -> "keras.Sequential":
     """The head of a model, its temperature included, as Keras layers of their own.
 
     What it gives is `model.logits(features) / model.temperature`, up to rounding: softmax of it, or

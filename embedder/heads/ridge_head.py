@@ -1,8 +1,9 @@
 """Ridge classifier in closed form, from sums that are streamed: its memory is that of the sums.
 
 Ridge regression on targets of -1 and 1, one for each class (Hoerl and Kennard, "Ridge Regression",
-Technometrics 1970), needs the rows only as `Sums`. Those of cross-validation's folds give the
-held-out squared error of every alpha as well, without another pass.
+Technometrics 1970), needs the rows only as `SufficientStatistics`. Those of
+cross-validation's folds give the held-out squared error of every alpha as well, without another
+pass.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from threadpoolctl import threadpool_limits
 
 from embedder.errors import RecipeError
-from embedder.heads.ridge_statistics import Sums, signs, sums_by_fold
+from embedder.heads.ridge_statistics import SufficientStatistics, one_vs_rest_targets, sums_by_fold
 
 # Standardised features have a scatter matrix of trace `rows * dim`: these go from hardly any
 # penalty for thousands of rows to a strong one for a million.
@@ -117,7 +118,10 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self.fit_sums(sums, classes, is_multilabel)
 
     def fit_sums(
-        self, sums_by_fold: Sequence[Sums], classes: ArrayLike, is_multilabel: bool = False
+        self,
+        sums_by_fold: Sequence[SufficientStatistics],
+        classes: ArrayLike,
+        is_multilabel: bool = False,
     ) -> Self:
         """Fit to sums of rows that were read elsewhere.
 
@@ -197,7 +201,7 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 class _Equations:
     """Normal equations of standardised features, decomposed: every further alpha is cheap."""
 
-    def __init__(self, sums: Sums) -> None:
+    def __init__(self, sums: SufficientStatistics) -> None:
         deviations = np.sqrt(np.diag(sums.scatter) / sums.weight)
         # What float32 cannot tell from a constant is not made larger.
         is_constant = deviations <= np.finfo(np.float32).eps * np.abs(sums.means)
@@ -218,7 +222,9 @@ class _Equations:
         return coef, self._sums.target_means - self._sums.means @ coef
 
 
-def _held_out_errors(folds: Sequence[Sums], alphas: NDArray[np.float64]) -> NDArray[np.float64]:
+def _held_out_errors(
+    folds: Sequence[SufficientStatistics], alphas: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Mean squared error of each alpha, on each fold by the equations of all others."""
     errors = np.zeros(len(alphas))
     for number, held_out in enumerate(folds):
@@ -229,7 +235,9 @@ def _held_out_errors(folds: Sequence[Sums], alphas: NDArray[np.float64]) -> NDAr
     return errors / (sum(sums.weight for sums in folds) * num_targets)
 
 
-def _squared_error(sums: Sums, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> float:
+def _squared_error(
+    sums: SufficientStatistics, coef: NDArray[np.float64], intercept: NDArray[np.float64]
+) -> float:
     """Sum of squared residuals over all rows and targets, without the rows."""
     offsets = sums.target_means - sums.means @ coef - intercept
     about_means = (
@@ -245,11 +253,15 @@ def _of_classes(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int8], NDArra
     classes, codes = np.unique(y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"`y` must have at least two classes. Received: one class, {classes}")
-    return classes, signs(np.arange(len(codes)), codes, len(codes), len(classes)), codes
+    return (
+        classes,
+        one_vs_rest_targets(np.arange(len(codes)), codes, len(codes), len(classes)),
+        codes,
+    )
 
 
 def _of_indicators(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int8], NDArray[np.int64]]:
     """Classes, targets and strata of an indicator matrix; a stratum is a set of classes."""
     rows, codes = np.nonzero(y)
     strata = np.unique(y, axis=0, return_inverse=True)[1]
-    return np.arange(y.shape[1]), signs(rows, codes, len(y), y.shape[1]), strata
+    return np.arange(y.shape[1]), one_vs_rest_targets(rows, codes, len(y), y.shape[1]), strata

@@ -14,7 +14,7 @@ CHUNK_ROWS = 16_384
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
+class SufficientStatistics:
     """What ridge regression needs of a set of rows; sums of disjoint sets can be added.
 
     Scatter and products are about the means of the set itself: about zero, float32 would lose
@@ -71,14 +71,14 @@ class Sums:
             np.square(centred_targets).sum(axis=0, dtype=np.float64),
         )
 
-    def __add__(self, other: "Sums") -> "Sums":
+    def __add__(self, other: "SufficientStatistics") -> "SufficientStatistics":
         """Sums of both sets (Chan, Golub and LeVeque, "Updating formulae", 1979)."""
         total = self.weight + other.weight
         share = other.weight / total if total else 0.0
         shift = other.means - self.means
         target_shift = other.target_means - self.target_means
         between = self.weight * share
-        return Sums(
+        return SufficientStatistics(
             total,
             self.means + share * shift,
             self.target_means + share * target_shift,
@@ -88,7 +88,7 @@ class Sums:
         )
 
 
-def signs(
+def one_vs_rest_targets(
     rows: NDArray[np.integer[Any]], codes: NDArray[np.integer[Any]], num_rows: int, num_classes: int
 ) -> NDArray[np.int8]:
     """Targets of a classifier from pairs of a row and its class.
@@ -113,15 +113,15 @@ def sums_by_fold(
     folds: NDArray[np.integer[Any]],
     num_folds: int,
     weights: NDArray[Any] | None = None,
-) -> list[Sums]:
+) -> list[SufficientStatistics]:
     """Sum up the rows of each fold.
 
     Args:
-        features: As in `Sums.of`.
-        targets: As in `Sums.of`.
+        features: As in `SufficientStatistics.of`.
+        targets: As in `SufficientStatistics.of`.
         folds: (n_rows,), each row's fold, 0 to `num_folds` - 1; -1 leaves a row out.
         num_folds: Length of the result.
-        weights: As in `Sums.of`.
+        weights: As in `SufficientStatistics.of`.
     """
     if weights is None:
         weights = np.ones(len(features))
@@ -129,6 +129,9 @@ def sums_by_fold(
     for fold in range(num_folds):
         rows = np.flatnonzero(folds == fold)
         parts = [rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
-        sums = [Sums.of(features[part], targets[part], weights[part]) for part in parts or [rows]]
+        sums = [
+            SufficientStatistics.of(features[part], targets[part], weights[part])
+            for part in parts or [rows]
+        ]
         result.append(reduce(add, sums))
     return result

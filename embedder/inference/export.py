@@ -24,7 +24,7 @@ from embedder.engines import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
 from embedder.extraction import Progress, RunOptions
 from embedder.files import is_temporary, local_path, whole_folder
-from embedder.heads import Model, fold
+from embedder.heads import Model, as_keras_layers
 from embedder.inference.formats import (
     EMBEDDING,
     FORMATS,
@@ -131,7 +131,7 @@ def export(
 def whole_network(model: Model) -> "keras.Model":
     """The network from pixels to a dict of `probabilities` and `embedding`; see `export`."""
     keras = import_keras()
-    head = fold(model)
+    head = as_keras_layers(model)
     backbone = backbones.build(model.recipe)
     embedding = backbone.output[model.column]
     if model.recipe.l2_normalise:

@@ -35,14 +35,14 @@ class Format:
         keras_name: What `keras.Model.export` calls the format; None for Keras's own.
         load: Opens it with its own runtime.
         packages: Import names of what it needs beyond this package's own requirements.
-        mend: What is done to the file that Keras wrote, if anything.
+        postprocess: What is done to the file that Keras wrote, if anything.
     """
 
     file: str
     keras_name: str | None
     load: Callable[[Path], Run]
     packages: tuple[str, ...] = ()
-    mend: Callable[[Path], None] = lambda _: None
+    postprocess: Callable[[Path], None] = lambda _: None
 
 
 def _load_keras(path: Path) -> Run:
@@ -113,7 +113,7 @@ FORMATS = {
         "onnx",
         _load_onnx,
         packages=("onnx", "onnxruntime", "tf2onnx"),
-        mend=_drop_unused_inputs,
+        postprocess=_drop_unused_inputs,
     ),
     "openvino": Format("model.xml", "openvino", _load_openvino),
     "litert": Format("model.tflite", "litert", _load_litert, ("ai_edge_litert",)),
@@ -162,7 +162,7 @@ def write_and_run(
                 save_network(network, path)
             else:
                 network.export(str(path), format=row.keras_name, verbose=False)
-            row.mend(path)
+            row.postprocess(path)
             run = row.load(path)
             starts = range(0, len(pixels), _BATCH_SIZE)
             parts = [run(pixels[start : start + _BATCH_SIZE]) for start in starts]

@@ -19,13 +19,13 @@ from embedder.report.page import (
     write_report,
 )
 from embedder.sources import list_images, read_bytes
-from embedder.training import Head
+from embedder.training import TrainedHead
 
 _NUM_MISTAKES = 24
 _NUM_MAP_POINTS = 1500  # t-SNE of more takes longer than the head
 
 
-def write_head_report(head: Head, folder: Path, source: str | None) -> Path:
+def write_head_report(head: TrainedHead, folder: Path, source: str | None) -> Path:
     """Write `report.html` of a head into its model's folder.
 
     Args:
@@ -42,7 +42,7 @@ def write_head_report(head: Head, folder: Path, source: str | None) -> Path:
     return path
 
 
-def report_of(head: Head) -> Report:
+def report_of(head: TrainedHead) -> Report:
     """Everything the report shows, but the pictures."""
     test, is_multilabel = head.test, head.targets.is_multilabel
     classes = head.targets.classes.tolist()
@@ -68,14 +68,14 @@ def report_of(head: Head) -> Report:
     )
 
 
-def _title(head: Head) -> str:
+def _title(head: TrainedHead) -> str:
     backbone = head.model.recipe.backbone
     if head.tuning is None:
         return f"{head.model.head} on {backbone}"
     return f"{backbone}, fine-tuned: {head.tuning['strategy']}"
 
 
-def notes_of(head: Head) -> list[str]:
+def notes_of(head: TrainedHead) -> list[str]:
     """What a reader must know to believe the figures, a sentence each."""
     split, leak, test = head.split, head.leak, head.test
     num_unlabelled = recorded(head.model.record, "provenance", "num_unlabelled")
@@ -133,7 +133,7 @@ def notes_of(head: Head) -> list[str]:
     return notes
 
 
-def _split_note(head: Head) -> str:
+def _split_note(head: TrainedHead) -> str:
     folds = head.split.folds
     if len(folds) > 1:
         return (
@@ -154,7 +154,7 @@ def _split_note(head: Head) -> str:
     )
 
 
-def _mistakes(head: Head) -> list[Mistake]:
+def _mistakes(head: TrainedHead) -> list[Mistake]:
     test = head.test
     if test.is_multilabel:
         return []
@@ -172,7 +172,7 @@ def _mistakes(head: Head) -> list[Mistake]:
     ]
 
 
-def _map(head: Head) -> list[MapPoint]:
+def _map(head: TrainedHead) -> list[MapPoint]:
     num_points = min(_NUM_MAP_POINTS, len(head.test_rows))
     random = np.random.default_rng(head.task.seed)
     places = np.sort(random.choice(len(head.test_rows), num_points, replace=False))
@@ -186,7 +186,7 @@ def _map(head: Head) -> list[MapPoint]:
     ]
 
 
-def _tables(head: Head) -> dict[str, list[dict[str, str]]]:
+def _tables(head: TrainedHead) -> dict[str, list[dict[str, str]]]:
     trials = [
         {
             "settings": ", ".join(_setting_texts(trial["settings"])),
@@ -235,7 +235,7 @@ def _setting_texts(settings: dict[str, Any]) -> list[str]:
     return [f"{name} {value}" for name, value in settings.items()]
 
 
-def _provenance(head: Head) -> dict[str, str]:
+def _provenance(head: TrainedHead) -> dict[str, str]:
     record = head.model.record
     names = ("store", "source", "when", "versions")
     store, source, when, versions = (recorded(record, "provenance", name) for name in names)

@@ -3,16 +3,16 @@ from .fitting import Fitted as Fitted, Task as Task, features_of as features_of
 from .out_of_core import read_logits as read_logits
 from .self_training import PseudoLabels as PseudoLabels
 from .semi_supervised import (
-    Helped as Helped,
+    SemiSupervisedFit as SemiSupervisedFit,
     Unlabelled as Unlabelled,
     check_head as check_head,
-    learn as learn,
+    fit_semi_supervised as fit_semi_supervised,
     read_unlabelled as read_unlabelled,
 )
 from .train import train as train
 from .trained_head import (
-    Head as Head,
     Stopwatch as Stopwatch,
+    TrainedHead as TrainedHead,
     TrainOptions as TrainOptions,
     check_model_folder as check_model_folder,
 )

@@ -124,7 +124,7 @@ def coarse_classes(
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluationResult:
     """A model on the labelled rows of a store.
 
     Attributes:
@@ -142,7 +142,7 @@ def evaluate_model(
     labels: str,
     coarse: str | None = None,
     include_trained: bool = False,
-) -> Judged:
+) -> EvaluationResult:
     """Test a model on the labelled images of a store.
 
     Images whose bytes it was trained on are left out, unless they are asked for. Labels that the
@@ -187,7 +187,7 @@ def evaluate_model(
     coarse_of = None if coarse is None else coarse_classes(store, coarse, targets, ids)
     logits = read_logits(model.estimator, store, model.column, targets.rows[which])
     test = Evaluation.of_logits(model, logits, targets, which)
-    return Judged(metrics_of(test, coarse_of), notes)
+    return EvaluationResult(metrics_of(test, coarse_of), notes)
 
 
 def _trained_on(model_path: Path, num_trained_on: int) -> set[str]:

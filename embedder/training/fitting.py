@@ -11,7 +11,7 @@ from sklearn.base import clone
 
 from embedder.datasets import Folds, Targets, grouped_folds
 from embedder.errors import RecipeError
-from embedder.evaluation import widened
+from embedder.evaluation import expand_logits
 from embedder.heads import (
     Calibration,
     KerasHead,
@@ -163,14 +163,14 @@ def fit(task: Task, estimator: Any, rows: NDArray[np.int64]) -> Any:
         num_views = features.shape[1]
         features = features.reshape(-1, features.shape[-1])
         codes = np.repeat(codes, num_views, axis=0)
-    with refusals(task, len(rows)):
+    with explain_fit_errors(task, len(rows)):
         if not task.is_multilabel and len(np.unique(codes)) < 2:
             raise ValueError("all of one class")  # which not every head would say
         return estimator.fit(features, codes)
 
 
 @contextmanager
-def refusals(task: Task, num_rows: int) -> Iterator[None]:
+def explain_fit_errors(task: Task, num_rows: int) -> Iterator[None]:
     """Say what could not be learnt from, where scikit-learn only says that it could not."""
     try:
         yield
@@ -192,6 +192,6 @@ def _held_out_logits(
     task: Task, estimator: Any, train: NDArray[np.int64], test: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     fitted = fit(task, clone(estimator), train)
-    with refusals(task, len(train)):
+    with explain_fit_errors(task, len(train)):
         logits = logits_of(fitted, task.plain[test])
-    return widened(logits, known_classes(task, train), len(task.classes))
+    return expand_logits(logits, known_classes(task, train), len(task.classes))

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from embedder.errors import RecipeError, StoreError
-from embedder.extraction import Pool, Task
-from embedder.heads import CHUNK_ROWS, Sums, signs, sums_by_fold
+from embedder.extraction import Pool, WorkerContext
+from embedder.heads import CHUNK_ROWS, SufficientStatistics, one_vs_rest_targets, sums_by_fold
 from embedder.store import Store, vectors_of
 
 Codes = NDArray[np.integer[Any]]
@@ -39,7 +39,7 @@ def ridge_sums(
     pool: Pool,
     weights: NDArray[Any] | None = None,
     column: str | None = None,
-) -> list[Sums]:
+) -> list[SufficientStatistics]:
     """Sum up a store's rows by fold, for `RidgeHead.fit_sums`.
 
     A task takes as many shards as together hold `CHUNK_ROWS` rows, and with them the codes of just
@@ -75,7 +75,7 @@ def ridge_sums(
         )
         for names, rows in _shards(store)
     )
-    totals: list[Sums] = []
+    totals: list[SufficientStatistics] = []
     with closing(pool.run(_sum_shards, ((part,) for part in parts), lambda *_: None)) as results:
         for sums in results:
             totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
@@ -126,7 +126,7 @@ def _shards(store: Store) -> Iterator[tuple[list[str], slice]]:
 # What runs on the workers. -----------------------------------------------------------------
 
 
-def _sum_shards(task: Task, part: _Part) -> list[Sums]:
+def _sum_shards(task: WorkerContext, part: _Part) -> list[SufficientStatistics]:
     # Not for this call only: others run in this process too, and want the same.
     threadpool_limits(task.num_threads(), user_api="blas")
     store = Store(part.store)
@@ -137,5 +137,5 @@ def _sum_shards(task: Task, part: _Part) -> list[Sums]:
         raise StoreError(f"The store {store.path} changed while it was read. Run again")
     is_multilabel = part.codes.ndim == 2
     rows, codes = np.nonzero(part.codes) if is_multilabel else (np.arange(num_rows), part.codes)
-    targets = signs(rows, codes, num_rows, part.num_classes)
+    targets = one_vs_rest_targets(rows, codes, num_rows, part.num_classes)
     return sums_by_fold(features, targets, part.folds, part.num_folds, part.weights)

@@ -10,7 +10,7 @@ from sklearn.utils.validation import has_fit_parameter
 
 from embedder.datasets import grouped_folds
 from embedder.errors import RecipeError
-from embedder.evaluation import widened
+from embedder.evaluation import expand_logits
 from embedder.heads import (
     HEADS,
     Model,
@@ -42,7 +42,7 @@ class Unlabelled:
 
 
 @dataclass(frozen=True)
-class Helped:
+class SemiSupervisedFit:
     """A head that learnt from unlabelled images too, or did not, if that would have hurt.
 
     Attributes:
@@ -110,9 +110,9 @@ def read_unlabelled(path: str, model: Model, labelled: set[str]) -> Unlabelled:
     return Unlabelled(store.ids()[is_new], sha256[is_new], features)
 
 
-def learn(
+def fit_semi_supervised(
     task: Task, rows: NDArray[np.int64], fitted: Fitted, images: Unlabelled, method: str
-) -> Helped:
+) -> SemiSupervisedFit:
     """Add pseudo-labels of unlabelled images to a head, as far as they help.
 
     Whether they help is judged by labelled rows that the judged heads have not seen, each fifth
@@ -142,7 +142,7 @@ def learn(
             estimator=classifier.estimator,
             temperature=_temperature(task, rows, fitted, training, images),
         )
-    return Helped(fitted, training, images)
+    return SemiSupervisedFit(fitted, training, images)
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,6 @@ def _temperature(
         classifier = _fit(task, fitted, features, names, None)
         known = np.searchsorted(task.classes, classifier.classes_)
         held = logits_of(classifier.estimator, task.plain[rows[test]])
-        logits.append(widened(held, known, len(task.classes)))
+        logits.append(expand_logits(held, known, len(task.classes)))
         codes.append(task.codes[rows[test]])
     return fit_temperature(np.concatenate(logits), np.concatenate(codes))

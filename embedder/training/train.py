@@ -26,8 +26,8 @@ from embedder.training.out_of_core import (
     shape_of,
 )
 from embedder.training.ridge_pass import vector_column
-from embedder.training.semi_supervised import check_head, learn, read_unlabelled
-from embedder.training.trained_head import Head, Stopwatch, TrainOptions
+from embedder.training.semi_supervised import check_head, fit_semi_supervised, read_unlabelled
+from embedder.training.trained_head import Stopwatch, TrainedHead, TrainOptions
 
 STREAM_BYTES = 2 * 2**30  # of features, as float32: more are read in parts
 MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -38,7 +38,7 @@ def train(
     labels: str = "folder",
     head: str = "logistic",
     options: TrainOptions | None = None,
-) -> Head:
+) -> TrainedHead:
     """Train a head on frozen features, and test it on images it was not trained on.
 
     Of more than `STREAM_BYTES` of features the heads `ridge`, `linear` and `mlp` read a part at a
@@ -114,12 +114,12 @@ def train(
     if options.unlabelled is not None:
         labelled = set(store.sha256()[targets.rows])
         images = read_unlabelled(options.unlabelled, model, labelled)
-        helped = learn(task, rows, fitted, images, options.unlabelled_method)
+        helped = fit_semi_supervised(task, rows, fitted, images, options.unlabelled_method)
         fitted, unhelped = helped.fitted, test
         model = replace(model, estimator=fitted.estimator, temperature=fitted.temperature)
         test_rows, test = judge(task, targets, split, model, None)
         watch.lap("unlabelled")
-    return Head(
+    return TrainedHead(
         model=model,
         store=store,
         options=options,

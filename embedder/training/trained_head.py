@@ -41,9 +41,9 @@ from embedder.heads import (
 from embedder.neighbours import DEFAULT_THRESHOLD
 from embedder.store import Store
 from embedder.training.cross_validation import judge, metrics_of, refit
-from embedder.training.fitting import Fitted, Task, refusals
+from embedder.training.fitting import Fitted, Task, explain_fit_errors
 from embedder.training.out_of_core import read_features
-from embedder.training.semi_supervised import Helped
+from embedder.training.semi_supervised import SemiSupervisedFit
 
 _FILES = {MODEL_FILE, METRICS_FILE, REPORT_FILE, PREDICTIONS_FILE, PSEUDO_LABELS_FILE}
 _FILES |= {"head.skops", "head.keras", *BACKBONE_FILES}
@@ -115,7 +115,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class Head:
+class TrainedHead:
     """A trained model, with what it was trained and tested on.
 
     Attributes:
@@ -134,7 +134,7 @@ class Head:
         seconds: What took how long.
         helped: What unlabelled images did, if there were any.
         unhelped: What the head without them predicts for the test rows.
-        pseudo_labels: Of images without labels that it learned from, as in `Helped`.
+        pseudo_labels: Of images without labels that it learned from, as in `SemiSupervisedFit`.
         tuning: How its backbone was fine-tuned, as in `metrics.json`; None of a frozen one.
     """
 
@@ -150,7 +150,7 @@ class Head:
     test: Evaluation
     coarse_of: NDArray[np.int64] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    helped: Helped | None = None
+    helped: SemiSupervisedFit | None = None
     unhelped: Evaluation | None = None
     pseudo_labels: pa.Table | None = None
     tuning: dict[str, Any] | None = None
@@ -270,7 +270,7 @@ class Head:
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
             model = refit(self.task, self.model, self.targets, rows)
         features = self.task.plain[self.test_rows]
-        with refusals(self.task, len(rows)):  # such as more neighbours than images
+        with explain_fit_errors(self.task, len(rows)):  # such as more neighbours than images
             return Evaluation.of(model, features, self.targets, self.test_rows)
 
     def metrics(self) -> dict[str, Any]:
@@ -379,7 +379,7 @@ class Head:
         )
 
 
-def compare(ours: Head, theirs: Head) -> dict[str, float]:
+def compare(ours: TrainedHead, theirs: TrainedHead) -> dict[str, float]:
     """Difference in accuracy on the same test images, with its 95 % interval.
 
     Raises:

@@ -24,7 +24,7 @@ from embedder.decode.decode import decode_rgb
 from embedder.decode.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of
 from embedder.engines.engine import Features
 from embedder.errors import RecipeError
-from embedder.extraction.shard import Toolbox
+from embedder.extraction.shard import WorkerState
 from embedder.recipe import MAX_VIEWS, Recipe
 from embedder.store.store import Store
 from tests.decode.test_decode import CROPS, encode, make_recipe
@@ -271,7 +271,7 @@ def test_no_more_pixels_are_decoded_ahead_than_without_views_unless_threads_woul
 ) -> None:
     folder = make_archive(tmp_path / "photos", 70)
     recipe = mean_colour_recipe.model_copy(update={"views": num_views})
-    toolbox = Toolbox(recipe, MeanColour(), num_threads)
+    toolbox = WorkerState(recipe, MeanColour(), num_threads)
     is_feeding = []
 
     def note() -> bool:

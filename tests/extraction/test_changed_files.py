@@ -12,7 +12,7 @@ import pytest
 import embedder
 from embedder.checks.verify import verify
 from embedder.errors import RecipeError, Unfinished
-from embedder.extraction.shard import Job, extract_shard, toolbox_of
+from embedder.extraction.shard import Job, extract_shard, worker_state_of
 from embedder.sources.listing import list_images
 from embedder.store.store import FAILURES
 from tests.cli.test_app import run
@@ -73,11 +73,11 @@ def test_an_image_that_becomes_unreadable_while_it_is_embedded_keeps_its_row(
     make_archive(archive, 20, first_seed=100)
     refs = list_images(archive).refs
     (archive / "cats" / "002.jpg").unlink()
-    toolbox = toolbox_of(Job(store.recipe, str(store.path), "openvino", 4), 2)
+    state = worker_state_of(Job(store.recipe, str(store.path), "openvino", 4), 2)
     sha256 = dict(zip(store.ids(), store.sha256(), strict=True))
     job = Job(store.recipe, str(store.path), "openvino", 4)
     never = lambda: False  # noqa: E731
-    (receipt,) = extract_shard([job], [toolbox], refs, lambda *_: None, never, [sha256])
+    (receipt,) = extract_shard([job], [state], refs, lambda *_: None, never, [sha256])
     assert receipt.shard != old.name  # which would have been written over, with that row in it
     assert receipt.kept.total() == 1
     assert sorted(receipt.settled) == sorted(before.keys() - {"cats/002.jpg"})

@@ -14,40 +14,40 @@ import pytest
 
 from embedder.errors import ClusterError, Unfinished
 from embedder.extraction import cluster
-from embedder.extraction.cluster import NUM_CORES, Pool, Task, connect
+from embedder.extraction.cluster import NUM_CORES, Pool, WorkerContext, connect
 from tests.support import ROOT
 
 
-def double(task: Task, number: int) -> int:
+def double(task: WorkerContext, number: int) -> int:
     task.report(1, 0)
     return 2 * number
 
 
-def process_id(task: Task, number: int) -> int:
+def process_id(task: WorkerContext, number: int) -> int:
     time.sleep(0.05)
     return os.getpid()
 
 
-def num_threads(task: Task, number: int) -> int:
+def num_threads(task: WorkerContext, number: int) -> int:
     return task.num_threads()
 
 
-def wait_for_stop(task: Task, folder: str) -> None:
+def wait_for_stop(task: WorkerContext, folder: str) -> None:
     (Path(folder) / f"started-{time.monotonic_ns()}").touch()
     while not task.is_stopped():
         time.sleep(0.01)
     (Path(folder) / f"stopped-{time.monotonic_ns()}").touch()
 
 
-def fail(task: Task, number: int) -> None:
+def fail(task: WorkerContext, number: int) -> None:
     raise ValueError(f"number {number} is no good")
 
 
-def die(task: Task, number: int) -> None:
+def die(task: WorkerContext, number: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_once(task: Task, folder: str) -> str:
+def die_once(task: WorkerContext, folder: str) -> str:
     marker = Path(folder) / "died"
     if not marker.exists():
         marker.touch()
@@ -55,7 +55,7 @@ def die_once(task: Task, folder: str) -> str:
     return "done"
 
 
-def kill(task: Task, process: int) -> None:
+def kill(task: WorkerContext, process: int) -> None:
     os.kill(process, signal.SIGKILL)
 
 

@@ -70,7 +70,7 @@ def undisturbed(archive: Path, tmp_path: Path) -> Store:
 def test_every_odd_file_has_the_outcome_that_is_expected(
     odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Pillow's warnings are ignored when a toolbox is made; pytest takes that back after each test.
+    # Pillow's warnings are ignored when a state is made; pytest takes that back after each test.
     monkeypatch.setattr(pipeline, "_toolboxes", {})
     with (odd / "expected.csv").open(encoding="utf-8", newline="") as file:
         expected = {row["file"]: row["expect"] for row in DictReader(file)}

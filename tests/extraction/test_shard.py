@@ -23,10 +23,10 @@ from embedder.extraction.shard import (
     Job,
     Receipt,
     Stopped,
-    Toolbox,
+    WorkerState,
     extract_shard,
     finished_vectors,
-    toolbox_of,
+    worker_state_of,
 )
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
@@ -38,14 +38,14 @@ def run(
     recipe: Recipe,
     source: Path | pa.Table,
     store: Path,
-    tools: MeanColour | Toolbox | None = None,
+    tools: MeanColour | WorkerState | None = None,
     report: Callable[[int, int], None] = lambda *_: None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Store, Receipt]:
-    """Extract a folder, or refs, as one shard: with an engine, or with a toolbox."""
+    """Extract a folder, or refs, as one shard: with an engine, or with a state."""
     opened = Store.open_or_create(store, recipe, {})
-    if not isinstance(tools, Toolbox):
-        tools = Toolbox(recipe, tools or MeanColour(), num_threads=3)
+    if not isinstance(tools, WorkerState):
+        tools = WorkerState(recipe, tools or MeanColour(), num_threads=3)
     job = Job(recipe, str(store), "mean-colour", None)
     refs = list_images(source).refs if isinstance(source, Path) else source
     (receipt,) = extract_shard([job], [tools], refs, report, is_stopped)
@@ -206,12 +206,12 @@ def test_an_engine_that_breaks_is_not_taken_for_bad_images(
     def break_down(_: NDArray[np.uint8]) -> None:
         raise MemoryError("no memory for the batch")
 
-    toolbox = Toolbox(mean_colour_recipe, MeanColour(before=break_down), 2)
-    num_buffers = toolbox.buffers.qsize()
+    state = WorkerState(mean_colour_recipe, MeanColour(before=break_down), 2)
+    num_buffers = state.buffers.qsize()
     with pytest.raises(MemoryError, match="no memory for the batch"):
-        run(mean_colour_recipe, archive, tmp_path / "out", toolbox)
+        run(mean_colour_recipe, archive, tmp_path / "out", state)
     assert Store(tmp_path / "out").failures().num_rows == 0
-    assert toolbox.buffers.qsize() == num_buffers
+    assert state.buffers.qsize() == num_buffers
 
 
 @pytest.mark.parametrize("often", [True, False])
@@ -260,10 +260,10 @@ def test_lengths_are_one_when_asked(mean_colour_recipe: Recipe) -> None:
 
 def test_a_vanished_store_is_told(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
     job = Job(mean_colour_recipe, str(tmp_path / "nowhere"), "mean-colour", None)
-    toolbox = Toolbox(mean_colour_recipe, MeanColour(), 1)
+    state = WorkerState(mean_colour_recipe, MeanColour(), 1)
     refs = pa.table({"image_id": ["a"], "path": [b"a"]})
     with pytest.raises(StoreError, match="not a feature store"):
-        extract_shard([job], [toolbox], refs, lambda *_: None, lambda: False)
+        extract_shard([job], [state], refs, lambda *_: None, lambda: False)
 
 
 class SmallMemory(MeanColour):
@@ -317,8 +317,8 @@ def test_a_shard_that_is_given_up_returns_its_buffers(
 ) -> None:
     out = tmp_path / "out"
     slow = MeanColour(before=lambda _: time.sleep(0.05))  # has batches in work when given up
-    toolbox = Toolbox(mean_colour_recipe, slow, 2)
-    num_buffers = toolbox.buffers.qsize()
+    state = WorkerState(mean_colour_recipe, slow, 2)
+    num_buffers = state.buffers.qsize()
     for num_images in range(12):
         answers = iter([False] * num_images)
         with pytest.raises(Stopped):
@@ -326,13 +326,13 @@ def test_a_shard_that_is_given_up_returns_its_buffers(
                 mean_colour_recipe,
                 archive,
                 out,
-                toolbox,
+                state,
                 is_stopped=lambda a=answers: next(a, True),
             )
-        assert toolbox.buffers.qsize() == num_buffers
-    store, _ = run(mean_colour_recipe, archive, out, toolbox)
+        assert state.buffers.qsize() == num_buffers
+    store, _ = run(mean_colour_recipe, archive, out, state)
     assert len(store) == 20
-    assert toolbox.buffers.qsize() == num_buffers
+    assert state.buffers.qsize() == num_buffers
 
 
 def test_a_shard_hands_images_to_the_decoders_no_further_ahead_than_it_must(
@@ -340,14 +340,14 @@ def test_a_shard_hands_images_to_the_decoders_no_further_ahead_than_it_must(
 ) -> None:
     """And lets the next shard do so from its last image on, not only when it has taken all."""
     folder = make_archive(tmp_path / "photos", 80)
-    toolbox = Toolbox(mean_colour_recipe, MeanColour(), 2)
+    state = WorkerState(mean_colour_recipe, MeanColour(), 2)
     is_feeding = []
 
     def note() -> bool:
-        is_feeding.append(toolbox.feeding.locked())
+        is_feeding.append(state.feeding.locked())
         return False
 
-    run(mean_colour_recipe, folder, tmp_path / "out", toolbox, is_stopped=note)
+    run(mean_colour_recipe, folder, tmp_path / "out", state, is_stopped=note)
     ahead = pipeline._MIN_LOOKAHEAD - 1  # beside the one that is taken
     assert is_feeding == [True] * (80 - ahead) + [False] * ahead
 
@@ -367,11 +367,11 @@ def test_the_next_shard_is_fed_while_the_last_one_drains(
         elif number > 4:
             second_began.set()
 
-    toolbox = Toolbox(mean_colour_recipe, MeanColour(before=hold_the_last_batch), 2)
+    state = WorkerState(mean_colour_recipe, MeanColour(before=hold_the_last_batch), 2)
     Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
 
     def num_rows(part: pa.Table) -> int:
-        return run(mean_colour_recipe, part, tmp_path / "out", toolbox)[1].num_rows
+        return run(mean_colour_recipe, part, tmp_path / "out", state)[1].num_rows
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(num_rows, [refs.slice(0, 17), refs.slice(17)])) == [17, 3]
@@ -393,16 +393,18 @@ def test_a_toolbox_is_made_once_and_measures_batch_sizes_for_long_runs(
     def is_measured() -> bool:
         return engines.is_batch_size_known(lite0, "openvino", 2)
 
-    short = toolbox_of(job(1999), 2)
-    assert toolbox_of(job(1999), 2) is short
-    assert toolbox_of(job(1999, recipe=lite0.model_copy(update={"crop": "pad"})), 2) is not short
-    assert toolbox_of(job(2000, 3), 2).engine.batch_size == 3
+    short = worker_state_of(job(1999), 2)
+    assert worker_state_of(job(1999), 2) is short
+    assert (
+        worker_state_of(job(1999, recipe=lite0.model_copy(update={"crop": "pad"})), 2) is not short
+    )
+    assert worker_state_of(job(2000, 3), 2).engine.batch_size == 3
     assert not is_measured()
     pipeline._toolboxes.clear()
-    found = toolbox_of(job(2000), 2).engine.batch_size
+    found = worker_state_of(job(2000), 2).engine.batch_size
     assert is_measured()
     (file,) = (tmp_path / "cache" / "batch-sizes").iterdir()
     measured = file.read_bytes()
     pipeline._toolboxes.clear()
-    assert toolbox_of(job(2000), 2).engine.batch_size == found
+    assert worker_state_of(job(2000), 2).engine.batch_size == found
     assert file.read_bytes() == measured  # and not measured again

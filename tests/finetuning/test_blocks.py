@@ -17,7 +17,7 @@ from embedder.finetuning.blocks import (
     layer_groups,
     layers_of,
 )
-from embedder.finetuning.network import make_tunable
+from embedder.finetuning.network import make_trainable
 from embedder.libraries import import_keras
 
 SIZE = (96, 128)
@@ -120,9 +120,9 @@ def test_there_is_no_cut_where_another_path_leads_around_it() -> None:
     for name, is_one in places.items():
         assert can_cut(network, network.get_layer(name).output, network.outputs[0]) is is_one, name
     recipe = make_recipe("mobilenet-v2", "random", image_size=SIZE)
-    assert make_tunable(recipe, "embedding", network, "block_12_add").lower is not None
+    assert make_trainable(recipe, "embedding", network, "block_12_add").lower is not None
     with pytest.raises(RecipeError, match="in two there. Received: cut=block_14_expand_relu"):
-        make_tunable(recipe, "embedding", network, "block_14_expand_relu")
+        make_trainable(recipe, "embedding", network, "block_14_expand_relu")
 
 
 def test_without_feature_maps_the_place_to_cut_must_be_named() -> None:

@@ -10,7 +10,7 @@ from scipy.special import expit, softmax
 
 from embedder.errors import RecipeError
 from embedder.finetuning.channels import CRITERIA, channel_masks
-from embedder.finetuning.network import Tunable
+from embedder.finetuning.network import TrainableNetwork
 from embedder.finetuning.trainer import Examples
 from embedder.libraries import import_keras
 
@@ -18,7 +18,9 @@ HEIGHT, WIDTH = 6, 9
 NUM_CLASSES = 3
 
 
-def make_tiny(layers: "list[Any]", head_kernel: NDArray[Any], dropout: float = 0.0) -> Tunable:
+def make_tiny(
+    layers: "list[Any]", head_kernel: NDArray[Any], dropout: float = 0.0
+) -> TrainableNetwork:
     """Layers one after another on pixels of 0 to 1, their mean, and a head without bias."""
     keras = import_keras()
     pixels = keras.Input((HEIGHT, WIDTH, 3))
@@ -35,7 +37,7 @@ def make_tiny(layers: "list[Any]", head_kernel: NDArray[Any], dropout: float = 0
     )
     head.layers[-1].set_weights([head_kernel])
     upper = keras.Model(pixels, {"features": features})
-    return Tunable(keras.Model(pixels, x), lambda p: p / 255.0, None, upper, head)
+    return TrainableNetwork(keras.Model(pixels, x), lambda p: p / 255.0, None, upper, head)
 
 
 def make_examples(num_images: int = 6, seed: int = 0) -> Examples:
@@ -57,7 +59,7 @@ def random_kernel(num_channels: int, seed: int = 0) -> NDArray[Any]:
 
 
 def masks_of(
-    tiny: Tunable, layers: "list[Any]", fraction: float, criterion: str
+    tiny: TrainableNetwork, layers: "list[Any]", fraction: float, criterion: str
 ) -> dict[str, NDArray[np.float32]]:
     """Masks by the last two parts of their variable's name, such as `conv/kernel`."""
     masks = channel_masks(tiny, layers, make_examples(), fraction, criterion, 3, 0)

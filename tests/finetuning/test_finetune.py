@@ -38,12 +38,12 @@ from embedder.finetuning.labelled_images import (
     targets_of,
     within,
 )
-from embedder.finetuning.network import make_tunable
+from embedder.finetuning.network import make_trainable
 from embedder.finetuning.parameter_groups import TuneOptions, num_tuned, plan_groups
 from embedder.finetuning.pseudo_labels import extended
 from embedder.finetuning.trainer import Examples, train as train_network
 from embedder.heads.calibration import calibrate
-from embedder.heads.keras_layers import fold
+from embedder.heads.keras_layers import as_keras_layers
 from embedder.heads.model import Model
 from embedder.inference.predict import predict
 from embedder.libraries import import_keras
@@ -182,7 +182,7 @@ def test_a_network_that_does_not_predict_what_the_head_does_is_refused(world: Pa
     model = Model.load(world / "model")
     images = sorted((world / "photos").rglob("*.*g"))[:4]
     pixels = np.stack([decode_rgb(image.read_bytes(), model.recipe).pixels for image in images])
-    tunable = replace(make_tunable(model.recipe, "embedding"), head=fold(model))
+    tunable = replace(make_trainable(model.recipe, "embedding"), head=as_keras_layers(model))
     check_start(tunable, pixels, model)
     kernel, _ = tunable.head.trainable_variables
     kernel.assign(kernel * 0.5)
@@ -289,7 +289,7 @@ def test_a_model_can_move_with_its_backbone(world: Path, norm: Tuned, tmp_path: 
 
 def test_partial_changes_a_few_channels_and_nothing_else(world: Path) -> None:
     recipe = Model.load(world / "model").recipe
-    tunable = make_tunable(recipe, "embedding")
+    tunable = make_trainable(recipe, "embedding")
     keras = import_keras()
     head = keras.Sequential([keras.Input((1280,)), keras.layers.Dense(2)])
     tunable = replace(tunable, head=head)

@@ -9,7 +9,7 @@ import embedder
 from embedder.backbones.resolve import load_network, make_recipe
 from embedder.backbones.weight_files import save_network
 from embedder.decode.decode import decode_rgb
-from embedder.finetuning.network import FEATURES, make_tunable, seed_layers
+from embedder.finetuning.network import FEATURES, make_trainable, seed_layers
 from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 from tests.support import assert_same_vectors, make_archive, picture
@@ -29,7 +29,7 @@ def test_features_are_the_stores_wherever_the_network_is_cut(
         [decode_rgb((photos / image).read_bytes(), lite0).pixels for image in store.ids()]
     )
     for cut in (None, "stage5_block3_add", FEATURES):
-        tunable = make_tunable(store.recipe, "embedding", cut=cut)
+        tunable = make_trainable(store.recipe, "embedding", cut=cut)
         found = tunable.upper(tunable.below_the_cut(pixels), training=True)[FEATURES]
         assert_same_vectors(np.asarray(found), store.vectors())
 
@@ -52,7 +52,7 @@ def test_a_network_that_was_saved_frozen_can_be_trained(noisy: Recipe, tmp_path:
     network.trainable = False
     save_network(network, tmp_path / "frozen.keras")
     frozen = make_recipe("mobilenet", str(tmp_path / "frozen.keras"), image_size=(32, 48))
-    tunable = make_tunable(frozen, "embedding")
+    tunable = make_trainable(frozen, "embedding")
     names = {variable.path for variable in tunable.upper.trainable_variables}
     assert names == {f"block{n}_conv/{name}" for n in (1, 2) for name in ("kernel", "bias")}
 
@@ -75,7 +75,7 @@ def test_what_layers_draw_is_decided_by_the_seed(noisy: Recipe) -> None:
 
 
 def test_what_is_below_a_cut_drops_nothing(noisy: Recipe) -> None:
-    tunable = make_tunable(noisy, "embedding", cut="block1_drop")
+    tunable = make_trainable(noisy, "embedding", cut="block1_drop")
     pixels = np.stack([picture(seed, 32, 48) for seed in range(3)])
     activations = np.asarray(tunable.below_the_cut(pixels))
     assert (activations != 0).all()

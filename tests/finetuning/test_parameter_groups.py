@@ -9,7 +9,7 @@ import pytest
 from embedder.backbones.resolve import make_recipe
 from embedder.errors import RecipeError
 from embedder.finetuning.channels import channel_masks
-from embedder.finetuning.network import Tunable, is_normalisation, make_tunable
+from embedder.finetuning.network import TrainableNetwork, is_normalisation, make_trainable
 from embedder.finetuning.parameter_groups import STRATEGIES, TuneOptions, num_tuned, plan_groups
 from embedder.finetuning.trainer import Examples, Group
 from embedder.libraries import import_keras
@@ -18,11 +18,11 @@ SIZE = (48, 64)
 
 
 @pytest.fixture
-def tunable() -> Tunable:
+def tunable() -> TrainableNetwork:
     recipe = make_recipe("mobilenet", "random", image_size=SIZE)
     keras = import_keras()
     head = keras.Sequential([keras.Input((1024,)), keras.layers.Dense(2)])
-    return replace(make_tunable(recipe, "embedding"), head=head)
+    return replace(make_trainable(recipe, "embedding"), head=head)
 
 
 def examples(num_images: int = 4) -> Examples:
@@ -37,7 +37,7 @@ def examples(num_images: int = 4) -> Examples:
     )
 
 
-def groups_of(tunable: Tunable, strategy: str, **options: Any) -> list[Group]:
+def groups_of(tunable: TrainableNetwork, strategy: str, **options: Any) -> list[Group]:
     chosen = TuneOptions(strategy=strategy, **options)
     return plan_groups(tunable, examples(), chosen)
 
@@ -47,7 +47,7 @@ def kinds_of(groups: list[Group]) -> set[str]:
     return {v.path.rpartition("/")[2] for group in groups[1:] for v in group.variables}
 
 
-def test_the_head_is_always_trained_at_the_full_rate(tunable: Tunable) -> None:
+def test_the_head_is_always_trained_at_the_full_rate(tunable: TrainableNetwork) -> None:
     for strategy in ("gradual", "full", "norm", "bias"):
         first = groups_of(tunable, strategy)[0]
         assert [v.path for v in first.variables] == [v.path for v in tunable.head.variables]
@@ -64,7 +64,7 @@ def test_the_head_is_always_trained_at_the_full_rate(tunable: Tunable) -> None:
     ],
 )
 def test_each_strategy_trains_its_kind_of_weights(
-    tunable: Tunable, strategy: str, kinds: set[str]
+    tunable: TrainableNetwork, strategy: str, kinds: set[str]
 ) -> None:
     groups = groups_of(tunable, strategy)
     assert kinds_of(groups) == kinds
@@ -78,7 +78,7 @@ def test_each_strategy_trains_its_kind_of_weights(
 
 
 def test_statistics_are_frozen_layer_by_layer_unless_they_are_to_be_trained(
-    tunable: Tunable,
+    tunable: TrainableNetwork,
 ) -> None:
     norms = [layer for layer in tunable.network.layers if is_normalisation(layer)]
     groups_of(tunable, "full")
@@ -89,7 +89,9 @@ def test_statistics_are_frozen_layer_by_layer_unless_they_are_to_be_trained(
     assert kinds_of(groups) == {"kernel", "gamma", "beta"}
 
 
-def test_gradual_unfreezes_from_the_top_and_trains_lower_blocks_slower(tunable: Tunable) -> None:
+def test_gradual_unfreezes_from_the_top_and_trains_lower_blocks_slower(
+    tunable: TrainableNetwork,
+) -> None:
     groups = groups_of(tunable, "gradual", epochs=8, rate_decay=0.5)
     starts, rates = [g.from_epoch for g in groups], [g.rate for g in groups]
     assert starts[0] == 1
@@ -112,7 +114,7 @@ def test_the_channels_with_the_largest_gradients_are_chosen() -> None:
     head.layers[-1].set_weights([kernel, np.zeros(2, np.float32)])
     network = keras.Model(pixels, x)
     upper = keras.Model(pixels, {"features": x})
-    tiny = Tunable(network, lambda p: p / 255.0, None, upper, head)
+    tiny = TrainableNetwork(network, lambda p: p / 255.0, None, upper, head)
     for criterion in ("taylor", "fisher"):
         masks = channel_masks(tiny, network.layers, examples(), 0.4, criterion, 2, 0)
         by_path = {variable.path: mask for variable, mask in masks}
@@ -185,9 +187,9 @@ def test_options_that_would_not_be_heeded_are_refused(options: dict[str, Any], r
 def test_an_auxiliary_layer_must_be_above_the_cut() -> None:
     recipe = make_recipe("mobilenet", "random", image_size=SIZE)
     with pytest.raises(RecipeError, match="above the cut and below the features"):
-        make_tunable(recipe, "embedding", None, "conv_pw_12_relu", auxiliary="conv_pw_3_relu")
+        make_trainable(recipe, "embedding", None, "conv_pw_12_relu", auxiliary="conv_pw_3_relu")
     with pytest.raises(RecipeError, match="must name a layer"):
-        make_tunable(recipe, "embedding", None, "conv_pw_99")
+        make_trainable(recipe, "embedding", None, "conv_pw_99")
 
 
 @pytest.mark.parametrize(
@@ -207,10 +209,10 @@ def test_options_that_are_heeded_are_taken(options: dict[str, Any]) -> None:
 
 def test_what_is_not_given_is_as_usual_with_the_strategy() -> None:
     cut = TuneOptions(strategy="cut")
-    assert [cut.usual(name) for name in ("epochs", "hidden", "dropout")] == [20, 128, 0.5]
+    assert [cut.resolved(name) for name in ("epochs", "hidden", "dropout")] == [20, 128, 0.5]
     own = TuneOptions(strategy="cut", epochs=2, hidden=0, dropout=0.0, rate_decay=0.1)
     names = ("epochs", "hidden", "dropout", "rate_decay", "learning_rate")
-    assert [own.usual(name) for name in names] == [2, 0, 0.0, 0.1, 1e-3]  # 0 is given too
+    assert [own.resolved(name) for name in names] == [2, 0, 0.0, 0.1, 1e-3]  # 0 is given too
     for name in STRATEGIES:
         schedule = TuneOptions(strategy=name).schedule()
         assert schedule.epochs == STRATEGIES[name].epochs
@@ -230,7 +232,7 @@ def test_loss_weights_are_the_auxiliarys_and_the_mains_and_count_if_there_is_one
     assert TuneOptions().schedule().loss_weights == (1.0, 0.0)
 
 
-def make_mixed() -> Tunable:
+def make_mixed() -> TrainableNetwork:
     """A layer of each kind that strategies tell apart; the scale of one is left out."""
     keras = import_keras()
     layers = keras.layers
@@ -245,7 +247,7 @@ def make_mixed() -> Tunable:
     features = layers.GlobalAveragePooling2D()(x)
     head = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
     upper = keras.Model(pixels, {"features": features})
-    return Tunable(keras.Model(pixels, x), lambda p: p / 255.0, None, upper, head)
+    return TrainableNetwork(keras.Model(pixels, x), lambda p: p / 255.0, None, upper, head)
 
 
 def paths_of(groups: list[Group]) -> set[str]:
@@ -293,7 +295,7 @@ def test_full_trains_all_but_batch_normalisation_at_one_rate() -> None:
 def test_above_a_cut_nothing_below_it_is_trained() -> None:
     recipe = make_recipe("mobilenet", "random", image_size=SIZE)
     head = import_keras().Sequential()
-    cut = replace(make_tunable(recipe, "embedding", None, "conv_pw_11_relu"), head=head)
+    cut = replace(make_trainable(recipe, "embedding", None, "conv_pw_11_relu"), head=head)
     groups = groups_of(cut, "cut")
     layers = {path.partition("/")[0] for path in paths_of(groups)}
     assert layers == {"conv_dw_12", "conv_pw_12", "conv_dw_13", "conv_pw_13"}
@@ -301,14 +303,16 @@ def test_above_a_cut_nothing_below_it_is_trained() -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 5])
-def test_gradual_trains_every_block_however_short_it_is(tunable: Tunable, epochs: int) -> None:
+def test_gradual_trains_every_block_however_short_it_is(
+    tunable: TrainableNetwork, epochs: int
+) -> None:
     starts = [group.from_epoch for group in groups_of(tunable, "gradual", epochs=epochs)]
     assert starts == sorted(starts)
     assert starts[0] == 1
     assert starts[-1] == 1 + epochs // 2
 
 
-def test_an_auxiliary_head_is_trained_with_the_main_one(tunable: Tunable) -> None:
+def test_an_auxiliary_head_is_trained_with_the_main_one(tunable: TrainableNetwork) -> None:
     keras = import_keras()
     auxiliary = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     both = replace(tunable, auxiliary_head=auxiliary)
@@ -344,7 +348,7 @@ def test_a_strategy_that_finds_nothing_to_train_is_refused(strategy: str) -> Non
     x = keras.layers.Conv2D(4, 3, use_bias=False, name="block1_conv")(pixels)
     upper = keras.Model(pixels, {"features": keras.layers.GlobalAveragePooling2D()(x)})
     head = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    tiny = Tunable(keras.Model(pixels, x, name="bare"), lambda p: p, None, upper, head)
+    tiny = TrainableNetwork(keras.Model(pixels, x, name="bare"), lambda p: p, None, upper, head)
     with pytest.raises(RecipeError, match=f"strategy={strategy} for bare, which has none"):
         groups_of(tiny, strategy)
     with pytest.raises(RecipeError, match="`train_norm` is of networks with BatchNormalization"):
@@ -364,7 +368,7 @@ def test_bias_leaves_a_scale_alone_that_has_no_shift_beside_it() -> None:
     x = keras.layers.LayerNormalization(name="b_layers")(x)
     upper = keras.Model(pixels, {"features": keras.layers.GlobalAveragePooling2D()(x)})
     head = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    tiny = Tunable(keras.Model(pixels, x), lambda p: p, None, upper, head)
+    tiny = TrainableNetwork(keras.Model(pixels, x), lambda p: p, None, upper, head)
     groups = groups_of(tiny, "bias")
     assert paths_of(groups) == {"b_layers/beta"}
 

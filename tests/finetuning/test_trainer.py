@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from embedder.errors import Unfinished
 from embedder.finetuning.augmentation import Augmenter
-from embedder.finetuning.network import Tunable, thaw_normalisation
+from embedder.finetuning.network import TrainableNetwork, thaw_normalisation
 from embedder.finetuning.trainer import Epoch, Examples, Group, Schedule, make_optimizer, train
 from embedder.libraries import import_keras
 
@@ -20,7 +20,7 @@ NUM_IMAGES = 24
 PLAIN = Schedule(epochs=1, batch_size=NUM_IMAGES, learning_rate=0.1, optimizer="sgd", warmup=0.0)
 
 
-def make_tiny() -> Tunable:
+def make_tiny() -> TrainableNetwork:
     """Two convolutions with BatchNormalization, a mean, and a head with dropout."""
     keras = import_keras()
     layers, zeros = keras.layers, keras.initializers.GlorotUniform
@@ -42,7 +42,7 @@ def make_tiny() -> Tunable:
         ]
     )
     upper = keras.Model(pixels, {"features": features})
-    return Tunable(network, lambda x: x / 127.5 - 1.0, None, upper, head)
+    return TrainableNetwork(network, lambda x: x / 127.5 - 1.0, None, upper, head)
 
 
 def make_examples(seed: int = 0) -> Examples:
@@ -61,11 +61,11 @@ def make_examples(seed: int = 0) -> Examples:
     )
 
 
-def kernels_of(tiny: Tunable) -> list[Any]:
+def kernels_of(tiny: TrainableNetwork) -> list[Any]:
     return [tiny.network.get_layer(f"block{number}_conv").kernel for number in (1, 2)]
 
 
-def groups_of(tiny: Tunable, rates: tuple[float, float] = (1.0, 1.0)) -> list[Group]:
+def groups_of(tiny: TrainableNetwork, rates: tuple[float, float] = (1.0, 1.0)) -> list[Group]:
     one, two = kernels_of(tiny)
     return [
         Group("head", list(tiny.head.trainable_variables)),
@@ -74,13 +74,15 @@ def groups_of(tiny: Tunable, rates: tuple[float, float] = (1.0, 1.0)) -> list[Gr
     ]
 
 
-def run(tiny: Tunable, groups: list[Group], schedule: Schedule, **more: Any) -> list[Epoch]:
+def run(
+    tiny: TrainableNetwork, groups: list[Group], schedule: Schedule, **more: Any
+) -> list[Epoch]:
     examples = more.pop("examples", make_examples())
     augmenter = Augmenter(more.pop("augment", ()), 0)
     return train(tiny, groups, examples, schedule, augmenter, **more)
 
 
-def state_of(tiny: Tunable) -> list[NDArray[Any]]:
+def state_of(tiny: TrainableNetwork) -> list[NDArray[Any]]:
     return [v.numpy() for v in [*tiny.network.variables, *tiny.head.variables]]
 
 
@@ -153,7 +155,7 @@ def test_each_epoch_sees_every_image_once_in_an_order_and_views_of_its_own() -> 
 STILL = replace(PLAIN, batch_size=13, learning_rate=1e-9)  # hardly a weight moves
 
 
-def make_sure() -> Tunable:
+def make_sure() -> TrainableNetwork:
     """The tiny network with an auxiliary head and no dropout."""
     keras, tiny = import_keras(), make_tiny()
     features = tiny.upper.output["features"]
@@ -166,7 +168,7 @@ def make_sure() -> Tunable:
     )
 
 
-def entropies(tiny: Tunable, pixels: NDArray[Any], targets: NDArray[Any]) -> NDArray[Any]:
+def entropies(tiny: TrainableNetwork, pixels: NDArray[Any], targets: NDArray[Any]) -> NDArray[Any]:
     """Cross-entropy of each image by each head: (n, n_heads)."""
     found = tiny.logits(tiny.below_the_cut(pixels.astype(np.float32)))
     losses = [-(targets * log_softmax(np.asarray(x), axis=1)).sum(axis=1) for x in found]

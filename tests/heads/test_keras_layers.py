@@ -9,7 +9,7 @@ from scipy.special import expit, softmax
 
 from embedder.errors import RecipeError
 from embedder.heads.keras_head import KerasHead
-from embedder.heads.keras_layers import FOLDABLE, fold
+from embedder.heads.keras_layers import FOLDABLE, as_keras_layers
 from embedder.heads.model import Model
 from embedder.heads.table import HEADS, make_estimator
 from embedder.recipe import Recipe
@@ -71,7 +71,7 @@ def several_labels(num_images: int, num_labels: int) -> NDArray[np.int64]:
 
 def assert_folds(model: Model) -> None:
     """The layers are of the kinds that are loaded back, and give the model's own logits."""
-    network = fold(model)
+    network = as_keras_layers(model)
     features = features_of(40, len(model.classes))
     features[0] = 0  # which has no direction
     expected = model.logits(features) / model.temperature
@@ -116,13 +116,13 @@ def test_every_head_there_is_can_be_folded_but_nearest_neighbours() -> None:
 def test_nearest_neighbours_are_refused_with_the_heads_that_can_be_folded() -> None:
     model = model_of("knn", {"n_neighbors": 3}, np.arange(60) % 5)
     with pytest.raises(RecipeError, match=r"one of logistic, svm, ridge.* Received: .* kind knn"):
-        fold(model)
+        as_keras_layers(model)
 
 
 def test_training_the_layers_leaves_the_model_as_it_is() -> None:
     model = model_of("mlp", {}, np.arange(60) % 5)
     features = features_of(60, 5)
     before = model.logits(features)
-    network = fold(model)
+    network = as_keras_layers(model)
     network.set_weights([array + 1 for array in network.get_weights()])
     assert np.array_equal(model.logits(features), before)

@@ -18,7 +18,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from embedder.errors import RecipeError
 from embedder.heads.ridge_head import RidgeHead, stratified_folds
-from embedder.heads.ridge_statistics import Sums, signs, sums_by_fold
+from embedder.heads.ridge_statistics import SufficientStatistics, one_vs_rest_targets, sums_by_fold
 
 NAMES = np.array(["ash", "beech", "cedar", "elm"])
 
@@ -115,10 +115,12 @@ def test_sums_of_parts_in_any_order_are_those_of_all_rows(offset: int) -> None:
     rows, names = make_rows()
     rows = (rows + offset).astype(np.float32)
     weights = np.random.default_rng(0).random(len(rows))
-    targets = signs(np.arange(len(rows)), np.searchsorted(NAMES, names), len(rows), 4)
-    whole = Sums.of(rows.astype(np.float64), targets, weights)
+    targets = one_vs_rest_targets(np.arange(len(rows)), np.searchsorted(NAMES, names), len(rows), 4)
+    whole = SufficientStatistics.of(rows.astype(np.float64), targets, weights)
     parts = [slice(200, 300), slice(0, 0), slice(0, 7), slice(7, 200)]
-    total = reduce(add, [Sums.of(rows[part], targets[part], weights[part]) for part in parts])
+    total = reduce(
+        add, [SufficientStatistics.of(rows[part], targets[part], weights[part]) for part in parts]
+    )
     for name, expected in vars(whole).items():
         largest = np.abs(expected).max()
         np.testing.assert_allclose(getattr(total, name), expected, atol=1e-6 * largest)
@@ -131,7 +133,7 @@ def test_a_head_is_fitted_to_sums_as_to_rows() -> None:
     codes = np.searchsorted(NAMES, names)
     folds = stratified_folds(codes, 5)
     folds[::7] = -1
-    sums = sums_by_fold(rows, signs(np.arange(300), codes, 300, 4), folds, 5)
+    sums = sums_by_fold(rows, one_vs_rest_targets(np.arange(300), codes, 300, 4), folds, 5)
     head = RidgeHead(alphas=[10.0]).fit_sums(sums, NAMES)
     same = RidgeHead(alphas=[10.0]).fit(rows[folds >= 0], names[folds >= 0])
     np.testing.assert_allclose(head.coef_, same.coef_, rtol=1e-9)
@@ -173,6 +175,8 @@ def test_what_makes_no_sense_is_told() -> None:
         RidgeHead(alphas=[0.0, 1.0]).fit(rows, names)
     with pytest.raises(ValueError, match="at least two classes. Received: one class"):
         RidgeHead().fit(rows, np.full(len(rows), "ash"))
-    sums = sums_by_fold(rows, signs(np.arange(300), np.arange(300) % 4, 300, 4), np.zeros(300), 5)
+    sums = sums_by_fold(
+        rows, one_vs_rest_targets(np.arange(300), np.arange(300) % 4, 300, 4), np.zeros(300), 5
+    )
     with pytest.raises(RecipeError, match="At least two folds .* Received: 1 of 5"):
         RidgeHead().fit_sums(sums, NAMES)

@@ -25,7 +25,7 @@ from embedder.training.cross_validation import evaluate_model
 from embedder.training.fitting import Task
 from embedder.training.out_of_core import make_streamed_split, parts_of, read_features
 from embedder.training.train import train
-from embedder.training.trained_head import Head, TrainOptions
+from embedder.training.trained_head import TrainedHead, TrainOptions
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, rows_of
 
 ALONE = TrainOptions(duplicates=None)
@@ -55,7 +55,7 @@ def animals_of(store: Store) -> NDArray[np.str_]:
     return np.array([image_id.split("/")[1] for image_id in store.ids()])
 
 
-def check_whole_way(head: Head, store: Store, labels: str, folder: Path) -> None:
+def check_whole_way(head: TrainedHead, store: Store, labels: str, folder: Path) -> None:
     """Save, report, predict and evaluate; all say the same of the test rows."""
     head.save(folder)
     path = write_head_report(head, folder, None)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from embedder.errors import RecipeError, StoreError
 from embedder.extraction.cluster import connect
 from embedder.heads.ridge_head import RidgeHead
-from embedder.heads.ridge_statistics import Sums, signs, sums_by_fold
+from embedder.heads.ridge_statistics import SufficientStatistics, one_vs_rest_targets, sums_by_fold
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training import ridge_pass as streaming
@@ -43,7 +43,7 @@ def folds() -> NDArray[np.int64]:
     return np.random.default_rng(3).integers(-1, 3, NUM_ROWS)
 
 
-def assert_same(received: list[Sums], expected: list[Sums]) -> None:
+def assert_same(received: list[SufficientStatistics], expected: list[SufficientStatistics]) -> None:
     assert len(received) == len(expected)
     for one, other in zip(received, expected, strict=True):
         for name, value in vars(other).items():
@@ -52,8 +52,8 @@ def assert_same(received: list[Sums], expected: list[Sums]) -> None:
 
 def expected_of(
     store: Store, codes: Any, folds: Any, weights: NDArray[Any] | None = None
-) -> list[Sums]:
-    targets = signs(np.arange(NUM_ROWS), codes, NUM_ROWS, NUM_CLASSES)
+) -> list[SufficientStatistics]:
+    targets = one_vs_rest_targets(np.arange(NUM_ROWS), codes, NUM_ROWS, NUM_CLASSES)
     return sums_by_fold(store.vectors().astype(np.float64), targets, folds, 3, weights)
 
 

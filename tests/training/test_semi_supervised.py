@@ -20,7 +20,7 @@ from embedder.recipe import Recipe
 from embedder.store.store import FAILURE_SCHEMA, Store, shard_name
 from embedder.training import semi_supervised as unlabelled
 from embedder.training.train import train
-from embedder.training.trained_head import Head, TrainOptions
+from embedder.training.trained_head import TrainedHead, TrainOptions
 from tests.support import ANIMALS, DIM, animal_vectors, rows_of
 
 NOISE = 0.4  # clusters touch: four labels of each leave every fifth image wrong
@@ -89,7 +89,7 @@ def accuracy(evaluation: Evaluation) -> float:
     return float((evaluation.predicted == evaluation.codes).mean())
 
 
-def pseudo_labels(head: Head) -> list[dict[str, Any]]:
+def pseudo_labels(head: TrainedHead) -> list[dict[str, Any]]:
     assert head.helped is not None
     return head.helped.pseudo_labels().to_pylist()
 

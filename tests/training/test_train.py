@@ -12,7 +12,7 @@ from scipy.special import expit, softmax
 
 from embedder.errors import EmbedderError, ModelError, RecipeError, StoreError
 from embedder.evaluation import metrics
-from embedder.evaluation.evaluation import Evaluation, widened
+from embedder.evaluation.evaluation import Evaluation, expand_logits
 from embedder.heads.calibration import fit_temperature, log_loss, probabilities_of
 from embedder.heads.model import Model, logits_of
 from embedder.heads.table import HEADS, make_estimator
@@ -290,8 +290,8 @@ def test_a_class_that_is_only_tested_on_counts_as_wrong(zoo: Store, tmp_path: Pa
 def test_a_class_the_head_does_not_know_is_below_all_it_knows() -> None:
     logits = np.array([[-3.0, -7.0], [8.0, 6.0]], np.float32)
     expected = [[-12.0, -3.0, -12.0, -7.0], [1.0, 8.0, 1.0, 6.0]]
-    assert widened(logits, np.array([1, 3]), 4).tolist() == expected
-    assert widened(logits, np.array([0, 1]), 2).tolist() == logits.tolist()
+    assert expand_logits(logits, np.array([1, 3]), 4).tolist() == expected
+    assert expand_logits(logits, np.array([0, 1]), 2).tolist() == logits.tolist()
 
 
 def test_several_labels_an_image(store: Store, tmp_path: Path) -> None:
