@@ -21,9 +21,9 @@ def train(
     Args:
         store: Features.
         labels: `folder`, `parent`, `FILE.csv:COLUMN`, `LIST.txt:NUMBER` or `column:NAME`; see
-            `labels.read_targets`.
+            `datasets.read_targets`.
         head: `logistic`, `svm`, `ridge`, `lda`, `knn`, `centroid`, `linear` or `mlp`.
-        **options: Attributes of `trained.TrainOptions`, first of all `split`.
+        **options: Attributes of `training.TrainOptions`, first of all `split`.
 
     Raises:
         EmbedderError: As in `heads.train`; also where an option is unknown.

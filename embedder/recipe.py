@@ -25,7 +25,7 @@ class Recipe(BaseModel):
     argument of the run. Use `backbones.make_recipe` to fill in a backbone's own defaults.
 
     Attributes:
-        backbone: Name of a row of `networks.BACKBONES`, or `hub:PRESET`.
+        backbone: Name of a row of `backbones.BACKBONES`, or `hub:PRESET`.
         weights: sha256 of the weights file, 64 hexadecimal digits; or `random:SEED`.
         layers: Names of the layers whose output is taken; none for the last feature map.
         pooling: How a feature map (height, width, channels) becomes one vector: the mean or the
@@ -45,7 +45,7 @@ class Recipe(BaseModel):
         store_dtype: Data type of the stored vector.
         l2_normalise: Whether vectors are divided by their Euclidean length.
         views: Vectors of each image: view 0 is of the image as it is, every other one of a random
-            part of it, perhaps mirrored, in other colours; see `views.draw_augmentation`.
+            part of it, perhaps mirrored, in other colours; see `decode.draw_augmentation`.
         head: sha256 of a trained head, whose logits are stored in place of the features they are
             made of; None for the features.
         version: Raised when this package changes what a recipe means.

@@ -65,7 +65,7 @@ def make_split(
             or `column:NAME` with train, val or test for each image.
         store: Where the columns are.
         ids: (n,) image ids of the labelled rows.
-        codes: (n,) or (n, n_classes), as in `labels.Targets`.
+        codes: (n,) or (n, n_classes), as in `datasets.Targets`.
         groups: int (n,): rows of one group are never divided, but by an official split.
         seed: Of the shuffling.
 

@@ -27,7 +27,7 @@ class Evaluation:
 
     Attributes:
         classes: (n_classes,) str, of the labels; the head may know fewer.
-        codes: (n,) or (n, n_classes), as in `labels.Targets`.
+        codes: (n,) or (n, n_classes), as in `datasets.Targets`.
         logits: (n, n_classes).
         calibrated: (n, n_classes) probabilities.
         chosen: bool (n, n_classes), the classes given to each image.
@@ -127,7 +127,7 @@ class Evaluation:
         return {name: all_scores[name] for name in ("log_loss", "ece")}
 
     def hierarchical(self, coarse_of: NDArray[np.integer]) -> Scores:
-        """Scores on the tree of coarse and fine classes; see `metrics.hierarchical_scores`."""
+        """Scores on the tree of coarse and fine classes; see `evaluation.hierarchical_scores`."""
         return hierarchical_scores(self.codes, self.predicted, coarse_of)
 
     def per_class(self) -> list[dict[str, Any]]:

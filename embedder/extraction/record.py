@@ -146,7 +146,7 @@ class Summary:
         listing: Listing,
         started: float,
     ) -> "Summary":
-        """Start the record of a run with `extract.RunOptions`."""
+        """Start the record of a run with `extraction.RunOptions`."""
         num_listed: int = listing.refs.num_rows
         return cls(
             source=os.fspath(source),

@@ -94,7 +94,7 @@ class Watcher:
     """What is called while a model is fine-tuned.
 
     Attributes:
-        run: During extractions, as `extract.run_extraction`'s `on_progress`.
+        run: During extractions, as `extraction.run_extraction`'s `on_progress`.
         epoch: After each epoch.
         head: With the tuned model, and the folder that is yet to take its place, such as to write
             a report into.

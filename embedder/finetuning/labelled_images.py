@@ -32,7 +32,7 @@ class Labelled:
     Attributes:
         ids: (n,) str.
         sha256: (n,) str, of their bytes.
-        codes: As in `labels.Targets`, of `classes`.
+        codes: As in `datasets.Targets`, of `classes`.
         classes: (n_classes,) str, sorted.
         groups: int (n,), which are near-duplicates of each other.
         train: Places of those to learn from.

@@ -75,13 +75,13 @@ class TuneOptions:
         class_weight: None, or `balanced`.
         unlabelled: Images without labels, as `extract` takes them, that get pseudo-labels from the
             model where its guard finds that they help it; None for none.
-        augment: Of `augmentation.AUGMENTATIONS`, where training is from pixels; None for flip.
+        augment: Of `finetuning.AUGMENTATIONS`, where training is from pixels; None for flip.
         views: Views an image, where activations are computed once; None for 4.
-        cut: Lowest block that is trained above a cut; None for `blocks.find_cut`'s own choice.
+        cut: Lowest block that is trained above a cut; None for `finetuning.find_cut`'s own choice.
         from_pixels: Whether what is below a cut is computed anew in each epoch.
         blocks: Blocks in which `partial` chooses channels; none for those above the cut.
         fraction: Share of the channels that `partial` trains, above 0 to 1.
-        importance: By what it chooses them; see `channels.channel_masks`.
+        importance: By what it chooses them; see `finetuning.channel_masks`.
         auxiliary: Layer whose pooled output gets a classifier of its own, in training only.
         loss_weights: Of the auxiliary and the main classifier's losses.
         pooling: Of a new head's features, as in `Recipe`; None for the model's.
@@ -89,7 +89,7 @@ class TuneOptions:
         dropout: Of a new head, 0 to below 1.
         train_norm: Whether BatchNormalization's statistics are trained too.
         ema: Momentum of the average of the weights that is kept, 0 to below 1; None for none.
-        patience: As in `training.Schedule`.
+        patience: As in `finetuning.Schedule`.
         precision: Of training: `float32`, `bfloat16`, or `auto`, which is bfloat16 on GPUs that
             have it.
         seed: Of all that is random.
@@ -267,7 +267,7 @@ def plan_groups(tunable: TrainableNetwork, examples: Examples, options: TuneOpti
         options: How.
 
     Raises:
-        RecipeError: As in `tuned_blocks` and `channels.channel_masks`.
+        RecipeError: As in `tuned_blocks` and `finetuning.channel_masks`.
     """
     heads = [variable for head in tunable.heads for variable in head.trainable_variables]
     groups, blocks = [Group("head", heads)], tuned_blocks(tunable, options)

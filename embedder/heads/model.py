@@ -45,10 +45,10 @@ class Model:
         recipe: What its features are made with.
         column: Which feature, where a store has several.
         classes: (n_classes,) str, in the order of the probabilities.
-        temperature: What logits are divided by; see `calibration.fit_temperature`.
+        temperature: What logits are divided by; see `heads.fit_temperature`.
         thresholds: With several labels an image, (n_classes,) the probability above which each
             label is given; None where each image has one.
-        head: Its kind, as in `classifiers.HEADS`.
+        head: Its kind, as in `heads.HEADS`.
         settings: What was chosen for it.
         head_sha256: Of the head's file; empty before it is saved.
         record: Where it comes from: labels, split, seed, versions; JSON values.

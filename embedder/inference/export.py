@@ -99,7 +99,7 @@ def export(
             if None.
         num_images: How many of them, spread over the source.
         tolerance: The largest difference of the comparison; see `Exported`.
-        watch: The `on_progress` of `extract.run_extraction`.
+        watch: The `on_progress` of `extraction.run_extraction`.
 
     Raises:
         ModelError: There is no such model, or `out` holds something else or cannot be written.

@@ -88,7 +88,7 @@ def predict(
         top_k: How many of the most probable classes to write.
         options: How images are run.
         keep: Store to keep the features in, in place of the hidden one.
-        watch: The `on_progress` of `extract.run_extraction`.
+        watch: The `on_progress` of `extraction.run_extraction`.
 
     Raises:
         ModelError: There is no such model.

@@ -15,7 +15,7 @@ def write_comparison(path: Path, rows: list[dict[str, Any]]) -> None:
 
     Args:
         path: File to write, or to write over.
-        rows: Of `comparison.row_of`, the first being what the others are compared with.
+        rows: Of `analysis.row_of`, the first being what the others are compared with.
 
     Raises:
         OSError: The file cannot be written.

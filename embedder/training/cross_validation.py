@@ -151,7 +151,7 @@ def evaluate_model(
     Args:
         model_path: Folder of the model.
         store: Features of the model's recipe.
-        labels: As in `labels.read_targets`.
+        labels: As in `datasets.read_targets`.
         coarse: Labels of a coarser level, spelled alike.
         include_trained: Whether images it was trained on count too.
 

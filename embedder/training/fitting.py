@@ -31,10 +31,10 @@ class Task:
     """What is to be learned.
 
     Attributes:
-        head: Kind, as in `classifiers.HEADS`.
+        head: Kind, as in `heads.HEADS`.
         features: float32 (n, dim), or (n, n_views, dim) with augmented views, of which the first
             is the plain one: heads are trained on all, and chosen and calibrated on the plain one.
-        codes: (n,) or (n, n_classes), as in `labels.Targets`.
+        codes: (n,) or (n, n_classes), as in `datasets.Targets`.
         groups: int (n,), which rows are near-duplicates of each other.
         classes: (n_classes,) str, sorted; rows may lack some.
         class_weight: None or `balanced`.
@@ -77,8 +77,8 @@ class Fitted:
         estimator: Fitted.
         settings: What was chosen.
         known: (n_known,) the classes that the training rows hold.
-        temperature: See `calibration.fit_temperature`.
-        thresholds: As in `model.Model`, for all classes.
+        temperature: See `heads.fit_temperature`.
+        thresholds: As in `heads.Model`, for all classes.
         trials: `settings`, held-out `log_loss` (at its best temperature) and `accuracy` of each
             that was tried.
     """

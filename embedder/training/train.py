@@ -46,7 +46,7 @@ def train(
 
     Args:
         store: Features.
-        labels: As in `labels.read_targets`.
+        labels: As in `datasets.read_targets`.
         head: `logistic`, `svm`, `ridge`, `lda`, `knn`, `centroid`, `linear` or `mlp`.
         options: How.
 

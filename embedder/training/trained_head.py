@@ -55,7 +55,7 @@ class TrainOptions:
     """How a head is trained and judged.
 
     Attributes:
-        split: As in `splits.make_split`.
+        split: As in `datasets.make_split`.
         duplicates: Cosine from which two images count as near-duplicates, which never stand on
             both sides of a split; None to take every image for itself.
         class_weight: None, or `balanced`: rare classes count as much as frequent ones.
@@ -164,7 +164,7 @@ class TrainedHead:
         """Metrics on the images that were not trained on, with 95 % intervals.
 
         Returns:
-            As `metrics.scores`, or with several labels an image, `metrics.multilabel_scores`.
+            As `evaluation.scores`, or with several labels an image, `evaluation.multilabel_scores`.
         """
         return self.test.scores
 
@@ -199,7 +199,7 @@ class TrainedHead:
             the `largest`. With a split of our own: `naive`, the accuracy of the same head on a
             split that takes no care. With an official split, which is left as it is:
             `num_straddling`, test images with a near-duplicate among the training images, and
-            `without_them`, the accuracy on the others. Accuracies are as in `metrics.scores`.
+            `without_them`, the accuracy on the others. Accuracies are as in `evaluation.scores`.
         """
         _, group, counts = np.unique(self.task.groups, return_inverse=True, return_counts=True)
         is_grouped = counts[group] > 1
