@@ -17,14 +17,14 @@ from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
 from embedder.engines import engine as engines
 from embedder.engines.engine import images_per_second
-from embedder.extraction.cluster import NUM_CORES
+from embedder.machine import num_cores
 
 
 def speed_of(name: str, image_size: tuple[int, int] | None, rounds: int) -> float:
     recipe = make_recipe(name, "random", image_size=image_size)
     with tempfile.TemporaryDirectory() as scratch:  # exports of the whole table are 6 GB
         os.environ["EMBEDDER_CACHE"] = scratch
-        engine = engines.load(recipe, "auto", None, NUM_CORES)
+        engine = engines.load(recipe, "auto", None, num_cores())
         return statistics.median(images_per_second(engine, recipe) for _ in range(rounds))
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("embedder").setLevel(logging.ERROR)  # random weights are meant
     size = (options.image_size,) * 2 if options.image_size else None
-    print(f"{platform.machine()}, {NUM_CORES} cores, {engines.versions()}\n")
+    print(f"{platform.machine()}, {num_cores()} cores, {engines.versions()}\n")
     print("| backbone | dim | size | parameters | images/s | licence |")
     print("|---|---:|---:|---:|---:|---|")
     for name in options.networks:

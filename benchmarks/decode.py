@@ -31,7 +31,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from embedder.backbones.resolve import make_recipe
 from embedder.decode.decode import decode_rgb, prepare_decoders
 from embedder.engines import engine as engines
-from embedder.extraction.cluster import NUM_CORES
+from embedder.machine import num_cores
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources.listing import list_images, read_bytes
 
@@ -79,7 +79,7 @@ def simplejpeg_decoder(simplejpeg: ModuleType, recipe: Recipe) -> Decoder:
 
 
 def decode_all(decode: Decoder, paths: list[bytes]) -> list[Pixels]:
-    with ThreadPoolExecutor(NUM_CORES) as threads:
+    with ThreadPoolExecutor(num_cores()) as threads:
         return list(threads.map(lambda path: decode(read_bytes(path)), paths))
 
 
@@ -119,7 +119,7 @@ def main() -> None:
             versions.append(f"{name} {module.__version__}")
 
     print(f"{options.images:,} images, {len(distinct):,} different, to {recipe.image_size}")
-    print(f"{NUM_CORES} cores, {platform.machine()}, {', '.join(versions)}")
+    print(f"{num_cores()} cores, {platform.machine()}, {', '.join(versions)}")
     pixels = {name: decode_all(decode, distinct) for name, decode in decoders.items()}  # warm-up
     speeds: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(options.rounds):
@@ -145,7 +145,7 @@ def main() -> None:
             f"{difference.max():.2f} in the worst image; {sum(difference == 0)} are identical"
         )
 
-    engine = engines.load(recipe, "auto", None, NUM_CORES)
+    engine = engines.load(recipe, "auto", None, num_cores())
     cosines = (embed_all(engine, pixels["exact"]) * embed_all(engine, pixels["scaled"])).sum(axis=1)
     print(
         f"cosine of scaled to exact embeddings: median {np.median(cosines):.5f}, "

@@ -22,7 +22,7 @@ import numpy as np
 
 from embedder.backbones.resolve import DEFAULT_BACKBONE, build, make_recipe
 from embedder.engines import engine as engines
-from embedder.extraction.cluster import NUM_CORES
+from embedder.machine import num_cores
 
 GEMM_SIDE = 2048
 BATCH_SIZES = {"openvino": 4, "tensorflow": 32}
@@ -55,9 +55,9 @@ def per_second(call: Callable[[], Any], num_parallel: int, seconds: float) -> fl
 def openvino_call(model: Any, inputs: list[Any], precision: str) -> Callable[[], Any]:
     """A function that runs one inference on a stream of its own."""
     openvino = engines.import_openvino()
-    settings = engines.openvino_settings(precision, NUM_CORES)
+    settings = engines.openvino_settings(precision, num_cores())
     compiled = openvino.Core().compile_model(model, "CPU", settings)
-    requests = [compiled.create_infer_request() for _ in range(NUM_CORES)]
+    requests = [compiled.create_infer_request() for _ in range(num_cores())]
     requests[0].infer(inputs)
 
     def call() -> None:
@@ -138,7 +138,7 @@ def main() -> None:
         precisions.append("bfloat16")
     except engines.EngineError as error:
         print(f"bfloat16: left out. {error}")
-    print(f"{NUM_CORES} cores, " + ", ".join(f"{k} {v}" for k, v in engines.versions().items()))
+    print(f"{num_cores()} cores, " + ", ".join(f"{k} {v}" for k, v in engines.versions().items()))
     products = {
         (precision, name): make(precision)
         for precision in precisions
@@ -150,9 +150,9 @@ def main() -> None:
         calls = network_calls(name, precisions)
         for _ in range(options.rounds):
             for key, (call, operations) in products.items():
-                rates[key].append(per_second(call, NUM_CORES, options.seconds) * operations)
+                rates[key].append(per_second(call, num_cores(), options.seconds) * operations)
             for (engine, precision), call in calls.items():
-                num_parallel = NUM_CORES if engine == "openvino" else 1
+                num_parallel = num_cores() if engine == "openvino" else 1
                 rate = per_second(call, num_parallel, options.seconds)
                 speeds.setdefault((name, engine, precision), []).append(rate * BATCH_SIZES[engine])
     peaks = dict.fromkeys(precisions, 0.0)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from embedder.backbones.resolve import make_recipe
 from embedder.engines import engine as engines
-from embedder.extraction.cluster import NUM_CORES
 from embedder.extraction.extract import RunOptions, run_extraction
+from embedder.machine import num_cores
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 
@@ -72,7 +72,7 @@ def main() -> None:
     }
     parts = {"layers": layers, "networks": networks}
     ways = {name: recipes for part in options.parts for name, recipes in parts[part].items()}
-    print(f"{platform.machine()}, {NUM_CORES} cores, {engines.versions()}")
+    print(f"{platform.machine()}, {num_cores()} cores, {engines.versions()}")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as scratch:
         manifest = write_manifest(options.archive, options.images, Path(scratch))

@@ -37,7 +37,7 @@ import embedder
 from embedder.backbones.resolve import EMBEDDING, build, import_keras, make_recipe
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
-from embedder.extraction.cluster import NUM_CORES
+from embedder.machine import num_cores
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images, read_bytes
 
@@ -95,7 +95,7 @@ def timm_speed(model: Any, folder: Path, precision: str) -> float:
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     begin = time.perf_counter()
     loader = torch.utils.data.DataLoader(
-        TimmImages(folder, transform), batch_size=BATCH_SIZE, num_workers=NUM_CORES
+        TimmImages(folder, transform), batch_size=BATCH_SIZE, num_workers=num_cores()
     )
     vectors = []
     cast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
@@ -115,7 +115,7 @@ def decode_speed(folder: Path, recipe: Recipe) -> float:
     """Images per second of reading and decoding alone, on as many threads as cores."""
     paths = list_images(folder).refs["path"].to_pylist()
     begin = time.perf_counter()
-    with ThreadPoolExecutor(NUM_CORES) as threads:
+    with ThreadPoolExecutor(num_cores()) as threads:
         for _ in threads.map(lambda path: decode_rgb(read_bytes(path), recipe), paths):
             pass
     return len(paths) / (time.perf_counter() - begin)
@@ -123,7 +123,7 @@ def decode_speed(folder: Path, recipe: Recipe) -> float:
 
 def inference_speed(recipe: Recipe, num_images: int) -> float:
     """Images per second of the network alone, its batches in memory already."""
-    engine = engines.load(recipe, "auto", None, NUM_CORES)
+    engine = engines.load(recipe, "auto", None, num_cores())
     shape = (engine.batch_size, *recipe.image_size, 3)
     batches = np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8)
     num_batches = max(1, num_images // engine.batch_size)
@@ -146,7 +146,7 @@ def measure(pipeline: str, decode: str, warm_up: Path, folder: Path, store: Path
         import timm
         import torch
 
-        torch.set_num_threads(NUM_CORES)
+        torch.set_num_threads(num_cores())
         model = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
         model = model.to(memory_format=torch.channels_last)
         timm_speed(model, warm_up, precision)
@@ -201,7 +201,7 @@ def draw(speeds: dict[str, list[float]], num_images: int, file: Path) -> None:
         axes.text(end, position, f"{median:.0f}", va="center", weight="bold" if is_ours else None)
     axes.set_yticks(range(len(speeds)), speeds)
     axes.invert_yaxis()
-    axes.set_xlabel(f"images per second, {num_images:,} images, {NUM_CORES} cores")
+    axes.set_xlabel(f"images per second, {num_images:,} images, {num_cores()} cores")
     axes.set_title("EfficientNet-Lite0, from JPEG files to embeddings", loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
@@ -223,7 +223,9 @@ def main() -> None:
         folders = map(Path, options.measure)
         print(json.dumps(measure(options.pipelines[0], options.decode, *folders)))
         return
-    print(f"{options.images:,} images, EfficientNet-Lite0, {NUM_CORES} cores, {platform.machine()}")
+    print(
+        f"{options.images:,} images, EfficientNet-Lite0, {num_cores()} cores, {platform.machine()}"
+    )
     print(", ".join(f"{name} {version}" for name, version in engines.versions().items()))
     pipelines = [name for name in available() if name in options.pipelines]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}

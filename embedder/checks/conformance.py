@@ -11,8 +11,8 @@ from embedder import engines
 from embedder.backbones import load_network, row_of
 from embedder.checks.verify import Check
 from embedder.decode import decode_rgb
-from embedder.extraction import NUM_CORES
 from embedder.libraries import import_keras
+from embedder.machine import num_cores
 from embedder.recipe import EMBEDDING, Recipe
 
 MIN_COSINE = 0.9999  # between engines, and to plain Keras
@@ -175,7 +175,7 @@ def _filter(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
 
 def embed(recipe: Recipe, engine_name: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Embed pictures in one batch, on a fresh engine: (n, height, width, 3) to (n, dim)."""
-    engine = engines.load(recipe, engine_name, len(pixels), NUM_CORES)
+    engine = engines.load(recipe, engine_name, len(pixels), num_cores())
     vectors: NDArray[np.float32] = engine.embed(pixels)[EMBEDDING]
     return vectors
 

@@ -23,7 +23,7 @@ from embedder.checks.conformance import (
 from embedder.checks.verify import Check
 from embedder.decode import FORMATS, decode_rgb
 from embedder.errors import EngineError, SourceError
-from embedder.extraction import NUM_CORES
+from embedder.machine import cache_folder, memory_bytes, num_cores
 from embedder.recipe import Recipe
 from embedder.sources import images_folder
 
@@ -36,12 +36,12 @@ def machine() -> dict[str, str]:
     """What this machine is: facts by name."""
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "cores": f"{NUM_CORES} usable of {os.cpu_count()}",
-        "memory": _memory(),
+        "cores": f"{num_cores()} usable of {os.cpu_count()}",
+        "memory": f"{memory_bytes() / 2**30:.1f} GiB",
         "precisions": ", ".join(precisions()),
         "engine": f"{engines.choose('auto')} (chosen by auto)",
         "image formats": ", ".join(FORMATS),
-        "model cache": str(engines.cache_folder()),
+        "model cache": str(cache_folder()),
     } | engines.versions()
 
 
@@ -125,11 +125,3 @@ def _encode(pixels: NDArray[np.uint8], orientation: int) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", exif=exif)
     return file.getvalue()
-
-
-def _memory() -> str:
-    try:
-        pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return "unknown"
-    return f"{pages * page_bytes / 2**30:.1f} GiB"

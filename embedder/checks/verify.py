@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from embedder import engines
 from embedder.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
-from embedder.extraction import NUM_CORES, finished_vectors, hash_of, load_head, make_plan
+from embedder.extraction import finished_vectors, hash_of, load_head, make_plan
+from embedder.machine import num_cores
 from embedder.recipe import VIEW, Recipe
 from embedder.sources import list_images, read_bytes
 from embedder.store import EMBEDDINGS, FAILURES, Store, has_digests, vectors_of
@@ -183,7 +184,7 @@ def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
     chosen = ids[random.permutation(len(ids))[:num_images]]
     rows = _rows_of(store, chosen)
     recipe, head = store.recipe, load_head(store.recipe)
-    engine = engines.load(recipe.of_features, "auto", 1, NUM_CORES)
+    engine = engines.load(recipe.of_features, "auto", 1, num_cores())
 
     def embed(pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         return finished_vectors(engine.embed(pixels[None]), recipe, head)

@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 from embedder import backbones
 from embedder.errors import EngineError, OutOfMemory
 from embedder.libraries import import_keras
+from embedder.machine import cache_folder, gpus
 from embedder.recipe import Recipe
 
 ENGINES = ("openvino", "tensorflow")
 # On a CPU, a larger batch no longer fits the caches, which decoding uses too.
 _DEFAULT_BATCH_SIZE = {"openvino": 4, "tensorflow": 32}
 _BATCH_SIZES = {"openvino": (2, 4, 8, 16, 32), "tensorflow": (16, 32, 64, 128, 256, 512)}
-_GPU_FOLDER = Path("/proc/driver/nvidia/gpus")  # of NVIDIA's driver for Linux
 _KNEE = 1.03  # a larger batch must be faster by so much: it costs memory and idle time at the end
 _KNEE_SECONDS = 0.5  # of measuring, at each batch size
 
@@ -394,14 +394,6 @@ def exported_model(recipe: Recipe) -> Path:
     return folder / "model.xml"
 
 
-def cache_folder() -> Path:
-    """Where exported models are kept: `EMBEDDER_CACHE`, or the user's cache folder."""
-    if chosen := os.environ.get("EMBEDDER_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "embedder"
-
-
 _lock = threading.Lock()
 _CHECKSUM_FILE = "model.sha256"
 
@@ -452,18 +444,6 @@ def import_openvino() -> Any:
     import openvino
 
     return openvino
-
-
-def gpus() -> list[str]:
-    """GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them.
-
-    Asked of NVIDIA's driver: asking TensorFlow would take seconds, and fix the process's choice.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = sorted(_GPU_FOLDER.glob("*"))
-    if not found or visible is None:
-        return [str(number) for number in range(len(found))]
-    return [name for name in visible.split(",") if name not in ("", "-1")]
 
 
 def gpus_of(name: str) -> list[str]:

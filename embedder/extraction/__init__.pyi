@@ -1,6 +1,5 @@
 from .changed_files import hash_of as hash_of
 from .cluster import (
-    NUM_CORES as NUM_CORES,
     Pool as Pool,
     WorkerContext as WorkerContext,
     connect as connect,

@@ -15,12 +15,11 @@ from typing import Any
 
 import dask
 import distributed
-from dask.system import CPU_COUNT
 from distributed.client import ClosedClientError
 
-from embedder import engines
 from embedder.errors import ClusterError, Unfinished
 from embedder.libraries import logger
+from embedder.machine import gpus, num_cores
 
 _CONNECT_SECONDS = 10
 _WORKERS_SECONDS = 30  # for the first worker of a scheduler that has none yet
@@ -29,7 +28,6 @@ _LOOK_SECONDS = 1  # without a result, after which it is asked whether there are
 _TASKS_PER_WORKER = 2  # one task's start and end overlap with the other's middle
 _STOP_SECONDS = 3  # for tasks in work to be given up; one may be in a decoder that never ends
 _CLOSE_SECONDS = 5  # for local workers to end, before they are killed
-NUM_CORES: int = CPU_COUNT  # those this process may use: affinity and cgroups are respected
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ def dask_setup(worker: distributed.Worker) -> None:
     the terminal too; the run itself tells them to stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if gpus := engines.gpus():
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.name) % len(gpus)]
+    if found := gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = found[int(worker.name) % len(found)]
 
 
 class _NobodyLeft(Unfinished):
@@ -273,7 +271,7 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
                 yield Pool(client, None, f"the scheduler {scheduler}")
         else:
             with _local_client(num_workers) as client:
-                threads = max(1, NUM_CORES // num_workers)
+                threads = max(1, num_cores() // num_workers)
                 yield Pool(client, threads, "the local scheduler", in_process=num_workers == 1)
 
 

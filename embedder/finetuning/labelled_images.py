@@ -17,6 +17,7 @@ from embedder.extraction import load_image
 from embedder.finetuning.parameter_groups import TuneOptions
 from embedder.finetuning.trainer import Examples
 from embedder.heads import PREDICTIONS_FILE, PREDICTIONS_SCHEMA, Model, read_table, recorded
+from embedder.machine import num_cores
 from embedder.recipe import Recipe
 from embedder.sources import list_images
 from embedder.store import Store, vectors_of
@@ -209,7 +210,7 @@ def decode_pixels(
     plain = recipe.model_copy(update={"views": 1})
     shape = (len(rows), 1, *recipe.image_size, 3)
     pixels: NDArray[np.uint8] = mapped(file, np.uint8, shape)
-    with ThreadPoolExecutor(os.cpu_count()) as decoders:
+    with ThreadPoolExecutor(num_cores()) as decoders:
         for start in range(0, len(rows), _AHEAD):
             part = rows[start : start + _AHEAD]
             images = decoders.map(lambda row: load_image(paths[row], plain), part)

@@ -1,6 +1,5 @@
 """Heads: classifiers trained on cached features, and tested on images they have not seen."""
 
-import os
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from embedder.datasets import Targets, make_split, read_targets
 from embedder.errors import RecipeError
 from embedder.evaluation import Evaluation
 from embedder.heads import Model, find_head
+from embedder.machine import memory_bytes
 from embedder.neighbours import near_duplicate_groups
 from embedder.store import Store
 from embedder.training.cross_validation import coarse_classes, judge
@@ -30,7 +30,6 @@ from embedder.training.semi_supervised import check_head, fit_semi_supervised, r
 from embedder.training.trained_head import Stopwatch, TrainedHead, TrainOptions
 
 STREAM_BYTES = 2 * 2**30  # of features, as float32: more are read in parts
-MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def train(
@@ -148,11 +147,11 @@ def _is_streamed(store: Store, column: str, head: str, options: TrainOptions) ->
     num_bytes = num_rows * dim * np.dtype(np.float32).itemsize
     received = f"Received: {store.path}, with {num_bytes / 2**30:,.1f} GiB of features"
     if num_bytes <= STREAM_BYTES or head not in STREAMED_HEADS:
-        if num_bytes > MEMORY_BYTES / 2:
+        if num_bytes > memory_bytes() / 2:
             raise RecipeError(
                 f"The head {head} needs all features in at most half of the memory. Take one of "
                 f"{', '.join(STREAMED_HEADS)}, which read them in parts. {received} and "
-                f"{MEMORY_BYTES / 2**30:,.1f} GiB of memory"
+                f"{memory_bytes() / 2**30:,.1f} GiB of memory"
             )
         return False
     limit = f"more than {STREAM_BYTES / 2**30:,.1f} GiB of features, which are read in parts"

@@ -16,9 +16,9 @@ import pytest
 from embedder.backbones.resolve import build, load_network, make_recipe
 from embedder.backbones.weights import PublishedWeights
 from embedder.checks.verify import verify
-from embedder.engines import engine as engines
 from embedder.errors import RecipeError, WeightsError
 from embedder.extraction.extract import extract
+from embedder.machine import cache_folder
 from tests.backbones.test_table import save_legacy
 from tests.support import assert_same_vectors
 
@@ -109,7 +109,7 @@ def test_a_store_goes_on_where_its_weights_are_now(tmp_path: Path, archive: Path
     options = {"backbone": "mobilenet", "image_size": SIZE, "layers": ("conv_pw_1_relu",)}
     extract(archive, tmp_path / "store", weights=str(old), limit=5, **options)
     old.rename(new)
-    shutil.rmtree(engines.cache_folder())  # so that the file is needed
+    shutil.rmtree(cache_folder())  # so that the file is needed
     store = extract(archive, tmp_path / "store", weights=str(new), **options)
     assert len(store) == 20
     assert store.recipe.weights_source == str(new)

@@ -14,7 +14,8 @@ import pytest
 
 from embedder.errors import ClusterError, Unfinished
 from embedder.extraction import cluster
-from embedder.extraction.cluster import NUM_CORES, Pool, WorkerContext, connect
+from embedder.extraction.cluster import Pool, WorkerContext, connect
+from embedder.machine import num_cores
 from tests.support import ROOT
 
 
@@ -108,7 +109,7 @@ def test_results_and_reports_arrive_from_this_process() -> None:
         deadline = time.monotonic() + 10
         while len(told) < 10 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert results(pool, num_threads, [0]) == [NUM_CORES]
+        assert results(pool, num_threads, [0]) == [num_cores()]
     assert sum(told) == 10
 
 
@@ -117,7 +118,7 @@ def test_local_workers_are_processes_that_share_the_cores() -> None:
         ids = set(results(pool, process_id, list(range(20))))
         assert len(ids) == 2
         assert os.getpid() not in ids
-        assert results(pool, num_threads, [0]) == [max(1, NUM_CORES // 2)]
+        assert results(pool, num_threads, [0]) == [max(1, num_cores() // 2)]
 
 
 def test_work_goes_to_a_scheduler_by_its_address() -> None:

@@ -347,10 +347,10 @@ def test_one_of_several_features_must_be_named(tmp_path: Path, mean_colour_recip
 def test_other_heads_are_refused_only_where_memory_is_too_small(
     zoo: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "MEMORY_BYTES", 2 * 60 * DIM * 4)
+    monkeypatch.setattr(heads, "memory_bytes", lambda: 2 * 60 * DIM * 4)
     with pytest.raises(MemoryError):  # it would have read them all
         train(zoo, "parent", "svm", ALONE)
-    monkeypatch.setattr(heads, "MEMORY_BYTES", 2 * 60 * DIM * 4 - 1)
+    monkeypatch.setattr(heads, "memory_bytes", lambda: 2 * 60 * DIM * 4 - 1)
     with pytest.raises(RecipeError, match="The head svm needs .* one of ridge, linear, mlp"):
         train(zoo, "parent", "svm", ALONE)
 
