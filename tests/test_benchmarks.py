@@ -210,3 +210,32 @@ def test_kills() -> None:
     assert re.fullmatch(
         r"extract +\d+ kills, 1 ends, 0 refused, 0 not whole, 0 different\n", output
     )
+
+
+def test_house(tmp_path: Path) -> None:
+    sources = {
+        "embedder/__init__.py": '"""Nothing."""\n\nimport embedder.cli\n',
+        "embedder/__main__.py": "print('usage')\n",
+        "embedder/cli.py": "def main():\n    import embedder.errors, embedder.recipe\n",
+        "embedder/decode.py": "import sklearn\n# 1.\n\ndef decode_rgb(a, b, c, d, e, f, *g): ...\n",
+        "embedder/errors.py": "class Error:\n    def six(self, a, b, c, d, e, *, f): ...\n",
+        "embedder/recipe.py": '"""One line\nand another."""\n\nfrom embedder import errors\n',
+        "sklearn.py": "",
+    }
+    (tmp_path / "embedder").mkdir()
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text)
+    lines = run("house.py", "--before", tmp_path, "--rounds", 1).splitlines()[2:-2]
+    before = {line.split(" | ")[0]: line.split(" | ")[1].split("; ")[-1] for line in lines}
+    assert before == {
+        "| modules in the package's root": "6",
+        "| packages in it": "0",
+        "| import levels": "4",
+        "| longest function": "`main`, 2 lines",
+        "| functions of more than 6 parameters": "1",
+        "| lines of code": "9",
+        "| `python`": "none of them",
+        "| `import embedder`": "none of them",
+        "| `from embedder.decode import decode_rgb`": "sklearn",
+        "| `embedder --help`": "none of them",
+    }
