@@ -4,26 +4,22 @@ import ctypes
 import hashlib
 import io
 import re
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError, _imaging
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging
 from PIL.JpegImagePlugin import JpegImageFile
 
 from embedder.decode.pixel_budget import PixelBudget
-from embedder.decode.views import Augmentation, Box, draw_augmentation, part_of
+from embedder.decode.resize import augment, fit
+from embedder.decode.tone import to_rgb
+from embedder.decode.views import Box, draw_augmentation
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
-
-try:
-    import cykooz_resizer as simd
-except ImportError:  # there is no wheel for this platform
-    simd = None
 
 # Pillow's own error level: half a gigabyte of RGB. No camera photo reaches it; a file of a few
 # bytes that declares more is an attack or a mistake.
@@ -41,31 +37,10 @@ _REFUSED_FORMATS = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 Image.init()
 FORMATS = tuple(sorted(set(Image.OPEN) - _REFUSED_FORMATS))
 
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-# The same antialiased convolutions in vector instructions: docs/adr/0004-scaled-by-default.md.
-_SIMD_FILTERS = {}
-if simd:
-    _SIMD_FILTERS = {
-        "bilinear": simd.FilterType.bilinear,
-        "bicubic": simd.FilterType.catmull_rom,
-        "lanczos": simd.FilterType.lanczos3,
-    }
 # Of all threads of this process. A picture takes about 8 bytes a pixel while it is brought to RGB:
 # the large ones together take 1.4 GB, each other thread up to 0.27 GB. Photos of a camera of 33
 # megapixels are not large, so that they do not wait on a machine of 64 cores either.
 _budget = PixelBudget(MAX_PIXELS, num_ordinary=2**25)
-_of_thread = threading.local()  # holds a Resizer, which keeps its intermediate picture
-# Modes with more than eight bits a sample: `convert("RGB")` would clip them to 0..255.
-_DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
-
-# Pixels of a picture that are brought to RGB at a time, where that takes several copies of them: a
-# few MB, which fit the processor's cache.
-_STRIP_PIXELS = 2**18
 
 # Markers of a JPEG that a segment follows, and the one of its end: 0xFF before 0 is a byte of
 # pixels, and before 0xFF a filling; 1 and 0xD0 to 0xD8 stand alone.
@@ -157,8 +132,8 @@ def _load(
     upright = image if image.im.size == image.size else image.copy()  # IPTC's loader
     _check_size(upright)
     size, box = draft or (upright.size, (0, 0, *upright.size))
-    rgb = _to_rgb(upright)
-    pixels = np.asarray(_fit(rgb, box, recipe))
+    rgb = to_rgb(upright)
+    pixels = np.asarray(fit(rgb, box, recipe))
     augmented = tuple(_augmented(rgb, box, encoded, recipe)) if recipe.views > 1 else ()
     return DecodedImage(pixels, *size, image_format, augmented)
 
@@ -248,71 +223,6 @@ def _draft(image: Image.Image, recipe: Recipe) -> tuple[tuple[int, int], Box] | 
     return original, (box[1], box[0], box[3], box[2]) if sideways else box
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _DEEP_MODES:
-        return _stretch(image)
-    if image.has_transparency_data:
-        return _in_strips(image, _on_white)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA"))
-
-
-def _stretch(image: Image.Image) -> Image.Image:
-    """Map the samples' own range, smallest to largest, to 0..255."""
-    low, high = _finite_range(image)
-    if not high > low:  # one value everywhere, or none that is finite
-        return Image.new("RGB", image.size)
-
-    def stretch(strip: Image.Image) -> Image.Image:
-        samples = np.array(strip, dtype=np.float64)  # which has every integer of 32 bits
-        samples[~np.isfinite(samples)] = low
-        samples -= low
-        samples *= 255.0 / (high - low)
-        return Image.fromarray(np.rint(samples, out=samples).astype(np.uint8))
-
-    return _in_strips(image, stretch)
-
-
-def _finite_range(image: Image.Image) -> tuple[float, float]:
-    """Smallest and largest sample that is a number."""
-    low, high = np.inf, -np.inf
-    for box in _strips(image):
-        samples = np.asarray(image.crop(box))
-        if samples.dtype.kind == "f":
-            samples = samples[np.isfinite(samples)]
-        if samples.size:
-            low, high = min(low, float(samples.min())), max(high, float(samples.max()))
-    return low, high
-
-
-def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """The RGB of what becomes of each strip: copies are of a strip, never of the whole picture."""
-    rgb = Image.new("RGB", image.size)
-    for box in _strips(image):
-        rgb.paste(convert(image.crop(box)).convert("RGB"), box)
-    return rgb
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes of up to `_STRIP_PIXELS` that cover an image: some rows, or a part of a long one."""
-    width = min(image.width, _STRIP_PIXELS)
-    height = _STRIP_PIXELS // width
-    for top in range(0, image.height, height):
-        for left in range(0, image.width, width):
-            yield left, top, min(left + width, image.width), min(top + height, image.height)
-
-
-def _fit(image: Image.Image, box: Box, recipe: Recipe) -> Image.Image:
-    """Bring the part of an image in `box` to the recipe's size."""
-    if recipe.crop == "center":
-        box = _center(box, recipe)
-    return _pad(_resize(image, _size_within(box, recipe), box, recipe), recipe)
-
-
 def _augmented(
     image: Image.Image, box: Box, encoded: bytes, recipe: Recipe
 ) -> Iterator[NDArray[np.uint8]]:
@@ -320,75 +230,4 @@ def _augmented(
     sha256 = hashlib.sha256(encoded).hexdigest()
     for view in range(1, recipe.views):
         augmentation = draw_augmentation(sha256, view)
-        yield np.asarray(_augment(image, box, augmentation, recipe))
-
-
-def _augment(
-    image: Image.Image, box: Box, augmentation: Augmentation, recipe: Recipe
-) -> Image.Image:
-    """One view, at the recipe's size, of the part of an image in `box`."""
-    if recipe.crop == "center":
-        proportions = recipe.image_size[1] / recipe.image_size[0]
-    else:  # the plain view is of the whole picture, whose own proportions are then the measure
-        proportions = (box[2] - box[0]) / (box[3] - box[1])
-    part = part_of(box, augmentation, proportions)
-    view = _resize(image, _size_within(part, recipe), part, recipe)
-    if augmentation.is_mirrored:
-        view = ImageOps.mirror(view)
-    view = ImageEnhance.Brightness(view).enhance(augmentation.brightness)
-    view = ImageEnhance.Contrast(view).enhance(augmentation.contrast)
-    view = ImageEnhance.Color(view).enhance(augmentation.saturation)
-    return _pad(view, recipe)
-
-
-def _center(box: Box, recipe: Recipe) -> Box:
-    """The central part of a box, `crop_fraction` of the largest of the recipe's proportions."""
-    height, width = recipe.image_size
-    left, top, right, bottom = box
-    box_width, box_height = right - left, bottom - top
-    scale = min(box_height / height, box_width / width) * recipe.crop_fraction
-    crop_width, crop_height = width * scale, height * scale
-    # Rounding can put an edge a hair outside the image, which Pillow refuses.
-    crop_left = left + max(0.0, (box_width - crop_width) / 2)
-    crop_top = top + max(0.0, (box_height - crop_height) / 2)
-    crop_right = min(right, crop_left + crop_width)
-    crop_bottom = min(bottom, crop_top + crop_height)
-    return crop_left, crop_top, crop_right, crop_bottom
-
-
-def _size_within(box: Box, recipe: Recipe) -> tuple[int, int]:
-    """What a box is resized to, as Pillow's (width, height): with `pad`, of its proportions."""
-    # Pillow wants (width, height); every other size in this package is (height, width).
-    height, width = recipe.image_size
-    if recipe.crop != "pad":
-        return width, height
-    box_width, box_height = box[2] - box[0], box[3] - box[1]
-    scale = min(height / box_height, width / box_width)
-    return max(1, round(box_width * scale)), max(1, round(box_height * scale))
-
-
-def _pad(image: Image.Image, recipe: Recipe) -> Image.Image:
-    """Put a picture in the middle of a black one of the recipe's size."""
-    height, width = recipe.image_size
-    if image.size == (width, height):
-        return image
-    canvas = Image.new("RGB", (width, height))
-    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-    return canvas
-
-
-def _resize(image: Image.Image, size: tuple[int, int], box: Box, recipe: Recipe) -> Image.Image:
-    """Resize the part of an RGB image in `box` to `size`, (width, height)."""
-    simd_filter = _SIMD_FILTERS.get(recipe.interpolation)
-    if recipe.decode == "exact" or simd_filter is None:
-        return image.resize(size, _FILTERS[recipe.interpolation], box)
-    if not hasattr(_of_thread, "resizer"):
-        _of_thread.resizer = simd.Resizer()
-    left, top, right, bottom = box
-    options = simd.ResizeOptions(
-        simd.ResizeAlg.convolution(simd_filter),
-        crop_box=simd.CropBox(left, top, right - left, bottom - top),
-    )
-    resized = Image.new("RGB", size)
-    _of_thread.resizer.resize_pil(image, resized, options)
-    return resized
+        yield np.asarray(augment(image, box, augmentation, recipe))

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from embedder.decode import decode
+from embedder.decode import decode, resize, tone
 from embedder.decode.decode import FORMATS, MAX_PIXELS, decode_rgb, prepare_decoders
 from embedder.decode.pixel_budget import PixelBudget
 from embedder.errors import DecodeError
@@ -235,7 +235,7 @@ def test_a_deep_picture_of_one_value_is_black() -> None:
 def test_strips_of_a_deep_picture_are_stretched_like_the_whole(
     dtype: str, strip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "_STRIP_PIXELS", strip)
+    monkeypatch.setattr(tone, "_STRIP_PIXELS", strip)
     generator = np.random.default_rng(0)
     step = 2**23 if dtype == "<i4" else 256  # of the samples, for one of the result
     # Halfway between two results, or off by one, which float32 does not see at 32 bits.
@@ -284,7 +284,7 @@ def test_transparency_of_grey_and_palette_pictures_is_blended_on_white() -> None
 def test_strips_of_a_transparent_picture_are_blended_like_the_whole(
     mode: str, strip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "_STRIP_PIXELS", strip)
+    monkeypatch.setattr(tone, "_STRIP_PIXELS", strip)
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 4), dtype=np.uint8)
     image = Image.fromarray(noise).convert("RGB" if mode == "P" else mode).convert(mode)
     keys: dict[str, Any] = {"P": bytes(range(256)), "RGB": (0, 0, 0), "L": 100, "1": 255}
@@ -575,7 +575,7 @@ def test_scaled_resizes_by_the_same_filter(
     assert mean_difference(exact, scaled) < (0.001 if interpolation == "nearest" else 0.5)
 
 
-@pytest.mark.skipif(decode.simd is None, reason="there is no wheel for this platform")
+@pytest.mark.skipif(resize.simd is None, reason="there is no wheel for this platform")
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 def test_scaled_resizes_with_vector_instructions(interpolation: str) -> None:
     encoded = encode(noisy(300, 400), "PNG")
@@ -720,7 +720,7 @@ def test_postscript_is_refused_since_reading_it_would_run_it() -> None:
 PEAK = r"""
 import pathlib, re, sys
 from concurrent.futures import ThreadPoolExecutor
-from embedder.decode import decode
+from embedder.decode import decode, resize, tone
 from embedder.decode.pixel_budget import PixelBudget
 from embedder.recipe import Recipe
 

@@ -19,8 +19,8 @@ import embedder
 from embedder.backbones import resolve as backbones
 from embedder.checks.verify import Check, verify
 from embedder.cli.app import app
-from embedder.decode import decode
 from embedder.decode.decode import decode_rgb
+from embedder.decode.resize import augment
 from embedder.decode.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of
 from embedder.engines.engine import Features
 from embedder.errors import RecipeError
@@ -130,7 +130,7 @@ def test_a_views_number_decides_it_however_many_there_are() -> None:
     for one, other in zip(few, many, strict=False):
         np.testing.assert_array_equal(one, other)
     drawn = draw_augmentation(hashlib.sha256(encoded).hexdigest(), 8)
-    eighth = decode._augment(Image.fromarray(picture(3)), box, drawn, make_recipe())
+    eighth = augment(Image.fromarray(picture(3)), box, drawn, make_recipe())
     np.testing.assert_array_equal(many[-1], np.asarray(eighth))
 
 
@@ -139,7 +139,7 @@ def test_a_mirrored_view_is_the_mirror_of_the_other() -> None:
     drawn = draw_augmentation(sha256("any"), 1)
     views = {
         is_mirrored: np.asarray(
-            decode._augment(image, box, drawn._replace(is_mirrored=is_mirrored), make_recipe())
+            augment(image, box, drawn._replace(is_mirrored=is_mirrored), make_recipe())
         )
         for is_mirrored in (False, True)
     }
@@ -161,7 +161,7 @@ def test_colours_change_as_drawn(factor: str, expected: list[tuple[int, ...]]) -
     whole = {"area": 1.0, "stretch": 1.0, "left": 0.0, "top": 0.0, "is_mirrored": False}
     neutral = dict.fromkeys(("brightness", "contrast", "saturation"), 1.0)
     drawn = draw_augmentation(sha256("any"), 1)._replace(**whole, **(neutral | {factor: 1.2}))
-    view = decode._augment(Image.fromarray(pixels), (0.0, 0.0, 120.0, 90.0), drawn, make_recipe())
+    view = augment(Image.fromarray(pixels), (0.0, 0.0, 120.0, 90.0), drawn, make_recipe())
     np.testing.assert_allclose(np.asarray(view)[20, [5, -5]], expected, atol=1)
 
 
