@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,9 @@ from embedder.decode.resize import augment, fit
 from embedder.decode.tone import to_rgb
 from embedder.decode.views import Box, draw_augmentation
 from embedder.errors import DecodeError
-from embedder.recipe import Recipe
+
+if TYPE_CHECKING:  # which would load pydantic
+    from embedder.recipe import Recipe
 
 # Pillow's own error level: half a gigabyte of RGB. No camera photo reaches it; a file of a few
 # bytes that declares more is an attack or a mistake.
@@ -71,7 +73,7 @@ class DecodedImage(NamedTuple):
     augmented: tuple[NDArray[np.uint8], ...] = ()
 
 
-def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
+def decode_rgb(encoded: bytes, recipe: "Recipe") -> DecodedImage:
     """Decode one image file and bring it to the recipe's size.
 
     Args:
@@ -106,7 +108,7 @@ def decode_rgb(encoded: bytes, recipe: Recipe) -> DecodedImage:
         raise DecodeError(f"{type(error).__name__}: {error}") from error
 
 
-def _decode(image: Image.Image, encoded: bytes, recipe: Recipe) -> DecodedImage:
+def _decode(image: Image.Image, encoded: bytes, recipe: "Recipe") -> DecodedImage:
     """Decode an image whose header alone was read, when the budget of pixels has room for it."""
     num_pixels = image.width * image.height
     num_scans = _count_scans(encoded) if isinstance(image, JpegImageFile) else 1  # MPO is one too
@@ -122,7 +124,7 @@ def _load(
     image: Image.Image,
     draft: tuple[tuple[int, int], Box] | None,
     encoded: bytes,
-    recipe: Recipe,
+    recipe: "Recipe",
 ) -> DecodedImage:
     """Decode the pixels and bring them to the recipe's size; `draft` is that of `_draft`."""
     image_format = image.format or "unknown"
@@ -194,7 +196,7 @@ def _check_scans(image: Image.Image, num_scans: int) -> None:
         )
 
 
-def _draft(image: Image.Image, recipe: Recipe) -> tuple[tuple[int, int], Box] | None:
+def _draft(image: Image.Image, recipe: "Recipe") -> tuple[tuple[int, int], Box] | None:
     """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, yet twice the recipe's or more.
 
     Returns:
@@ -224,7 +226,7 @@ def _draft(image: Image.Image, recipe: Recipe) -> tuple[tuple[int, int], Box] | 
 
 
 def _augmented(
-    image: Image.Image, box: Box, encoded: bytes, recipe: Recipe
+    image: Image.Image, box: Box, encoded: bytes, recipe: "Recipe"
 ) -> Iterator[NDArray[np.uint8]]:
     """All views but the first, of the part of an image in `box`; `encoded` decides them."""
     sha256 = hashlib.sha256(encoded).hexdigest()

@@ -1,11 +1,14 @@
 """Crop, resize and pad RGB images, as they are or augmented."""
 
 import threading
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageEnhance, ImageOps
 
 from embedder.decode.views import Augmentation, Box, part_of
-from embedder.recipe import Recipe
+
+if TYPE_CHECKING:  # which would load pydantic
+    from embedder.recipe import Recipe
 
 try:
     import cykooz_resizer as simd
@@ -29,7 +32,7 @@ if simd:
 _of_thread = threading.local()  # holds a Resizer, which keeps its intermediate picture
 
 
-def fit(image: Image.Image, box: Box, recipe: Recipe) -> Image.Image:
+def fit(image: Image.Image, box: Box, recipe: "Recipe") -> Image.Image:
     """Bring the part of an image in `box` to the recipe's size."""
     if recipe.crop == "center":
         box = _center(box, recipe)
@@ -37,7 +40,7 @@ def fit(image: Image.Image, box: Box, recipe: Recipe) -> Image.Image:
 
 
 def augment(
-    image: Image.Image, box: Box, augmentation: Augmentation, recipe: Recipe
+    image: Image.Image, box: Box, augmentation: Augmentation, recipe: "Recipe"
 ) -> Image.Image:
     """One view, at the recipe's size, of the part of an image in `box`."""
     if recipe.crop == "center":
@@ -54,7 +57,7 @@ def augment(
     return _pad(view, recipe)
 
 
-def _center(box: Box, recipe: Recipe) -> Box:
+def _center(box: Box, recipe: "Recipe") -> Box:
     """The central part of a box, `crop_fraction` of the largest of the recipe's proportions."""
     height, width = recipe.image_size
     left, top, right, bottom = box
@@ -69,7 +72,7 @@ def _center(box: Box, recipe: Recipe) -> Box:
     return crop_left, crop_top, crop_right, crop_bottom
 
 
-def _size_within(box: Box, recipe: Recipe) -> tuple[int, int]:
+def _size_within(box: Box, recipe: "Recipe") -> tuple[int, int]:
     """What a box is resized to, as Pillow's (width, height): with `pad`, of its proportions."""
     # Pillow wants (width, height); every other size in this package is (height, width).
     height, width = recipe.image_size
@@ -80,7 +83,7 @@ def _size_within(box: Box, recipe: Recipe) -> tuple[int, int]:
     return max(1, round(box_width * scale)), max(1, round(box_height * scale))
 
 
-def _pad(image: Image.Image, recipe: Recipe) -> Image.Image:
+def _pad(image: Image.Image, recipe: "Recipe") -> Image.Image:
     """Put a picture in the middle of a black one of the recipe's size."""
     height, width = recipe.image_size
     if image.size == (width, height):
@@ -90,7 +93,7 @@ def _pad(image: Image.Image, recipe: Recipe) -> Image.Image:
     return canvas
 
 
-def _resize(image: Image.Image, size: tuple[int, int], box: Box, recipe: Recipe) -> Image.Image:
+def _resize(image: Image.Image, size: tuple[int, int], box: Box, recipe: "Recipe") -> Image.Image:
     """Resize the part of an RGB image in `box` to `size`, (width, height)."""
     simd_filter = _SIMD_FILTERS.get(recipe.interpolation)
     if recipe.decode == "exact" or simd_filter is None:
