@@ -55,17 +55,18 @@ def main() -> None:
         for name in options.heads:
             honest = embedder.train(stores["originals"], head=name, split=split)
             careful = embedder.train(stores["planted"], head=name, split=split)
+            leak = careful.leak()
             print(f"{name}, {options.folds}-fold:")
             for what, score in {
                 "without copies": honest.evaluate()["accuracy"],
-                f"with {options.copies} copies of each, random split": careful.leak["naive"],
+                f"with {options.copies} copies of each, random split": leak["naive"],
                 "with copies, near-duplicates kept together": careful.evaluate()["accuracy"],
             }.items():
                 print(
                     f"  {what:<45} {score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
                 )
-        stems = [Path(image_id).stem.split("-copy-")[0] for image_id in careful.ids]
-        groups = careful.task.groups
+        stems = [Path(image_id).stem.split("-copy-")[0] for image_id in careful.images.ids]
+        groups = careful.images.groups
         truth = np.unique(stems, return_inverse=True)[1]
         same_group = groups[:, None] == groups
         same_photo = (truth[:, None] == truth) & ~np.eye(len(truth), dtype=bool)
@@ -73,7 +74,7 @@ def main() -> None:
         wrong = (same_group & ~same_photo).sum() - len(truth)
         print(
             f"{found:.3f} of the planted pairs are in one group; {wrong // 2:,} pairs of different "
-            f"photographs are too; the largest group holds {careful.leak['largest']}"
+            f"photographs are too; the largest group holds {leak['largest']}"
         )
 
 

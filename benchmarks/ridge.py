@@ -30,7 +30,7 @@ from embedder.extraction.extract import DEFAULT_SHARD_SIZE
 from embedder.heads.ridge_head import NUM_FOLDS, RidgeHead
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store.store import Store, row_schema, vector_array, vectors_of
-from embedder.training import train as heads
+from embedder.training import out_of_core
 from embedder.training.ridge_pass import ridge_sums
 
 NUM_CLASSES = 80
@@ -91,7 +91,7 @@ def fit(path: Path, workers: int) -> None:
 
 def train(path: Path) -> None:
     """Train and test a head in this process, as the command does, and print what it took."""
-    heads.STREAM_BYTES = 0
+    out_of_core.IN_CORE_BYTES = 0
     before, start = peak_memory(), time.perf_counter()
     head = embedder.train(Store(path), "column:kind", "ridge", duplicates=None)
     seconds = [*head.seconds.values()]

@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
+from embedder.datasets.training_set import TrainingSet
 from embedder.engines.engine import Features
 from embedder.recipe import Recipe
 from embedder.store.store import FAILURE_SCHEMA, Store, row_schema, shard_name, vector_array
@@ -112,6 +113,21 @@ def animal_vectors(animals: Iterable[str], seed: int = 0, noise: float = 0.2) ->
     means = np.array([np.eye(DIM)[ANIMALS.index(animal)] for animal in animals])
     random = np.random.default_rng(seed)
     return (means + noise * random.normal(size=means.shape)).astype(np.float32)
+
+
+def training_set(
+    codes: NDArray[Any],
+    classes: Iterable[str] = ANIMALS,
+    features: NDArray[Any] | None = None,
+    groups: NDArray[Any] | None = None,
+) -> TrainingSet:
+    """Images of these classes, with features (n, dim) or (n, n_views, dim)."""
+    ids = np.array([f"{number}.jpg" for number in range(len(codes))], dtype=object)
+    groups = np.arange(len(codes)) if groups is None else groups
+    if features is not None:
+        features = features.reshape(len(codes), -1, features.shape[-1]).astype(np.float32)
+    names = np.array([*classes])
+    return TrainingSet(ids, ids, names, codes, groups, rows=np.arange(len(ids)), features=features)
 
 
 class WebServer:

@@ -119,9 +119,9 @@ def finetune(
             seed=seed,
         )
 
-        def write_report(head: Any, folder: Path) -> None:
+        def write_report(head: Any, metrics: dict[str, Any], folder: Path, listing: Any) -> None:
             if report:
-                write_head_report(head, folder, source)
+                write_head_report(head, metrics, folder, listing)
 
         with console.progress(quiet) as on_progress:
             on_epoch = _ignore if quiet else _print_epoch

@@ -85,16 +85,16 @@ def train(
         check_model_folder(local_path(model))
         trained = train_head(Store(store), labels, head, options)
 
-        def write_report(folder: Path) -> None:
+        def write_report(folder: Path, metrics: dict[str, Any]) -> None:
             if report:
-                write_head_report(trained, folder, source)
+                write_head_report(trained, metrics, folder, source)
 
         metrics = trained.save(model, write_report)
         facts = {"model": model}
         if report:
             facts["report"] = str(Path(model) / REPORT_FILE)
         facts["next"] = f"embedder predict {console.shell_word(model)} SOURCE predictions.parquet"
-        for note in notes_of(trained):
+        for note in notes_of(trained, metrics):
             console.out.print(note)
         console.out.print()
         console.print_facts(_metric_facts(metrics) | facts)

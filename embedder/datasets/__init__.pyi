@@ -1,15 +1,8 @@
-from .labels import (
-    Targets as Targets,
-    codes_of as codes_of,
-    read_labels as read_labels,
-    read_targets as read_targets,
-    texts_of as texts_of,
-)
+from .labels import codes_of as codes_of, read_labels as read_labels, texts_of as texts_of
 from .splits import (
     CROSS_VALIDATED as CROSS_VALIDATED,
     TEST as TEST,
     TRAIN as TRAIN,
-    UNUSED as UNUSED,
     VALIDATION as VALIDATION,
     Folds as Folds,
     Split as Split,
@@ -17,4 +10,9 @@ from .splits import (
     make_split as make_split,
     share_of as share_of,
     strata_of as strata_of,
+)
+from .training_set import (
+    Indices as Indices,
+    TrainingSet as TrainingSet,
+    read_training_set as read_training_set,
 )

@@ -1,13 +1,13 @@
 """Labels: found by image, when a head is trained, never when features are extracted."""
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError, SourceError, StoreError
+from embedder.errors import RecipeError, SourceError
 from embedder.files import regular
 from embedder.store import Store
 
@@ -15,37 +15,10 @@ _JOINT = ";"  # between several labels of an image, where they are one text
 _RULE = "`labels` must be folder, parent, FILE.csv:COLUMN, LIST.txt:NUMBER or column:NAME."
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What the rows of a store are to be told apart by.
-
-    Attributes:
-        classes: (n_classes,) str, sorted.
-        codes: What the labelled rows are: int64 (n,), places in `classes`; or with several labels
-            an image, uint8 (n, n_classes), one where it has the label.
-        rows: int64 (n,), the labelled rows of the store, in its order.
-        num_unlabelled: Rows of the store that have no label.
-    """
-
-    classes: NDArray[np.str_]
-    codes: NDArray[np.integer]
-    rows: NDArray[np.int64]
-    num_unlabelled: int
-
-    @property
-    def is_multilabel(self) -> bool:
-        """Whether an image can have several labels."""
-        return self.codes.ndim == 2
-
-    def texts(self) -> NDArray[np.str_]:
-        """What each row is called: str (n,); several labels are joined."""
-        return texts_of(self.codes, self.classes)
-
-
 def texts_of(
     codes: NDArray[np.integer] | NDArray[np.bool_], classes: NDArray[np.str_]
 ) -> NDArray[np.str_]:
-    """What `Targets.codes` say, as text: str (n,); several labels are joined."""
+    """What `TrainingSet.codes` say, as text: str (n,); several labels are joined."""
     if codes.ndim == 1:
         return np.asarray(classes[codes.astype(np.int64)], dtype=np.str_)
     return np.array([_JOINT.join(classes[row.astype(bool)]) for row in codes], dtype=np.str_)
@@ -65,62 +38,23 @@ def codes_of(
     return encoded(several, is_multilabel, known)
 
 
-def read_targets(
-    store: Store,
-    labels: str,
-    separator: str | None = None,
-    known: NDArray[np.str_] | None = None,
-) -> Targets:
-    """Join labels to the rows of a store.
-
-    Args:
-        store: Features.
-        labels: `folder` (first folder under the source's root), `parent` (the containing folder),
-            `FILE.csv:COLUMN` (joined on its `path` column), `LIST.txt:NUMBER` (lines of fields
-            with no names, of which the first is the path; NUMBER counts from 1; with `*` in the
-            name, several files) or `column:NAME` (of the store).
-        separator: What separates several labels of one image; None where each has one.
-        known: Classes that there are whether or not an image has them.
+def check_joinable(classes: NDArray[np.str_]) -> None:
+    """Refuse classes that could not be told apart once several are joined.
 
     Raises:
-        RecipeError: The labels make no sense, or name fewer than two classes.
-        SourceError: The label file cannot be read.
-        StoreError: The store has an image twice.
+        RecipeError: The name of one holds what joins them.
     """
-    by_id = read_labels(store, labels)
-    ids = store.ids()
-    if repeated := len(ids) - len(set(ids)):
-        raise StoreError(
-            f"A store must have each image once. Received: {store.path}, in which {repeated:,} "
-            f"stand again, as a run that was killed can leave them. `embedder extract` drops those "
-            f"that are not of the source's bytes"
-        )
-    rows = np.array([row for row, image_id in enumerate(ids) if image_id in by_id], dtype=np.int64)
-    several = [
-        [name.strip() for name in by_id[ids[row]].split(separator)]
-        if separator
-        else [by_id[ids[row]]]
-        for row in rows
-    ]
-    classes, codes = encoded(several, separator is not None, known)
-    if separator is not None and (torn := [name for name in classes if _JOINT in name]):
+    if torn := [name for name in classes if _JOINT in name]:
         raise RecipeError(
             f"Where images have several labels, none may contain `{_JOINT}`, which separates them "
             f"in what is written. Received: {torn[0]}"
         )
-    if len(classes) < 2:
-        raise RecipeError(
-            f"Labels must name at least two classes. "
-            f"Received: labels={labels!r}, which gives {len(rows)} of {len(ids)} images a label "
-            f"and {len(classes) if len(rows) else 0} class(es)"
-        )
-    return Targets(classes, codes, rows, len(ids) - len(rows))
 
 
 def encoded(
     several: list[list[str]], is_multilabel: bool, known: NDArray[np.str_] | None = None
 ) -> tuple[NDArray[np.str_], NDArray[np.integer]]:
-    """Classes and codes, as `Targets` has them, of the names of each image's labels.
+    """Classes and codes, as `TrainingSet` has them, of the names of each image's labels.
 
     Args:
         several: Of each image; one each, unless images can have several. Empty ones are none.
@@ -130,23 +64,42 @@ def encoded(
     pairs = [(row, name) for row, names in enumerate(several) for name in names if name]
     names = np.array([name for _, name in pairs], np.str_)
     classes = np.union1d(names, np.array([], np.str_) if known is None else known)
-    places = np.searchsorted(classes, names)
+    indices = np.searchsorted(classes, names)
     if not is_multilabel:
-        return classes, places
+        return classes, indices
     codes = np.zeros((len(several), len(classes)), np.uint8)
-    codes[[row for row, _ in pairs], places] = 1
+    codes[[row for row, _ in pairs], indices] = 1
     return classes, codes
 
 
-def read_labels(store: Store, labels: str) -> dict[str, str]:
-    """Labels by image id, for those images that have one; see `read_targets` for their spelling."""
+def read_labels(
+    store: Store,
+    labels: str,
+    ids: NDArray[np.object_],
+    rows: NDArray[np.int64] | None = None,
+) -> dict[str, str]:
+    """Labels by image id, for those images that have one.
+
+    Args:
+        store: Where the columns are.
+        labels: As in `datasets.read_training_set`.
+        ids: (n,), images of the store.
+        rows: (n,), where these are in `Store.ids()`, if they are not all that there are.
+
+    Raises:
+        RecipeError: The labels make no sense.
+        SourceError: The label file cannot be read.
+    """
     if labels in ("folder", "parent"):
-        parts = {image_id: PurePosixPath(image_id).parts for image_id in store.ids()}
+        parts = {image_id: PurePosixPath(image_id).parts for image_id in ids}
         index = 0 if labels == "folder" else -2
         return {image_id: part[index] for image_id, part in parts.items() if len(part) > 1}
     kind, _, name = labels.rpartition(":")
     if kind == "column":
-        return _read_column(store, name)
+        values = _read_column(store, name)
+        chosen = values if rows is None else [values[row] for row in rows]
+        pairs = zip(ids, chosen, strict=True)
+        return {image_id: str(value) for image_id, value in pairs if value is not None}
     if kind.endswith(".csv"):
         return read_named_column(Path(kind), name)
     if kind.endswith(".txt") and name.isdecimal():
@@ -154,15 +107,15 @@ def read_labels(store: Store, labels: str) -> dict[str, str]:
     raise RecipeError(f"{_RULE} Received: labels={labels!r}")
 
 
-def _read_column(store: Store, name: str) -> dict[str, str]:
+def _read_column(store: Store, name: str) -> list[Any]:
+    """A column of a store, a value for each image."""
     if name not in store.column_names():
         raise RecipeError(
             f"`labels` must name a column of the store. Received: {name}. "
             f"It has: {', '.join(store.column_names())}"
         )
-    table = store.table(["image_id", name])
-    values = zip(table["image_id"].to_pylist(), table[name].to_pylist(), strict=True)
-    return {image_id: str(value) for image_id, value in values if value is not None}
+    values: list[Any] = store.table([name])[name].to_pylist()
+    return values[:: store.recipe.views]
 
 
 def read_named_column(file: Path, column: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from embedder.datasets.labels import read_fields, read_labels
 from embedder.errors import RecipeError, SourceError
 from embedder.store import Store
+
+if TYPE_CHECKING:
+    from embedder.datasets.training_set import TrainingSet
 
 # What a row is for; those of cross-validation are tested on in one round, and trained on at last.
 TRAIN, VALIDATION, TEST, UNUSED = "train", "validation", "test", ""
@@ -48,14 +52,22 @@ class Split:
     is_official: bool = False
 
     @property
-    def num_rows(self) -> int:
-        """Rows that the split uses."""
-        return len(np.unique(np.concatenate([rows for fold in self.folds for rows in fold])))
+    def trained_on(self) -> NDArray[np.int64]:
+        """Rows that the model is trained on, rising, validation included; all with `kfold:K`."""
+        return self.folds[0][0] if len(self.folds) == 1 else np.sort(self.tested_on)
+
+    @property
+    def tested_on(self) -> NDArray[np.int64]:
+        """Rows that are tested on, round by round."""
+        return np.concatenate([test for _, test in self.folds])
+
+    @property
+    def train(self) -> NDArray[np.int64]:
+        """Rows that the model is trained on, rising, without validation."""
+        return np.setdiff1d(self.trained_on, self.validation)
 
 
-def make_split(
-    spec: str, store: Store, ids: NDArray[np.object_], codes: Codes, groups: Groups, seed: int
-) -> Split:
+def make_split(spec: str, store: Store, images: "TrainingSet", seed: int) -> Split:
     """Divide labelled rows into those to train on and those to test on.
 
     Args:
@@ -64,21 +76,20 @@ def make_split(
             perhaps val.txt, of which the first field of each line is the path, `FILE.csv:COLUMN`
             or `column:NAME` with train, val or test for each image.
         store: Where the columns are.
-        ids: (n,) image ids of the labelled rows.
-        codes: (n,) or (n, n_classes), as in `datasets.Targets`.
-        groups: int (n,): rows of one group are never divided, but by an official split.
+        images: What is to be divided; images of one group are never, but by an official split.
         seed: Of the shuffling.
 
     Raises:
         RecipeError: The split makes no sense, or leaves nothing to train or to test on.
         SourceError: A list cannot be read.
     """
+    codes, groups = images.codes, images.groups
     if spec.startswith("kfold:") and spec[6:].isdecimal() and int(spec[6:]) > 1:
         folds = grouped_folds(codes, groups, int(spec[6:]), seed)
         return Split(spec, folds, np.zeros(0, np.int64))
     share = share_of(spec)
     if share is None:
-        return _official(spec, store, ids)
+        return _official(spec, store, images)
     if not 0 < share <= 0.5:
         raise RecipeError(
             f"The share to test on must be above 0 and at most 0.5. Received: split={spec}"
@@ -133,8 +144,8 @@ def strata_of(codes: Codes) -> NDArray[np.integer]:
     return codes if codes.ndim == 1 else np.unique(codes, axis=0, return_inverse=True)[1]
 
 
-def _official(spec: str, store: Store, ids: NDArray[np.object_]) -> Split:
-    by_id = _parts(spec, store)
+def _official(spec: str, store: Store, images: "TrainingSet") -> Split:
+    ids, by_id = images.ids, _parts(spec, store, images)
     unknown = sorted({part for part in by_id.values() if part.lower() not in _NAMES})
     if unknown:
         raise RecipeError(
@@ -152,7 +163,7 @@ def _official(spec: str, store: Store, ids: NDArray[np.object_]) -> Split:
     return Split(spec, [(train, test)], np.flatnonzero(parts == VALIDATION), is_official=True)
 
 
-def _parts(spec: str, store: Store) -> dict[str, str]:
+def _parts(spec: str, store: Store, images: "TrainingSet") -> dict[str, str]:
     folder = Path(spec)
     if spec and os.path.isdir(folder):  # unlike Path's, false also of what is too long for a name
         parts: dict[str, str] = {}
@@ -166,5 +177,5 @@ def _parts(spec: str, store: Store) -> dict[str, str]:
                     )
         return parts
     if spec.startswith("column:") or ".csv:" in spec:
-        return read_labels(store, spec)
+        return read_labels(store, spec, images.ids, images.rows)
     raise RecipeError(f"{_RULE} Received: split={spec!r}")

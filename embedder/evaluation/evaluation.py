@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.datasets import Targets, texts_of
+from embedder.datasets import TrainingSet, texts_of
 from embedder.evaluation.metrics import (
     Scores,
     hierarchical_scores,
@@ -27,7 +27,7 @@ class Evaluation:
 
     Attributes:
         classes: (n_classes,) str, of the labels; the head may know fewer.
-        codes: (n,) or (n, n_classes), as in `datasets.Targets`.
+        codes: (n,) or (n, n_classes), as in `datasets.TrainingSet`.
         logits: (n, n_classes).
         calibrated: (n, n_classes) probabilities.
         chosen: bool (n, n_classes), the classes given to each image.
@@ -41,33 +41,37 @@ class Evaluation:
 
     @classmethod
     def of(
-        cls, model: Model, features: NDArray[np.floating], targets: Targets, which: NDArray[Any]
+        cls,
+        model: Model,
+        features: NDArray[np.floating],
+        images: TrainingSet,
+        indices: NDArray[Any],
     ) -> "Evaluation":
-        """Predict labelled rows.
+        """Predict labelled images.
 
         Args:
             model: Trained.
-            features: (n, dim), of the rows `which`.
-            targets: The labels.
-            which: Places among the labelled rows: (n,) integers.
+            features: (n, dim).
+            images: With their labels.
+            indices: (n,) which of them the features are of.
         """
-        return cls.of_logits(model, model.logits(features), targets, which)
+        return cls.of_logits(model, model.logits(features), images, indices)
 
     @classmethod
     def of_logits(
-        cls, model: Model, logits: NDArray[np.float32], targets: Targets, which: NDArray[Any]
+        cls, model: Model, logits: NDArray[np.float32], images: TrainingSet, indices: NDArray[Any]
     ) -> "Evaluation":
         """As `of`, where the model's logits (n, n_known) have been computed already."""
-        known = np.searchsorted(targets.classes, model.classes)
-        logits = expand_logits(logits, known, len(targets.classes))
+        known = np.searchsorted(images.classes, model.classes)
+        logits = expand_logits(logits, known, len(images.classes))
         calibrated = probabilities_of(logits, model.temperature, model.is_multilabel)
         if model.thresholds is None:
-            chosen = calibrated.argmax(axis=1)[:, None] == np.arange(len(targets.classes))
+            chosen = calibrated.argmax(axis=1)[:, None] == np.arange(len(images.classes))
         else:
-            thresholds = np.full(len(targets.classes), 1.0)
+            thresholds = np.full(len(images.classes), 1.0)
             thresholds[known] = model.thresholds
             chosen = calibrated > thresholds
-        return cls(targets.classes, targets.codes[which], logits, calibrated, chosen)
+        return cls(images.classes, images.codes[indices], logits, calibrated, chosen)
 
     @classmethod
     def pooled(cls, parts: "list[Evaluation]") -> "Evaluation":
@@ -82,10 +86,10 @@ class Evaluation:
         """Number of images."""
         return len(self.codes)
 
-    def rows(self, which: NDArray[Any]) -> "Evaluation":
-        """Some of the images: places or booleans."""
+    def rows(self, indices: NDArray[Any]) -> "Evaluation":
+        """Some of the images: indices or booleans."""
         parts = (self.codes, self.logits, self.calibrated, self.chosen)
-        return Evaluation(self.classes, *(part[which] for part in parts))
+        return Evaluation(self.classes, *(part[indices] for part in parts))
 
     @property
     def is_multilabel(self) -> bool:

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import RecipeError
+from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
-from embedder.finetuning.trainer import Examples, compiled
+from embedder.finetuning.trainer import compiled
 from embedder.libraries import import_keras
 
 if TYPE_CHECKING:

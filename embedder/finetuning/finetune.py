@@ -1,10 +1,8 @@
 """Fine-tuning: a model's backbone and head trained further, and compared with what it was."""
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,24 +10,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedder import engines
 from embedder.backbones import dtype_policy, is_preset, load_network, tapped_tensors
+from embedder.datasets import TrainingSet
 from embedder.engines import best_training_precision
-from embedder.errors import EmbedderError, RecipeError
+from embedder.errors import RecipeError
 from embedder.extraction import Progress, RunOptions, run_extraction
-from embedder.files import local_path, remove_abandoned, remove_folder, replace_folder
+from embedder.files import local_path
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.blocks import find_cut
-from embedder.finetuning.initial_head import check_start, head_task, starting_model
-from embedder.finetuning.labelled_images import (
-    Labelled,
-    decode_pixels,
-    examples_of,
-    find_paths,
-    read_activations,
-    read_labelled,
-)
+from embedder.finetuning.initial_head import check_start, starting_model, with_head_features
+from embedder.finetuning.inputs import Examples, decode_pixels, examples_of, read_activations
+from embedder.finetuning.labelled_images import find_paths, read_labelled
 from embedder.finetuning.network import FEATURES, TrainableNetwork, make_trainable, seed_layers
 from embedder.finetuning.parameter_groups import (
     SCRATCH,
@@ -39,7 +31,15 @@ from embedder.finetuning.parameter_groups import (
     tuned_blocks,
 )
 from embedder.finetuning.pseudo_labels import PseudoLabelledImages, add_pseudo_labels
-from embedder.finetuning.trainer import Epoch, Examples, find_optimizer, train
+from embedder.finetuning.resume import (
+    TUNED_FEATURES,
+    done_before,
+    finish,
+    open_work,
+    request_of,
+)
+from embedder.finetuning.schedule import find_optimizer
+from embedder.finetuning.trainer import Epoch, train
 from embedder.finetuning.tuned_model import (
     Tuning,
     activations_recipe,
@@ -54,21 +54,18 @@ from embedder.heads import (
     Model,
     as_keras_layers,
     classifier_layers,
-    read_description,
-    read_metrics,
     read_table,
     recorded,
 )
-from embedder.libraries import import_keras, logger
+from embedder.libraries import import_keras
 from embedder.recipe import EMBEDDING
+from embedder.sources import Listing, list_images
 from embedder.store import Store
 from embedder.training import Stopwatch, TrainedHead, check_model_folder
 
 if TYPE_CHECKING:
     import keras
 
-_REQUEST_FILE = "request.json"
-_FEATURES = "tuned-features"  # of the tuned backbone, until they take their place beside OUT
 _DEFAULT_VIEWS = 4
 _DEFAULT_AUGMENT = ("flip",)
 _NUM_CHECKED = 8  # all of their activations are in memory at once
@@ -96,18 +93,18 @@ class Watcher:
     Attributes:
         run: During extractions, as `extraction.run_extraction`'s `on_progress`.
         epoch: After each epoch.
-        head: With the tuned model, and the folder that is yet to take its place, such as to write
-            a report into.
+        head: With the tuned model, its metrics, the folder that is yet to take its place, and what
+            the source holds, such as to write a report.
     """
 
     run: Callable[[Progress], None] = lambda _: None
     epoch: Callable[[Epoch], None] = lambda _: None
-    head: Callable[[TrainedHead, Path], None] = lambda *_: None
+    head: Callable[[TrainedHead, dict[str, Any], Path, Listing], None] = lambda *_: None
 
 
 def finetune(
     model_path: str | os.PathLike[str],
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Listing,
     out: str | os.PathLike[str],
     options: TuneOptions | None = None,
     run_options: RunOptions | None = None,
@@ -124,7 +121,7 @@ def finetune(
 
     Args:
         model_path: Folder of the model: a head on frozen features, or a tuned model.
-        source: Its images, as `extract` takes them.
+        source: Its images, as `extract` takes them; or what that holds, where it is listed already.
         out: Folder to write.
         options: How.
         run_options: How images are extracted.
@@ -147,23 +144,24 @@ def finetune(
     whole = folder.absolute()
     work, features = (whole.with_name(f"{whole.name}.{name}") for name in ("tuning", "features"))
     labelled = read_labelled(model_path, model, options.seed)
-    request = _request(model, labelled, options)
-    if (done := _done_before(folder, request)) is not None:
-        _finish(work, request, folder, features)
+    request = request_of(model, labelled, options)
+    if (done := done_before(folder, request)) is not None:
+        finish(work, request, folder, features)
         return Tuned(folder, done, None)
     _check(model, Path(model_path), folder, features, options)
-    paths = find_paths(source, labelled)
+    listing = source if isinstance(source, Listing) else list_images(source)
+    paths = find_paths(listing, labelled)
     job = _Job(model, labelled, options, run_options, work, watch or Watcher())
     tunable = job.make_tunable()
-    _open(work, request)
-    more = job.find_start(source)
+    open_work(work, request)
+    more = job.find_start(listing)
     if more is not None:
         paths += more.paths
-    tunable, examples = job.prepare(tunable, source, paths, activations)
+    tunable, examples = job.prepare(tunable, listing, paths, activations)
     epochs = job.train(tunable, examples)
     recipe = save_backbone(tunable.network, job.recipe, options, work)
     # The weights stay where they are until all is made of them that the model is to hold.
-    run_extraction(source, {str(work / _FEATURES): recipe}, run_options, job.watch.run)
+    run_extraction(listing, {str(work / TUNED_FEATURES): recipe}, run_options, job.watch.run)
     job.stopwatch.lap("features")
     tuning = Tuning(
         model=Path(model_path),
@@ -176,11 +174,13 @@ def finetune(
         pseudo_labels=None if more is None else more.facts(),
     )
     weights = Path(recipe.weights_source)
-    head = judge_tuned(tunable.head, model, labelled, Store(work / _FEATURES), tuning)
+    head = judge_tuned(tunable.head, model, labelled, Store(work / TUNED_FEATURES), tuning)
     head = replace(head, pseudo_labels=_pseudo_labels(model, Path(model_path), more))
     head = replace(head, model=_in_its_place(head.model, whole / weights.name, features))
-    metrics = head.save(folder, lambda new: job.watch.head(head, new), weights)
-    _finish(work, request, folder, features)
+    metrics = head.save(
+        folder, lambda new, metrics: job.watch.head(head, metrics, new, listing), weights
+    )
+    finish(work, request, folder, features)
     return Tuned(folder, metrics, replace(head, store=Store(features)))
 
 
@@ -193,7 +193,7 @@ def _in_its_place(model: Model, weights: Path, features: Path) -> Model:
 
 def _pseudo_labels(model: Model, path: Path, more: PseudoLabelledImages | None) -> pa.Table | None:
     """Pseudo-labels that the weights have learned from, so that `evaluate` knows of them."""
-    tables = [] if more is None else [more.helped.pseudo_labels()]
+    tables = [] if more is None else [more.head.pseudo_labels()]
     if "tuning" in model.record and (path / PSEUDO_LABELS_FILE).exists():
         tables.append(read_table(path / PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA))
     return pa.concat_tables(tables) if tables else None
@@ -234,75 +234,13 @@ def _check(model: Model, path: Path, folder: Path, features: Path, options: Tune
         as_keras_layers(model)  # refuses a head that is not made of layers
 
 
-def _request(model: Model, labelled: Labelled, options: TuneOptions) -> dict[str, Any]:
-    """What decides the result: another one begins anew."""
-    images = [labelled.sha256.tolist(), labelled.codes.tolist(), labelled.train.tolist()]
-    return {
-        "model": model.head_sha256,
-        "recipe": model.recipe.fingerprint,
-        "images": hashlib.sha256(json.dumps(images).encode()).hexdigest(),
-        "options": asdict(options),
-        "schedule": asdict(options.schedule()),  # what is usual can change from version to version
-    }
-
-
-def _done_before(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """Metrics of a model that the same request made."""
-    try:
-        metrics, record = read_metrics(folder, is_tuned=True), Model.load(folder).record
-        made_by = recorded(record, "tuning", "request")
-    except EmbedderError:
-        return None
-    return metrics if made_by == json.loads(json.dumps(request)) else None
-
-
-def _open(work: Path, request: dict[str, Any]) -> None:
-    """Make the folder of a training, or leave the one that the same request began."""
-    if _is_of(work, request):
-        logger.info("continuing what is in %s", work)
-        return
-    file = work / _REQUEST_FILE
-    if work.is_dir() and not file.is_file() and any(work.iterdir()):
-        raise RecipeError(
-            f"{work} is where a training is kept until it is done, and must be of embedder. "
-            f"Received: a folder that holds something else"
-        )
-    if work.exists():
-        remove_folder(work)
-    work.mkdir(parents=True)
-    file.write_text(json.dumps(request))
-
-
-def _finish(work: Path, request: dict[str, Any], folder: Path, features: Path) -> None:
-    """Put the features beside the model, and delete the folder of a training that is done.
-
-    After a kill the same request comes here again: the model is in its place.
-    """
-    remove_abandoned(work.parent)
-    if not _is_of(work, request):
-        return
-    if (work / _FEATURES).exists():
-        store, content = Store(work / _FEATURES), read_description(folder)
-        if store.recipe.fingerprint == content["fingerprint"]:  # else the older ones, swapped
-            place = {"weights_source": str(folder.absolute() / content["weights_source"])}
-            recipe = store.recipe.model_copy(update=place)
-            Store.open_or_create(store.path, recipe, engines.versions())
-            replace_folder(store.path, features)
-    remove_folder(work)
-
-
-def _is_of(work: Path, request: dict[str, Any]) -> bool:
-    file = work / _REQUEST_FILE
-    return file.is_file() and file.read_bytes() == json.dumps(request).encode()
-
-
 class _Job:
     """One fine-tuning, step by step, each timed."""
 
     def __init__(
         self,
         model: Model,
-        labelled: Labelled,
+        labelled: TrainingSet,
         options: TuneOptions,
         run_options: RunOptions,
         work: Path,
@@ -325,20 +263,20 @@ class _Job:
         self.stopwatch.lap("network")
         return tunable
 
-    def find_start(self, source: str | os.PathLike[str]) -> PseudoLabelledImages | None:
+    def find_start(self, listing: Listing) -> PseudoLabelledImages | None:
         """The head that training starts from, and what it makes of images without labels."""
         options, model = self.options, self.model
         is_clean = "tuning" in model.record  # a tuned model has not seen its validation images
         needs_head = options.kind.keeps_head and not is_clean
         if options.unlabelled is None and not needs_head:
             return None
-        found = head_task(model, self.labelled, source, self.work, self.run_options)
+        images = with_head_features(model, self.labelled, listing, self.work, self.run_options)
         if not is_clean:
-            self.start = starting_model(model, self.labelled, found)
+            self.start = starting_model(model, images)
         more = None
         if options.unlabelled is not None:
             more = add_pseudo_labels(
-                self.start, self.labelled, found, options.unlabelled, self.work, self.run_options
+                self.start, self.labelled, images, options.unlabelled, self.work, self.run_options
             )
             self.labelled = more.labelled
         self.stopwatch.lap("head")
@@ -347,7 +285,7 @@ class _Job:
     def prepare(
         self,
         tunable: TrainableNetwork,
-        source: str | os.PathLike[str],
+        listing: Listing,
         paths: list[bytes],
         activations: str | os.PathLike[str] | None,
     ) -> tuple[TrainableNetwork, Examples]:
@@ -362,10 +300,12 @@ class _Job:
         else:
             recipe = activations_recipe(self.recipe, self.cut, options.views or _DEFAULT_VIEWS)
             store = os.fspath(activations or self.work / "activations")
-            run_extraction(source, {store: recipe}, self.run_options, self.watch.run)
+            run_extraction(listing, {store: recipe}, self.run_options, self.watch.run)
             inputs = read_activations(Store(store), labelled, self.work / "activations.npy")
             self.stopwatch.lap("activations")
-        examples = examples_of(labelled, self.model, inputs, options)
+        examples = examples_of(
+            labelled, self.model, inputs, not options.is_cached, options.class_weight
+        )
         if options.kind.keeps_head:
             check_start(tunable, examples.inputs[:_NUM_CHECKED, 0], self.start)
         return tunable, examples

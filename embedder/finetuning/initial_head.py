@@ -1,56 +1,43 @@
 """The head that fine-tuning starts from: the model's, but for the images that stop the training."""
 
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.datasets import Targets
+from embedder.datasets import TrainingSet
 from embedder.errors import Unfinished
 from embedder.extraction import RunOptions, run_extraction
-from embedder.finetuning.labelled_images import Labelled, targets_of
+from embedder.finetuning.labelled_images import in_store, targets_of
 from embedder.finetuning.network import FEATURES, TrainableNetwork
-from embedder.finetuning.tuned_model import labelled_targets
 from embedder.heads import Model, probabilities_of, recorded
 from embedder.libraries import logger
+from embedder.sources import Listing
 from embedder.store import RECIPE_FILE, Store
-from embedder.training import Task, features_of, refit
+from embedder.training import HeadSpec, refit
 
 _TOLERANCE = 1e-3  # of a probability: float32 sums in another order
 
 
-@dataclass(frozen=True)
-class HeadTask:
-    """What a model's head was trained on.
-
-    Attributes:
-        task: Features and labels of its images.
-        targets: Their labels.
-        place_of: Place in `task` of each labelled image.
-    """
-
-    task: Task
-    targets: Targets
-    place_of: NDArray[np.int64]
+def head_spec(model: Model) -> HeadSpec:
+    """What kind of head a model's is."""
+    return HeadSpec(model.head, recorded(model.record, "options", "class_weight"))
 
 
-def head_task(
-    model: Model,
-    labelled: Labelled,
-    source: str | os.PathLike[str],
-    work: Path,
-    run_options: RunOptions,
-) -> HeadTask:
-    """Read the features that a head was trained on, or make them again.
+def with_head_features(
+    model: Model, images: TrainingSet, listing: Listing, work: Path, run_options: RunOptions
+) -> TrainingSet:
+    """The images with the features that their head was trained on, read or made again.
 
     Args:
         model: The head.
-        labelled: Its images.
-        source: Where they are.
+        images: Its images.
+        listing: Where they are.
         work: Folder for their features, where the model's own store is no longer what it was.
         run_options: How they are extracted.
+
+    Returns:
+        The images in the order of the store.
 
     Raises:
         Unfinished: The features are of other bytes.
@@ -58,41 +45,31 @@ def head_task(
     own = Path(recorded(model.record, "provenance", "store"))
     if (own / RECIPE_FILE).is_file() and Store(own).recipe.fingerprint == model.recipe.fingerprint:
         try:
-            return _task_of(model, labelled, Store(own))
+            return in_store(images, Store(own)).with_features(Store(own), model.column)
         except Unfinished as error:
             logger.info("extracting features again: %s", error)
     made = work / "features"
     recipe = model.recipe.model_copy(update={"views": 1})
-    run_extraction(source, {str(made): recipe}, run_options)
-    return _task_of(model, labelled, Store(made))
+    run_extraction(listing, {str(made): recipe}, run_options)
+    return in_store(images, Store(made)).with_features(Store(made), model.column)
 
 
-def _task_of(model: Model, labelled: Labelled, store: Store) -> HeadTask:
-    targets, place_of = labelled_targets(labelled, store)
-    task = Task(
-        head=model.head,
-        features=features_of(store, targets, model.column),
-        codes=targets.codes,
-        groups=labelled.groups[np.argsort(place_of)],
-        classes=targets.classes,
-        class_weight=recorded(model.record, "options", "class_weight"),
-    )
-    return HeadTask(task, targets, place_of)
-
-
-def starting_model(model: Model, labelled: Labelled, found: HeadTask) -> Model:
+def starting_model(model: Model, images: TrainingSet) -> Model:
     """The model with its settings, without the images that training is to be stopped by.
 
     `train` fits its heads on validation images too, at last: of these the model knows the answers,
     and no epoch of the training would seem better than its start. Of classes that have no others
     it sees them all the same: it has to know every class.
+
+    Args:
+        model: The head.
+        images: With the features that it was trained on.
     """
-    has = targets_of(labelled, model) > 0
-    lacking = has[labelled.train].sum(axis=0) == 0
-    rows = np.concatenate(
-        [labelled.train, labelled.validation[has[labelled.validation][:, lacking].any(axis=1)]]
-    )
-    return refit(found.task, model, found.targets, np.sort(found.place_of[rows]))
+    has = targets_of(images, model) > 0
+    train, validation = images.split.train, images.split.validation
+    lacking = has[train].sum(axis=0) == 0
+    needed = validation[has[validation][:, lacking].any(axis=1)]
+    return refit(head_spec(model), images, model, np.union1d(train, needed))
 
 
 def check_start(tunable: TrainableNetwork, pixels: NDArray[np.uint8], start: Model) -> None:

@@ -10,8 +10,9 @@ from embedder.errors import RecipeError
 from embedder.finetuning.augmentation import check_augmentations
 from embedder.finetuning.blocks import last_layers, layer_groups, layers_of
 from embedder.finetuning.channels import CRITERIA, channel_masks
+from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork, is_normalisation, thaw_normalisation
-from embedder.finetuning.trainer import Examples, Group, Schedule
+from embedder.finetuning.schedule import Group, Schedule
 
 if TYPE_CHECKING:
     import keras
@@ -217,7 +218,6 @@ class TuneOptions:
 
     def schedule(self) -> Schedule:
         """How training goes."""
-        auxiliary, main = self.loss_weights
         return Schedule(
             epochs=self.resolved("epochs"),
             batch_size=self.batch_size,
@@ -225,7 +225,7 @@ class TuneOptions:
             optimizer=self.resolved("optimizer"),
             weight_decay=self.weight_decay,
             label_smoothing=self.label_smoothing,
-            loss_weights=(main, auxiliary) if self.auxiliary else (1.0, 0.0),
+            loss_weights=self.loss_weights if self.auxiliary else (0.0, 1.0),
             ema=self.ema,
             patience=self.patience,
             seed=self.seed,

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from embedder.datasets import TrainingSet
 from embedder.extraction import RunOptions, run_extraction
-from embedder.finetuning.initial_head import HeadTask
-from embedder.finetuning.labelled_images import Labelled
+from embedder.finetuning.initial_head import head_spec
 from embedder.heads import Model
 from embedder.sources import list_images
 from embedder.training import (
@@ -29,18 +29,18 @@ class PseudoLabelledImages:
     Attributes:
         labelled: The labelled images, and these after them, to learn from.
         paths: Where each of these is.
-        helped: What the head and its guard made of the unlabelled images.
+        head: What the head and its guard made of the unlabelled images.
     """
 
-    labelled: Labelled
+    labelled: TrainingSet
     paths: list[bytes]
-    helped: SemiSupervisedFit
+    head: SemiSupervisedFit
 
     def facts(self) -> dict[str, Any]:
         """What `metrics.json` says of them."""
-        training = self.helped.training
+        training = self.head.training
         return {
-            "num_images": len(self.helped.images.ids),
+            "num_images": len(self.head.images.ids),
             "num_pseudo_labels": len(training.pseudo_labels.rows),
             "threshold": min(training.threshold, 1.0),
             "verdict": str(training),
@@ -49,8 +49,8 @@ class PseudoLabelledImages:
 
 def add_pseudo_labels(
     model: Model,
-    labelled: Labelled,
-    found: HeadTask,
+    labelled: TrainingSet,
+    with_features: TrainingSet,
     unlabelled: str,
     work: Path,
     run_options: RunOptions,
@@ -63,7 +63,7 @@ def add_pseudo_labels(
     Args:
         model: The head, without the images that training is stopped by.
         labelled: What it learned from.
-        found: The features of that.
+        with_features: The same images with their features, in any order.
         unlabelled: The images without labels.
         work: Folder for their features.
         run_options: How they are extracted.
@@ -73,32 +73,32 @@ def add_pseudo_labels(
         SourceError: The source cannot be listed.
     """
     check_head(model.head, model.is_multilabel)
-    others = str(work / "unlabelled")
+    listing, others = list_images(unlabelled), str(work / "unlabelled")
     recipe = model.recipe.model_copy(update={"views": 1})
-    run_extraction(unlabelled, {others: recipe}, run_options)
-    task, targets, place_of = found.task, found.targets, found.place_of
-    known = np.searchsorted(targets.classes, model.classes)
+    run_extraction(listing, {others: recipe}, run_options)
+    known = np.searchsorted(labelled.classes, model.classes)
     fitted = Fitted(model.estimator, model.settings, known, model.temperature, None, [])
     images = read_unlabelled(others, model, set(labelled.sha256))
-    helped = fit_semi_supervised(
-        task, np.sort(place_of[labelled.train]), fitted, images, "self-training"
+    train = with_features.split.train
+    head = fit_semi_supervised(
+        head_spec(model), with_features, train, fitted, images, "self-training"
     )
-    pseudo = helped.training.pseudo_labels
-    path_of = list_images(unlabelled).paths()
+    pseudo, path_of = head.training.pseudo_labels, listing.paths()
     paths = [path_of[image] for image in images.ids[pseudo.rows]]
-    return PseudoLabelledImages(extended(labelled, images, pseudo), paths, helped)
+    return PseudoLabelledImages(extended(labelled, images, pseudo), paths, head)
 
 
-def extended(labelled: Labelled, images: Unlabelled, pseudo: PseudoLabels) -> Labelled:
+def extended(labelled: TrainingSet, images: Unlabelled, pseudo: PseudoLabels) -> TrainingSet:
     """Labelled images, and those with pseudo-labels after them, to learn from."""
     ids, count = images.ids[pseudo.rows], len(labelled.ids)
     codes = np.searchsorted(labelled.classes, pseudo.labels).astype(np.int64)
     groups = labelled.groups.max() + 1 + np.arange(len(ids))  # each for itself
+    trained_on = np.concatenate([labelled.split.trained_on, count + np.arange(len(ids))])
     return replace(
         labelled,
         ids=np.concatenate([labelled.ids, ids]),
         sha256=np.concatenate([labelled.sha256, images.sha256[pseudo.rows]]),
         codes=np.concatenate([labelled.codes, codes]),
         groups=np.concatenate([labelled.groups, groups]),
-        train=np.concatenate([labelled.train, count + np.arange(len(ids))]),
+        split=replace(labelled.split, folds=[(trained_on, labelled.split.tested_on)]),
     )

@@ -9,18 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.backbones import digest_of, load_network, save_network
-from embedder.datasets import Split, Targets, share_of
+from embedder.datasets import TrainingSet
 from embedder.errors import Unfinished
 from embedder.evaluation import Evaluation, judge, read_tested
 from embedder.finetuning import scratch_network as scratch
-from embedder.finetuning.labelled_images import Labelled, targets_of
+from embedder.finetuning.labelled_images import in_store, targets_of
 from embedder.finetuning.network import FEATURES
 from embedder.finetuning.parameter_groups import SCRATCH, TuneOptions
 from embedder.finetuning.trainer import Epoch
 from embedder.heads import BACKBONE_FILES, KerasHead, Model, calibrate, recorded
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store import Store
-from embedder.training import Fitted, Task, TrainedHead, TrainOptions, read_logits
+from embedder.training import Fitted, TrainedHead, TrainOptions, read_logits
 
 if TYPE_CHECKING:
     import keras
@@ -97,11 +97,11 @@ def save_backbone(
     if not file.exists():
         if is_whole_network:
             # A new one: that which was trained may compute in another precision.
-            plain = (
+            trained = network
+            network = (
                 scratch.make_network(recipe.image_size, 0) if is_scratch else load_network(recipe)
             )
-            plain.set_weights(network.get_weights())
-            network = plain
+            network.set_weights(trained.get_weights())
         half = folder / f"half-{file.name}"
         try:
             save_network(network, half)
@@ -114,7 +114,7 @@ def save_backbone(
 
 
 def judge_tuned(
-    head: "keras.Sequential", model: Model, labelled: Labelled, store: Store, tuning: Tuning
+    head: "keras.Sequential", model: Model, labelled: TrainingSet, store: Store, tuning: Tuning
 ) -> TrainedHead:
     """Make a model of a tuned head and the features under it, and test it.
 
@@ -128,16 +128,13 @@ def judge_tuned(
     Raises:
         Unfinished: The store lacks an image.
     """
-    targets, place_of = labelled_targets(labelled, store)
-    train, validation, test = (
-        np.sort(place_of[rows]) for rows in (labelled.learned, labelled.validation, labelled.test)
-    )
+    images = in_store(labelled, store)
+    validation, test = images.split.validation, images.split.tested_on
     estimator = _estimator(head, model, tuning.options.seed)
-    held = read_logits(estimator, store, EMBEDDING, targets.rows[validation])
-    known: NDArray[Any] = targets_of(labelled, model)[np.argsort(place_of)][validation]
+    held = read_logits(estimator, store, EMBEDDING, images.rows[validation])
+    known: NDArray[Any] = targets_of(images, model)[validation]
     known = known.astype(np.int64) if model.is_multilabel else known.argmax(axis=1)
     calibration = calibrate(held, known)
-    options = replace(_train_options(model), unlabelled=None)
     tuned = Model(
         estimator=estimator,
         recipe=store.recipe,
@@ -147,42 +144,28 @@ def judge_tuned(
         thresholds=calibration.thresholds,
         head="mlp" if estimator.hidden else "linear",
         settings={},
-        record=model.record | _record(model, store, tuning, len(train)),
+        record=model.record | _record(model, store, tuning, len(images.split.trained_on)),
     )
-    logits = read_logits(estimator, store, EMBEDDING, targets.rows[test])
-    evaluation = Evaluation.of_logits(tuned, logits, targets, test)
-    ids = store.ids()[targets.rows]
-    task = Task(
-        head=tuned.head,
-        features=np.empty((0, head.input_shape[1]), np.float32),
-        codes=targets.codes,
-        groups=labelled.groups[np.argsort(place_of)],
-        classes=targets.classes,
-        class_weight=tuning.options.class_weight,
-        seed=tuning.options.seed,
-    )
+    logits = read_logits(estimator, store, EMBEDDING, images.rows[test])
+    evaluation = Evaluation.of_logits(tuned, logits, images, test)
     coarse_of = model.record.get("coarse_of")  # models made before have none
     return TrainedHead(
         model=tuned,
         store=store,
-        options=options,
-        targets=targets,
-        ids=ids,
-        task=task,
-        split=Split(options.split, [(train, test)], validation, share_of(options.split) is None),
+        options=replace(_train_options(model), unlabelled=None),
+        images=images,
         fitted=Fitted(
             estimator,
             {},
-            np.searchsorted(targets.classes, model.classes),
+            np.searchsorted(images.classes, model.classes),
             calibration.temperature,
             calibration.thresholds,
             trials=[],
         ),
-        test_rows=test,
         test=evaluation,
         coarse_of=None if coarse_of is None else np.array(coarse_of),
         seconds=tuning.seconds,
-        tuning=_facts(evaluation, ids[test], tuning),
+        tuning=_facts(evaluation, images.ids[test], tuning),
     )
 
 
@@ -190,34 +173,6 @@ def _train_options(model: Model) -> TrainOptions:
     known = {field.name for field in fields(TrainOptions)}
     options = recorded(model.record, "options")
     return TrainOptions(**{name: options[name] for name in known & options.keys()})
-
-
-def labelled_targets(labelled: Labelled, store: Store) -> tuple[Targets, NDArray[np.int64]]:
-    """Labels of a store's rows, in its order, and the place in it of each labelled image.
-
-    Raises:
-        Unfinished: The store lacks an image, or has other bytes of it.
-    """
-    row_of = {image: row for row, image in enumerate(store.ids())}
-    lost = [image for image in labelled.ids if image not in row_of]
-    if lost:
-        raise Unfinished(
-            f"{lost[0]} could be embedded before, and now is not in {store.path}, as "
-            f"{len(lost):,} images in all"
-        )
-    rows = np.array([row_of[image] for image in labelled.ids], np.int64)
-    order = np.argsort(rows)
-    place_of = np.empty(len(rows), np.int64)
-    place_of[order] = np.arange(len(rows))
-    changed = np.flatnonzero(store.sha256()[rows] != labelled.sha256)
-    if len(changed):
-        raise Unfinished(
-            f"Images must not change while a model is fine-tuned. Received: other bytes of "
-            f"{labelled.ids[changed[0]]}, as of {len(changed):,} images in all"
-        )
-    num_unlabelled = len(row_of) - len(rows)
-    targets = Targets(labelled.classes, labelled.codes[order], rows[order], num_unlabelled)
-    return targets, place_of
 
 
 def _estimator(head: "keras.Sequential", model: Model, seed: int) -> KerasHead:

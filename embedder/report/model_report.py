@@ -18,49 +18,52 @@ from embedder.report.page import (
     thumbnail_of,
     write_report,
 )
-from embedder.sources import list_images, read_bytes
+from embedder.sources import Listing, list_images, read_bytes
 from embedder.training import TrainedHead
 
 _NUM_MISTAKES = 24
 _NUM_MAP_POINTS = 1500  # t-SNE of more takes longer than the head
 
 
-def write_head_report(head: TrainedHead, folder: Path, source: str | None) -> Path:
+def write_head_report(
+    head: TrainedHead, metrics: dict[str, Any], folder: Path, source: str | Listing | None
+) -> Path:
     """Write `report.html` of a head into its model's folder.
 
     Args:
         head: Trained.
+        metrics: Its own.
         folder: Of the model.
         source: Where the images are, for thumbnails; as the store's last run had it, if None.
     """
     path = folder / REPORT_FILE
     write_report(
         path,
-        report_of(head),
+        report_of(head, metrics),
         _thumbnails(source or recorded(head.model.record, "provenance", "source")),
     )
     return path
 
 
-def report_of(head: TrainedHead) -> Report:
+def report_of(head: TrainedHead, metrics: dict[str, Any]) -> Report:
     """Everything the report shows, but the pictures."""
-    test, is_multilabel = head.test, head.targets.is_multilabel
-    classes = head.targets.classes.tolist()
+    test, is_multilabel = head.test, head.images.is_multilabel
+    classes = head.images.classes.tolist()
     confusion = np.zeros((0, 0), np.int64)
     if not is_multilabel:
         confusion = confusion_matrix(test.codes, test.predicted, len(classes))
-    metrics = dict(test.scores)
+    scores = dict(test.scores)
     if head.coarse_of is not None:
-        metrics |= test.hierarchical(head.coarse_of)
+        scores |= test.hierarchical(head.coarse_of)
     return Report(
         title=_title(head),
-        metrics=metrics,
-        notes=notes_of(head),
+        metrics=scores,
+        notes=notes_of(head, metrics),
         classes=classes,
         per_class=test.per_class(),
         confusion=confusion,
         reliability=test.reliability(),
-        learning_curve=head.learning_curve,
+        learning_curve=metrics["learning_curve"],
         mistakes=_mistakes(head),
         map_points=_map(head),
         tables=_tables(head),
@@ -75,9 +78,9 @@ def _title(head: TrainedHead) -> str:
     return f"{backbone}, fine-tuned: {head.tuning['strategy']}"
 
 
-def notes_of(head: TrainedHead) -> list[str]:
+def notes_of(head: TrainedHead, metrics: dict[str, Any]) -> list[str]:
     """What a reader must know to believe the figures, a sentence each."""
-    split, leak, test = head.split, head.leak, head.test
+    split, leak, test = head.images.split, metrics["near_duplicates"], head.test
     num_unlabelled = recorded(head.model.record, "provenance", "num_unlabelled")
     notes = [_split_note(head)]
     if head.tuning is not None:
@@ -94,10 +97,10 @@ def notes_of(head: TrainedHead) -> list[str]:
     else:
         notes.append(
             f"{leak['num_groups']:,} groups of near-duplicates (cosine of at least "
-            f"{head.options.duplicates}) hold {leak['num_images']:,} of the {len(head.ids):,} "
-            f"images, the largest {leak['largest']:,}."
+            f"{head.options.duplicates}) hold {leak['num_images']:,} of the "
+            f"{len(head.images.ids):,} images, the largest {leak['largest']:,}."
         )
-    if head.is_streamed and head.tuning is None:
+    if head.is_out_of_core:
         notes.append(
             "Features were read in parts: no settings were tried, and there is no learning curve."
         )
@@ -118,8 +121,8 @@ def notes_of(head: TrainedHead) -> list[str]:
         f"{before['log_loss']['value']:.3f} to {after['log_loss']['value']:.3f}, calibration error "
         f"{before['ece']['value']:.3f} to {after['ece']['value']:.3f}."
     )
-    if head.helped is not None:
-        found = head.help()
+    if "unlabelled" in metrics:
+        found = metrics["unlabelled"]
         notes.append(
             f"Of {found['num_images']:,} unlabelled images {found['num_pseudo_labels']:,} got a "
             f"pseudo-label ({found['method']}): {found['verdict']}. Test accuracy "
@@ -127,30 +130,30 @@ def notes_of(head: TrainedHead) -> list[str]:
             f"{found['accuracy_with']['value']:.3f} with: {found['gain']['value']:+.3f} "
             f"({found['gain']['low']:+.3f} to {found['gain']['high']:+.3f})."
         )
-    unseen = len(head.targets.classes) - len(head.model.classes)
+    unseen = len(head.images.classes) - len(head.model.classes)
     if unseen:
         notes.append(f"{unseen} classes have no training image, and are never predicted.")
     return notes
 
 
 def _split_note(head: TrainedHead) -> str:
-    folds = head.split.folds
+    folds = head.images.split.folds
     if len(folds) > 1:
         return (
-            f"Tested by {len(folds)}-fold cross-validation on all {len(head.ids):,} labelled "
-            f"images; the model is trained on all of them."
+            f"Tested by {len(folds)}-fold cross-validation on all {len(head.images.ids):,} "
+            f"labelled images; the model is trained on all of them."
         )
     train, test = folds[0]
-    held = len(head.split.validation)
+    held = len(head.images.split.validation)
     chosen = (
         f"{held:,} of them to choose settings and to calibrate"
         if held
         else "settings chosen and calibrated by cross-validation among them"
     )
-    kind = "the official split" if head.split.is_official else "a random split"
+    kind = "the official split" if head.images.split.is_official else "a random split"
     return (
         f"Trained on {len(train):,} images ({chosen}), tested on {len(test):,}, by {kind} "
-        f"({head.split.name})."
+        f"({head.images.split.name})."
     )
 
 
@@ -160,28 +163,29 @@ def _mistakes(head: TrainedHead) -> list[Mistake]:
         return []
     confidence = np.where(test.is_right, -1.0, test.calibrated.max(axis=1))
     worst = np.argsort(-confidence, kind="stable")[: min(_NUM_MISTAKES, (confidence > 0).sum())]
-    ids = head.ids[head.test_rows]
+    ids = head.images.ids[head.images.split.tested_on]
     return [
         Mistake(
-            image_id=ids[place],
-            label=str(test.classes[test.codes[place]]),
-            predicted=str(test.classes[test.predicted[place]]),
-            probability=float(confidence[place]),
+            image_id=ids[i],
+            label=str(test.classes[test.codes[i]]),
+            predicted=str(test.classes[test.predicted[i]]),
+            probability=float(confidence[i]),
         )
-        for place in worst
+        for i in worst
     ]
 
 
 def _map(head: TrainedHead) -> list[MapPoint]:
-    num_points = min(_NUM_MAP_POINTS, len(head.test_rows))
-    random = np.random.default_rng(head.task.seed)
-    places = np.sort(random.choice(len(head.test_rows), num_points, replace=False))
-    rows = head.test_rows[places]
-    coordinates = map_coordinates(head.features_of(rows), head.task.seed)
-    labels = head.targets.texts()[rows]
-    predicted = head.test.predicted_texts[places]
+    tested_on = head.images.split.tested_on
+    num_points = min(_NUM_MAP_POINTS, len(tested_on))
+    random = np.random.default_rng(head.options.seed)
+    indices = np.sort(random.choice(len(tested_on), num_points, replace=False))
+    rows = tested_on[indices]
+    coordinates = map_coordinates(head.features_of(rows), head.options.seed)
+    labels = head.images.texts()[rows]
+    predicted = head.test.predicted_texts[indices]
     return [
-        MapPoint(head.ids[row], str(label), str(guess), float(x), float(y))
+        MapPoint(head.images.ids[row], str(label), str(guess), float(x), float(y))
         for row, label, guess, (x, y) in zip(rows, labels, predicted, coordinates, strict=True)
     ]
 
@@ -208,8 +212,8 @@ def _tables(head: TrainedHead) -> dict[str, list[dict[str, str]]]:
             }
             for epoch in head.tuning["epochs"]
         ]
-    if head.helped is not None:
-        training = head.helped.training
+    if head.semi_supervised is not None:
+        training = head.semi_supervised.training
         tables["What unlabelled images did"] = [
             {
                 "round": str(number),
@@ -253,10 +257,11 @@ def _provenance(head: TrainedHead) -> dict[str, str]:
     }
 
 
-def _thumbnails(source: str | None) -> Callable[[str, int], bytes | None]:
+def _thumbnails(source: str | Listing | None) -> Callable[[str, int], bytes | None]:
     """Pictures of images by id; None for all where the source is no longer there."""
     try:
-        paths = list_images(source).paths() if source else {}
+        listing = list_images(source) if source and isinstance(source, str) else source
+        paths = listing.paths() if isinstance(listing, Listing) else {}
     except EmbedderError as error:
         logger.warning("The report has no pictures: %s. Name the images with --source", error)
         paths = {}

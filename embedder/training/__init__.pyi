@@ -1,5 +1,5 @@
 from .cross_validation import evaluate_model as evaluate_model, refit as refit
-from .fitting import Fitted as Fitted, Task as Task, features_of as features_of
+from .fitting import Fitted as Fitted, HeadSpec as HeadSpec
 from .out_of_core import read_logits as read_logits
 from .self_training import PseudoLabels as PseudoLabels
 from .semi_supervised import (
@@ -9,9 +9,9 @@ from .semi_supervised import (
     fit_semi_supervised as fit_semi_supervised,
     read_unlabelled as read_unlabelled,
 )
+from .timing import Stopwatch as Stopwatch
 from .train import train as train
 from .trained_head import (
-    Stopwatch as Stopwatch,
     TrainedHead as TrainedHead,
     TrainOptions as TrainOptions,
     check_model_folder as check_model_folder,

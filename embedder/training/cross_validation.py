@@ -12,10 +12,10 @@ from embedder.datasets import (
     CROSS_VALIDATED,
     TRAIN,
     VALIDATION,
-    Split,
-    Targets,
+    Indices,
+    TrainingSet,
     read_labels,
-    read_targets,
+    read_training_set,
 )
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
@@ -25,61 +25,65 @@ from embedder.heads import (
     PSEUDO_LABELS_SCHEMA,
     Model,
     columns_of,
-    make_estimator,
     read_table,
     recorded,
 )
 from embedder.store import Store
-from embedder.training.fitting import Fitted, Task, fit, fit_head, known_classes
+from embedder.training.fitting import Fitted, HeadSpec, fit, fit_head
 from embedder.training.out_of_core import read_logits
 
 
 def judge(
-    task: Task, targets: Targets, split: Split, model: Model, fitted: Fitted | None
-) -> tuple[NDArray[np.int64], Evaluation]:
-    """Test rows and their predictions.
+    spec: HeadSpec, images: TrainingSet, model: Model, fitted: Fitted | None = None
+) -> Evaluation:
+    """Predictions of the images that are tested on, as `Split.tested_on` has them.
 
     With one round and no `fitted`, by the model itself. With several, or on another split than
     the model's, a head is fitted for each round: with its own choice of settings, or with those
     of `fitted`.
+
+    Args:
+        spec: What kind of head the model's is.
+        images: With a split, and their features in memory.
+        model: Trained.
+        fitted: Its head, where settings are not to be chosen anew.
     """
-    evaluations, tested = [], []
-    for train_rows, test_rows in split.folds:
+    evaluations = []
+    for train, test in images.split.folds:
         if fitted is not None:
-            judged = refit(task, model, targets, train_rows)
-        elif len(split.folds) == 1:
+            judged = refit(spec, images, model, train)
+        elif len(images.split.folds) == 1:
             judged = model
         else:
-            own = fit_head(task, train_rows, np.zeros(0, np.int64))
+            own = fit_head(spec, images, train, np.zeros(0, np.int64))
             judged = replace(
                 model,
                 estimator=own.estimator,
                 temperature=own.temperature,
                 thresholds=own.thresholds,
-                classes=targets.classes[own.known],
+                classes=images.classes[own.known],
             )
-        tested.append(test_rows)
-        evaluations.append(Evaluation.of(judged, task.plain[test_rows], targets, test_rows))
-    return np.concatenate(tested), Evaluation.pooled(evaluations)
+        evaluations.append(Evaluation.of(judged, images.unaugmented[test], images, test))
+    return Evaluation.pooled(evaluations)
 
 
-def refit(task: Task, model: Model, targets: Targets, rows: NDArray[np.int64]) -> Model:
-    """The model with its settings, trained on other rows.
+def refit(spec: HeadSpec, images: TrainingSet, model: Model, indices: Indices) -> Model:
+    """The model with its settings, trained on other images.
 
     Raises:
         ModelError: It has settings that its kind of head does not know.
     """
     try:
-        estimator = make_estimator(
-            task.head, model.settings, task.class_weight, task.seed, task.is_multilabel
-        )
+        estimator = spec.estimator(model.settings, images.is_multilabel)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"A model must have a kind of head and settings that there are. Received: {task.head} "
+            f"A model must have a kind of head and settings that there are. Received: {spec.kind} "
             f"with {model.settings}: {error}"
         ) from error
-    estimator = fit(task, estimator, rows)
-    return replace(model, estimator=estimator, classes=targets.classes[known_classes(task, rows)])
+    estimator = fit(spec, estimator, images, indices)
+    return replace(
+        model, estimator=estimator, classes=images.classes[images.known_classes(indices)]
+    )
 
 
 def metrics_of(test: Evaluation, coarse_of: NDArray[np.int64] | None) -> dict[str, Any]:
@@ -98,28 +102,31 @@ def metrics_of(test: Evaluation, coarse_of: NDArray[np.int64] | None) -> dict[st
     }
 
 
-def coarse_classes(
-    store: Store, coarse: str, targets: Targets, ids: NDArray[np.object_]
-) -> NDArray[np.int64]:
+def coarse_classes(store: Store, coarse: str, images: TrainingSet) -> NDArray[np.int64]:
     """The coarse class of each class, as a number.
+
+    Args:
+        store: Where the images are of.
+        coarse: Labels of the coarser level, as in `datasets.read_training_set`.
+        images: Their classes.
 
     Raises:
         RecipeError: Images of one class are of several coarse classes, or of none.
     """
-    if targets.is_multilabel:
+    if images.is_multilabel:
         raise RecipeError("Coarse labels need images of one label each")
-    by_id = read_labels(store, coarse)
+    by_id = read_labels(store, coarse, images.ids, images.rows)
     names: dict[int, str] = {}
-    for image_id, code in zip(ids, targets.codes, strict=True):
+    for image_id, code in zip(images.ids, images.codes, strict=True):
         name = by_id.get(image_id)
         if name is None or names.setdefault(int(code), name) != name:
             raise RecipeError(
                 f"Every image of a class must be of the same coarse class. Received: {image_id} of "
-                f"the class {targets.classes[code]}, which is of {name}"
+                f"the class {images.classes[code]}, which is of {name}"
                 + (f", others of {names[int(code)]}" if name is not None else "")
             )
     # A class that no image has is of a coarse class of its own: nothing tells of another.
-    own = [names.get(c, f"\0{c}") for c in range(len(targets.classes))]
+    own = [names.get(c, f"\0{c}") for c in range(len(images.classes))]
     return np.unique(own, return_inverse=True)[1]
 
 
@@ -151,7 +158,7 @@ def evaluate_model(
     Args:
         model_path: Folder of the model.
         store: Features of the model's recipe.
-        labels: As in `datasets.read_targets`.
+        labels: As in `datasets.read_training_set`.
         coarse: Labels of a coarser level, spelled alike.
         include_trained: Whether images it was trained on count too.
 
@@ -163,39 +170,37 @@ def evaluate_model(
     model = Model.load(model_path)
     model.check_recipe(store.recipe, f"the store {store.path}")
     separator = recorded(model.record, "options", "separator")
-    targets = read_targets(store, labels, separator, model.classes)
-    which, notes = np.arange(len(targets.rows)), []
-    if targets.num_unlabelled:
-        notes.append(f"{targets.num_unlabelled:,} rows have no label.")
+    images = read_training_set(store, labels, separator, model.classes)
+    indices, notes = np.arange(len(images.ids)), []
+    if images.num_unlabelled:
+        notes.append(f"{images.num_unlabelled:,} rows have no label.")
     if not include_trained:
         num_trained_on = model.record.get("provenance", {}).get("num_trained_on", 0)
         trained = _trained_on(Path(model_path), num_trained_on)
-        checksums = store.sha256()[targets.rows]
-        which = np.array([row for row in which if checksums[row] not in trained], np.int64)
-        if left_out := len(targets.rows) - len(which):
+        indices = np.array([i for i in indices if images.sha256[i] not in trained], np.int64)
+        if left_out := len(images.ids) - len(indices):
             notes.append(f"{left_out:,} images were trained on, and are left out.")
-    if not len(which):
+    if not len(indices):
         raise RecipeError(
             f"There must be labelled images that the model was not trained on. Received: "
-            f"{store.path}, of which all {len(targets.rows):,} labelled images were; "
+            f"{store.path}, of which all {len(images.ids):,} labelled images were; "
             f"--include-trained tests on them all the same"
         )
-    if unknown := sorted(set(targets.classes) - set(model.classes)):
+    if unknown := sorted(set(images.classes) - set(model.classes)):
         names = ", ".join(unknown[:5])
         notes.append(f"The model does not know {len(unknown)} of the classes, such as {names}.")
-    ids = store.ids()[targets.rows]
-    coarse_of = None if coarse is None else coarse_classes(store, coarse, targets, ids)
-    logits = read_logits(model.estimator, store, model.column, targets.rows[which])
-    test = Evaluation.of_logits(model, logits, targets, which)
+    coarse_of = None if coarse is None else coarse_classes(store, coarse, images)
+    logits = read_logits(model.estimator, store, model.column, images.rows[indices])
+    test = Evaluation.of_logits(model, logits, images, indices)
     return EvaluationResult(metrics_of(test, coarse_of), notes)
 
 
 def _trained_on(model_path: Path, num_trained_on: int) -> set[str]:
-    """Checksums of the images that a model has learnt from, with a label or a pseudo-label.
+    """Checksums of the images that a model has learned from, with a label or a pseudo-label.
 
     Args:
         model_path: Folder of the model.
-        num_trained_on: Images with a label that its record says it has learnt from.
+        num_trained_on: Images with a label that its record says it has learned from.
 
     Raises:
         ModelError: The model does not tell.

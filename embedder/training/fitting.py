@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import clone
 
-from embedder.datasets import Folds, Targets, grouped_folds
+from embedder.datasets import Folds, Indices, TrainingSet, grouped_folds
 from embedder.errors import RecipeError
 from embedder.evaluation import expand_logits
 from embedder.heads import (
@@ -21,52 +20,27 @@ from embedder.heads import (
     logits_of,
     make_estimator,
 )
-from embedder.store import Store
 
 _NUM_FOLDS = 3  # to choose settings by; more take longer and choose the same
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is to be learned.
+class HeadSpec:
+    """What kind of head is fitted, but for the settings that are chosen.
 
     Attributes:
-        head: Kind, as in `heads.HEADS`.
-        features: float32 (n, dim), or (n, n_views, dim) with augmented views, of which the first
-            is the plain one: heads are trained on all, and chosen and calibrated on the plain one.
-        codes: (n,) or (n, n_classes), as in `datasets.Targets`.
-        groups: int (n,), which rows are near-duplicates of each other.
-        classes: (n_classes,) str, sorted; rows may lack some.
+        kind: As in `heads.HEADS`.
         class_weight: None or `balanced`.
         seed: Of all that is random.
     """
 
-    head: str
-    features: NDArray[np.float32]
-    codes: NDArray[np.integer]
-    groups: NDArray[np.integer]
-    classes: NDArray[np.str_]
+    kind: str
     class_weight: str | None = None
     seed: int = 0
 
-    @property
-    def is_multilabel(self) -> bool:
-        """Whether a row can have several labels."""
-        return self.codes.ndim == 2
-
-    @property
-    def plain(self) -> NDArray[np.float32]:
-        """(n, dim), the features of the pictures as they are."""
-        return self.features if self.features.ndim == 2 else self.features[:, 0]
-
-
-def features_of(store: Store, targets: Targets, column: str) -> NDArray[np.float32]:
-    """`Task.features` of the labelled rows of a store."""
-    features = store.vectors(column, view=None)
-    num_views = store.recipe.views
-    if num_views > 1:
-        features = features.reshape(-1, num_views, features.shape[1])
-    return np.ascontiguousarray(features[targets.rows], dtype=np.float32)
+    def estimator(self, settings: Settings, is_multilabel: bool = False) -> Any:
+        """An unfitted estimator of features."""
+        return make_estimator(self.kind, settings, self.class_weight, self.seed, is_multilabel)
 
 
 @dataclass(frozen=True)
@@ -91,107 +65,97 @@ class Fitted:
     trials: list[dict[str, Any]]
 
 
-def fit_head(task: Task, rows: NDArray[np.int64], validation: NDArray[np.int64]) -> Fitted:
+def fit_head(spec: HeadSpec, images: TrainingSet, indices: Indices, validation: Indices) -> Fitted:
     """Choose a head's settings, fit it, and calibrate it.
 
-    Settings and temperature come from held-out rows: the validation rows, where there are some,
-    else folds of the training rows that no group of near-duplicates straddles. The head is then
-    fitted on all rows, held-out ones included.
+    Settings and temperature come from held-out images: the validation images, where there are some,
+    else folds of the training images that no group of near-duplicates straddles. The head is then
+    fitted on all training images, held-out ones included.
 
     Args:
-        task: What is to be learned.
-        rows: Places of the rows to train on, validation included.
-        validation: Those among `rows` that settings are chosen by; may be empty.
+        spec: What kind of head.
+        images: What is to be learned; their split is not looked at.
+        indices: Of the images to train on, validation included.
+        validation: Those among `indices` that settings are chosen by; may be empty.
 
     Raises:
-        RecipeError: The head cannot do what is asked, or there are too few rows.
+        RecipeError: The head cannot do what is asked, or there are too few images.
     """
-    kind = find_head(task.head, task.class_weight, task.is_multilabel)
-    folds = _selection_folds(task, rows, validation)
+    kind = find_head(spec.kind, spec.class_weight, images.is_multilabel)
+    folds = _selection_folds(spec, images, indices, validation)
     held = np.concatenate([test for _, test in folds])
     trials: list[dict[str, Any]] = []
     tried: list[Calibration] = []
     refusal = None
     for settings in kind.grid:
-        estimator = _make(task, settings)
         try:
-            logits = np.concatenate([_held_out_logits(task, estimator, *fold) for fold in folds])
+            logits = [_held_out_logits(spec, settings, images, *fold) for fold in folds]
         except RecipeError as error:  # such as more neighbours than images
             refusal = error
             continue
-        tried.append(calibrate(logits, task.codes[held]))
+        tried.append(calibrate(np.concatenate(logits), images.codes[held]))
         trials.append({"settings": settings, **tried[-1].scores})
     if refusal is not None and not trials:
         raise refusal
     best = int(np.argmin([trial["log_loss"] for trial in trials]))
     settings, calibration = trials[best]["settings"], tried[best]
-    fitted = fit(task, _make(task, settings), rows)
     return Fitted(
-        fitted,
+        fit(spec, spec.estimator(settings, images.is_multilabel), images, indices),
         settings,
-        known_classes(task, rows),
+        images.known_classes(indices),
         calibration.temperature,
         calibration.thresholds,
         trials,
     )
 
 
-def known_classes(task: Task, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The classes that a head can learn from these rows."""
-    if task.is_multilabel:
-        return np.arange(len(task.classes))
-    return np.unique(task.codes[rows]).astype(np.int64)
+def fit(spec: HeadSpec, estimator: Any, images: TrainingSet, indices: Indices) -> Any:
+    """Fit an estimator on some images, each of their views being a row of its own.
 
-
-def _make(task: Task, settings: Settings) -> Any:
-    return make_estimator(task.head, settings, task.class_weight, task.seed, task.is_multilabel)
-
-
-def fit(task: Task, estimator: Any, rows: NDArray[np.int64]) -> Any:
-    """Fit an estimator on rows, each of their views being a row of its own.
-
-    A Keras head takes one random view an epoch. Classes are learnt by name, or with several labels
-    an image, as their indicators.
+    A Keras head takes one random view an epoch. Classes are learned by name, or multi-label, as
+    their indicators.
 
     Raises:
         RecipeError: The images are too few, or of too few classes.
     """
-    features, codes = task.features[rows], task.codes[rows]
-    if not task.is_multilabel:
-        codes = task.classes[codes]
-    if features.ndim == 3 and not isinstance(estimator, KerasHead):
-        num_views = features.shape[1]
+    features, codes = images.in_memory[indices], images.codes[indices]
+    if not images.is_multilabel:
+        codes = images.classes[codes]
+    if not isinstance(estimator, KerasHead):
+        codes = np.repeat(codes, features.shape[1], axis=0)
         features = features.reshape(-1, features.shape[-1])
-        codes = np.repeat(codes, num_views, axis=0)
-    with explain_fit_errors(task, len(rows)):
-        if not task.is_multilabel and len(np.unique(codes)) < 2:
+    with explain_fit_errors(spec.kind, len(indices)):
+        if not images.is_multilabel and len(np.unique(codes)) < 2:
             raise ValueError("all of one class")  # which not every head would say
         return estimator.fit(features, codes)
 
 
 @contextmanager
-def explain_fit_errors(task: Task, num_rows: int) -> Iterator[None]:
-    """Say what could not be learnt from, where scikit-learn only says that it could not."""
+def explain_fit_errors(head: str, num_images: int) -> Iterator[None]:
+    """Say what could not be learned from, where scikit-learn only says that it could not."""
     try:
         yield
     except ValueError as error:
         raise RecipeError(
-            f"The head {task.head} cannot be trained on so few images, or classes. "
-            f"Received: {num_rows:,} images: {error}"
+            f"The head {head} cannot be trained on so few images, or classes. "
+            f"Received: {num_images:,} images: {error}"
         ) from error
 
 
-def _selection_folds(task: Task, rows: NDArray[np.int64], validation: NDArray[np.int64]) -> Folds:
+def _selection_folds(
+    spec: HeadSpec, images: TrainingSet, indices: Indices, validation: Indices
+) -> Folds:
     if len(validation):
-        return [(np.setdiff1d(rows, validation), validation)]
-    folds = grouped_folds(task.codes[rows], task.groups[rows], _NUM_FOLDS, task.seed)
-    return [(rows[train], rows[test]) for train, test in folds]
+        return [(np.setdiff1d(indices, validation), validation)]
+    codes, groups = images.codes[indices], images.groups[indices]
+    folds = grouped_folds(codes, groups, _NUM_FOLDS, spec.seed)
+    return [(indices[train], indices[test]) for train, test in folds]
 
 
 def _held_out_logits(
-    task: Task, estimator: Any, train: NDArray[np.int64], test: NDArray[np.int64]
+    spec: HeadSpec, settings: Settings, images: TrainingSet, train: Indices, test: Indices
 ) -> NDArray[np.float32]:
-    fitted = fit(task, clone(estimator), train)
-    with explain_fit_errors(task, len(train)):
-        logits = logits_of(fitted, task.plain[test])
-    return expand_logits(logits, known_classes(task, train), len(task.classes))
+    fitted = fit(spec, spec.estimator(settings, images.is_multilabel), images, train)
+    with explain_fit_errors(spec.kind, len(train)):
+        logits = logits_of(fitted, images.unaugmented[test])
+    return expand_logits(logits, images.known_classes(train), len(images.classes))

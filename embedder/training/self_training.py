@@ -96,7 +96,7 @@ class PseudoLabels:
     """Labels that unlabelled rows got.
 
     Attributes:
-        rows: int64 (n,), places among the unlabelled rows.
+        rows: int64 (n,), indices of the unlabelled rows.
         labels: str (n,).
         confidence: float64 (n,), the probability of the label when the round began.
         rounds: int64 (n,), since which round the row has had this label without a break.
@@ -358,9 +358,9 @@ def _spread(task: _Task) -> NDArray[np.float64]:
     rows = np.concatenate([task.features, task.unlabelled])
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SMALLEST)
     num = min(_NUM_NEIGHBOURS, len(rows) - 1)
-    distances, places = NearestNeighbors(n_neighbors=num).fit(rows).kneighbors()
+    distances, indices = NearestNeighbors(n_neighbors=num).fit(rows).kneighbors()
     cosine = np.clip(1 - distances.ravel() ** 2 / 2, 0, 1)
-    ends = np.repeat(np.arange(len(rows)), num), places.ravel()
+    ends = np.repeat(np.arange(len(rows)), num), indices.ravel()
     edges = csr_matrix((cosine**_POWER, ends), shape=(len(rows), len(rows)))
     graph = edges.maximum(edges.T)
     codes = np.full(len(rows), -1)

@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from sklearn.utils.validation import has_fit_parameter
 
-from embedder.datasets import grouped_folds
+from embedder.datasets import Indices, TrainingSet, grouped_folds
 from embedder.errors import RecipeError
 from embedder.evaluation import expand_logits
 from embedder.heads import (
@@ -16,11 +16,10 @@ from embedder.heads import (
     Model,
     fit_temperature,
     logits_of,
-    make_estimator,
     probabilities_of,
 )
 from embedder.store import Store
-from embedder.training.fitting import Fitted, Task
+from embedder.training.fitting import Fitted, HeadSpec
 from embedder.training.self_training import Classifier, SelfTraining, SelfTrainOptions, self_train
 
 _NUM_FOLDS = 3  # of the labelled rows, to calibrate the head that pseudo-labels were added to
@@ -33,7 +32,7 @@ class Unlabelled:
     Attributes:
         ids: (n,) str.
         sha256: (n,) str, of their bytes.
-        features: float32 (n, dim), of the pictures as they are.
+        features: float32 (n, dim), of the images as they are.
     """
 
     ids: NDArray[np.object_]
@@ -43,7 +42,7 @@ class Unlabelled:
 
 @dataclass(frozen=True)
 class SemiSupervisedFit:
-    """A head that learnt from unlabelled images too, or did not, if that would have hurt.
+    """A head that learned from unlabelled images too, or did not, if that would have hurt.
 
     Attributes:
         fitted: The head.
@@ -111,38 +110,46 @@ def read_unlabelled(path: str, model: Model, labelled: set[str]) -> Unlabelled:
 
 
 def fit_semi_supervised(
-    task: Task, rows: NDArray[np.int64], fitted: Fitted, images: Unlabelled, method: str
+    spec: HeadSpec,
+    images: TrainingSet,
+    indices: Indices,
+    fitted: Fitted,
+    unlabelled: Unlabelled,
+    method: str,
 ) -> SemiSupervisedFit:
     """Add pseudo-labels of unlabelled images to a head, as far as they help.
 
-    Whether they help is judged by labelled rows that the judged heads have not seen, each fifth
+    Whether they help is judged by labelled images that the judged heads have not seen, each fifth
     in turn; see `training.self_train`.
 
     Args:
-        task: What is learned.
-        rows: Places of the labelled rows to train on.
+        spec: What kind of head.
+        images: With labels, their features in memory.
+        indices: Of those to train on.
         fitted: The head on these alone.
-        images: Without labels.
+        unlabelled: Without labels.
         method: `self-training` or `label-spreading`.
 
     Raises:
         RecipeError: The method is unknown, or no class has two labels.
     """
-    plain, labels = task.plain[rows], task.classes[task.codes[rows]]
-    options = SelfTrainOptions(method=method, seed=task.seed)  # type: ignore[arg-type]
+    features, labels = images.unaugmented[indices], images.classes[images.codes[indices]]
+    options = SelfTrainOptions(method=method, seed=spec.seed)  # type: ignore[arg-type]
 
     def fit(features: Any, names: Any, weights: Any) -> Classifier:
-        return _fit(task, fitted, features, names, weights)
+        return _fit(spec, fitted, features, names, weights)
 
-    training = self_train(fit, plain, labels, images.features, options=options)
+    training = self_train(fit, features, labels, unlabelled.features, options=options)
     if training.kept_round > 0:
         classifier = cast(_Calibrated, training.classifier)
+        pseudo = training.pseudo_labels
+        extra = unlabelled.features[pseudo.rows]
         fitted = replace(
             fitted,
             estimator=classifier.estimator,
-            temperature=_temperature(task, rows, fitted, training, images),
+            temperature=_temperature(spec, images, indices, fitted, extra, pseudo.labels),
         )
-    return SemiSupervisedFit(fitted, training, images)
+    return SemiSupervisedFit(fitted, training, unlabelled)
 
 
 @dataclass(frozen=True)
@@ -160,26 +167,30 @@ class _Calibrated:
         return probabilities_of(logits_of(self.estimator, features), self.temperature, False)
 
 
-def _fit(task: Task, fitted: Fitted, features: Any, names: Any, weights: Any) -> _Calibrated:
-    pipeline = make_estimator(task.head, fitted.settings, task.class_weight, task.seed, False)
+def _fit(spec: HeadSpec, fitted: Fitted, features: Any, names: Any, weights: Any) -> _Calibrated:
+    pipeline = spec.estimator(fitted.settings)
     last, _ = pipeline.steps[-1]
     pipeline.fit(features, names, **{f"{last}__sample_weight": weights})
     return _Calibrated(pipeline, fitted.temperature)
 
 
 def _temperature(
-    task: Task, rows: NDArray[np.int64], fitted: Fitted, training: SelfTraining, images: Unlabelled
+    spec: HeadSpec,
+    images: TrainingSet,
+    indices: Indices,
+    fitted: Fitted,
+    extra: NDArray[np.float32],
+    pseudo_labels: NDArray[np.str_],
 ) -> float:
-    """The temperature of a head with the pseudo-labels, from labelled rows it has not seen."""
-    pseudo = training.pseudo_labels
-    extra = images.features[pseudo.rows]
-    logits, codes = [], []
-    for train, test in grouped_folds(task.codes[rows], task.groups[rows], _NUM_FOLDS, task.seed):
-        features = np.concatenate([task.plain[rows[train]], extra])
-        names = np.concatenate([task.classes[task.codes[rows[train]]], pseudo.labels])
-        classifier = _fit(task, fitted, features, names, None)
-        known = np.searchsorted(task.classes, classifier.classes_)
-        held = logits_of(classifier.estimator, task.plain[rows[test]])
-        logits.append(expand_logits(held, known, len(task.classes)))
-        codes.append(task.codes[rows[test]])
-    return fit_temperature(np.concatenate(logits), np.concatenate(codes))
+    """The temperature of a head with the pseudo-labels, from labelled images it has not seen."""
+    logits, codes, groups = [], images.codes[indices], images.groups[indices]
+    folds = grouped_folds(codes, groups, _NUM_FOLDS, spec.seed)
+    for train, test in folds:
+        features = np.concatenate([images.unaugmented[indices[train]], extra])
+        names = np.concatenate([images.classes[codes[train]], pseudo_labels])
+        classifier = _fit(spec, fitted, features, names, None)
+        known = np.searchsorted(images.classes, classifier.classes_)
+        held = logits_of(classifier.estimator, images.unaugmented[indices[test]])
+        logits.append(expand_logits(held, known, len(images.classes)))
+    held_codes = codes[np.concatenate([test for _, test in folds])]
+    return fit_temperature(np.concatenate(logits), held_codes)

@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedder.datasets import (
-    CROSS_VALIDATED,
-    TEST,
-    TRAIN,
-    UNUSED,
-    VALIDATION,
-    Split,
-    Targets,
-    make_split,
-)
+from embedder.datasets import TrainingSet, make_split
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation, Scores, paired_difference
 from embedder.files import is_temporary, local_path, whole_folder
@@ -41,7 +30,7 @@ from embedder.heads import (
 from embedder.neighbours import DEFAULT_THRESHOLD
 from embedder.store import Store
 from embedder.training.cross_validation import judge, metrics_of, refit
-from embedder.training.fitting import Fitted, Task, explain_fit_errors
+from embedder.training.fitting import Fitted, HeadSpec, explain_fit_errors
 from embedder.training.out_of_core import read_features
 from embedder.training.semi_supervised import SemiSupervisedFit
 
@@ -96,44 +85,23 @@ class TrainOptions:
             )
 
 
-class Stopwatch:
-    """Times the steps of a training.
-
-    Attributes:
-        seconds: Of each step, by its name.
-    """
-
-    def __init__(self) -> None:
-        """Start."""
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """End a step, and begin the next."""
-        now = time.perf_counter()
-        self.seconds[name], self._last = round(now - self._last, 3), now
-
-
 @dataclass(frozen=True)
 class TrainedHead:
     """A trained model, with what it was trained and tested on.
 
     Attributes:
-        model: Trained on all rows that were not tested on; with `kfold:K`, on all rows.
+        model: Trained on all images that were not tested on; with `kfold:K`, on all.
         store: The features.
         options: How.
-        targets: Labels of the labelled rows, of which there are n.
-        ids: (n,) str, their images.
-        task: What was learned: their features, codes and groups; of a store that was streamed,
-            features (0, dim), as they were never all in memory.
-        split: Which were trained on.
+        images: What it was trained and tested on.
         fitted: The model's estimator, and how its settings were chosen.
-        test_rows: Places of those tested on.
-        test: What was predicted for them.
+        test: What was predicted for the images tested on.
+        is_out_of_core: Whether it was trained a few shards at a time, its features never all in
+            memory.
         coarse_of: (n_classes,) the coarse class of each class, as a number, if `coarse` is given.
         seconds: What took how long.
-        helped: What unlabelled images did, if there were any.
-        unhelped: What the head without them predicts for the test rows.
+        semi_supervised: What unlabelled images did, if there were any.
+        supervised_test: What the head without them predicts for the images tested on.
         pseudo_labels: Of images without labels that it learned from, as in `SemiSupervisedFit`.
         tuning: How its backbone was fine-tuned, as in `metrics.json`; None of a frozen one.
     """
@@ -141,17 +109,14 @@ class TrainedHead:
     model: Model
     store: Store
     options: TrainOptions
-    targets: Targets
-    ids: NDArray[np.object_]
-    task: Task
-    split: Split
+    images: TrainingSet
     fitted: Fitted
-    test_rows: NDArray[np.int64]
     test: Evaluation
+    is_out_of_core: bool = False
     coarse_of: NDArray[np.int64] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    helped: SemiSupervisedFit | None = None
-    unhelped: Evaluation | None = None
+    semi_supervised: SemiSupervisedFit | None = None
+    supervised_test: Evaluation | None = None
     pseudo_labels: pa.Table | None = None
     tuning: dict[str, Any] | None = None
 
@@ -159,6 +124,16 @@ class TrainedHead:
     def estimator(self) -> Any:
         """The fitted scikit-learn estimator."""
         return self.model.estimator
+
+    @property
+    def spec(self) -> HeadSpec:
+        """What kind of head it is."""
+        return HeadSpec(self.model.head, self.options.class_weight, self.options.seed)
+
+    @property
+    def can_refit(self) -> bool:
+        """Whether heads of its kind can be trained on other images: their features are at hand."""
+        return self.images.features is not None
 
     def evaluate(self) -> Scores:
         """Metrics on the images that were not trained on, with 95 % intervals.
@@ -168,31 +143,16 @@ class TrainedHead:
         """
         return self.test.scores
 
-    @property
-    def is_streamed(self) -> bool:
-        """Whether features were read in parts, and `task` has none."""
-        return len(self.task.features) == 0
+    def features_of(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Features (m, dim) of a few images, their indices rising, as they are."""
+        if self.images.features is None:
+            return read_features(self.store, self.model.column, self.images.rows[indices])
+        return self.images.unaugmented[indices]
 
-    def features_of(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Features (m, dim) of a few labelled rows, rising, of the pictures as they are."""
-        if self.is_streamed:
-            return read_features(self.store, self.model.column, self.targets.rows[rows])
-        return self.task.plain[rows]
-
-    @property
-    def parts(self) -> NDArray[np.str_]:
-        """(n,) what each labelled row was for; see `splits`."""
-        parts = np.full(len(self.ids), UNUSED, dtype="<U15")
-        if len(self.split.folds) > 1:
-            parts[:] = CROSS_VALIDATED
-            return parts
-        train, test = self.split.folds[0]
-        parts[train], parts[self.split.validation], parts[test] = TRAIN, VALIDATION, TEST
-        return parts
-
-    @cached_property
     def leak(self) -> dict[str, Any]:
-        """What near-duplicates across the split would do, or do, to the accuracy.
+        """Find out what near-duplicates across the split would do, or do, to the accuracy.
+
+        Heads are trained for it, where the features are in memory.
 
         Returns:
             `num_groups` of two or more near-duplicates, the `num_images` in them, and the size of
@@ -201,7 +161,8 @@ class TrainedHead:
             `num_straddling`, test images with a near-duplicate among the training images, and
             `without_them`, the accuracy on the others. Accuracies are as in `evaluation.scores`.
         """
-        _, group, counts = np.unique(self.task.groups, return_inverse=True, return_counts=True)
+        images, split = self.images, self.images.split
+        _, group, counts = np.unique(images.groups, return_inverse=True, return_counts=True)
         is_grouped = counts[group] > 1
         found: dict[str, Any] = {
             "num_groups": int((counts > 1).sum()),
@@ -210,47 +171,42 @@ class TrainedHead:
         }
         if not is_grouped.any():
             return found
-        if self.split.is_official:
-            trained = np.unique(group[self.split.folds[0][0]])
-            straddles = np.isin(group[self.test_rows], trained)
+        if split.is_official:
+            trained = np.unique(group[split.folds[0][0]])
+            straddles = np.isin(group[split.tested_on], trained)
             found["num_straddling"] = int(straddles.sum())
             if 0 < straddles.sum() < len(straddles):
                 found["without_them"] = self.test.rows(~straddles).scores["accuracy"]
-            return found
-        if self.is_streamed:  # no head can be fitted on another split
-            return found
-        everyone = np.arange(len(group))
-        naive = make_split(
-            self.options.split, self.store, self.ids, self.task.codes, everyone, self.task.seed
-        )
-        _, evaluation = judge(self.task, self.targets, naive, self.model, self.fitted)
-        found["naive"] = evaluation.scores["accuracy"]
+        elif self.can_refit:
+            alone = replace(images, groups=np.arange(len(group)))
+            naive = make_split(self.options.split, self.store, alone, self.options.seed)
+            test = judge(self.spec, replace(images, split=naive), self.model, self.fitted)
+            found["naive"] = test.scores["accuracy"]
         return found
 
-    @cached_property
     def learning_curve(self) -> list[dict[str, float]]:
-        """Accuracy on the test rows against the number of training images of each class.
+        """Train heads for the accuracy against the number of training images of each class.
 
         Returns:
             `labels_per_class`, `accuracy`, `low`, `high` of heads with the settings chosen, each
             trained on so many images of each class, or on all that the class has. A head that
             cannot be trained on so few has no such point. None of several labels an image, of
-            `kfold:K`, and of a store that was streamed.
+            `kfold:K`, and where features are not in memory.
         """
-        if self.targets.is_multilabel or len(self.split.folds) > 1 or self.is_streamed:
+        images = self.images
+        if images.is_multilabel or len(images.split.folds) > 1 or not self.can_refit:
             return []
-        train = self.split.folds[0][0]
-        order = np.random.default_rng(self.task.seed).permutation(train)
-        codes = self.task.codes[order]
+        order = np.random.default_rng(self.options.seed).permutation(images.split.trained_on)
+        codes = images.codes[order]
         rank = np.zeros(len(order), np.int64)
         for code in np.unique(codes):
             rank[codes == code] = np.arange((codes == code).sum())
         largest = int(rank.max()) + 1
         curve = []
         for size in [*(size for size in _CURVE if size < largest), largest]:
-            rows = np.sort(order[rank < size])
+            indices = np.sort(order[rank < size])
             try:
-                evaluation = self._refitted(rows) if size < largest else self.test
+                evaluation = self._refitted(indices) if size < largest else self.test
             except RecipeError:  # so few images are not enough for this head
                 continue
             accuracy = evaluation.scores["accuracy"]
@@ -264,54 +220,57 @@ class TrainedHead:
             )
         return curve
 
-    def _refitted(self, rows: NDArray[np.int64]) -> Evaluation:
+    def _refitted(self, indices: NDArray[np.int64]) -> Evaluation:
         with warnings.catch_warnings():
             # scikit-learn takes one image a class for a regression.
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-            model = refit(self.task, self.model, self.targets, rows)
-        features = self.task.plain[self.test_rows]
-        with explain_fit_errors(self.task, len(rows)):  # such as more neighbours than images
-            return Evaluation.of(model, features, self.targets, self.test_rows)
+            model = refit(self.spec, self.images, self.model, indices)
+        tested_on = self.images.split.tested_on
+        with explain_fit_errors(self.spec.kind, len(indices)):  # more neighbours than images
+            return Evaluation.of(model, self.images.unaugmented[tested_on], self.images, tested_on)
 
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` holds."""
+        """What `metrics.json` holds; heads are trained for some of it."""
+        unlabelled = {}
+        if self.semi_supervised is not None:
+            unlabelled = {"unlabelled": self.semi_supervised_metrics()}
         return {
             **metrics_of(self.test, self.coarse_of),
-            "near_duplicates": self.leak,
+            "near_duplicates": self.leak(),
             "selection": self.fitted.trials,
-            **({} if self.helped is None else {"unlabelled": self.help()}),
+            **unlabelled,
             **({} if self.tuning is None else {"tuning": self.tuning}),
-            "learning_curve": self.learning_curve,
+            "learning_curve": self.learning_curve(),
             "seconds": self.seconds,
         }
 
-    def help(self) -> dict[str, Any]:
+    def semi_supervised_metrics(self) -> dict[str, Any]:
         """What unlabelled images did: rounds, the guard's verdict, and accuracy with and without.
 
         Raises:
             RecipeError: The head was trained without any.
         """
-        if self.helped is None or self.unhelped is None:
+        if self.semi_supervised is None or self.supervised_test is None:
             raise RecipeError("The head was trained without unlabelled images")
-        training = self.helped.training
+        training = self.semi_supervised.training
         return {
             "method": self.options.unlabelled_method,
-            "num_images": len(self.helped.images.ids),
+            "num_images": len(self.semi_supervised.images.ids),
             "threshold": min(training.threshold, 1.0),
             "num_pseudo_labels": len(training.pseudo_labels.rows),
             "rounds": [asdict(judged) for judged in training.rounds],
             "kept_round": training.kept_round,
             "is_rolled_back": training.is_rolled_back,
             "verdict": str(training),
-            "accuracy_without": self.unhelped.scores["accuracy"],
+            "accuracy_without": self.supervised_test.scores["accuracy"],
             "accuracy_with": self.test.scores["accuracy"],
-            "gain": paired_difference(self.test.is_right, self.unhelped.is_right),
+            "gain": paired_difference(self.test.is_right, self.supervised_test.is_right),
         }
 
     def save(
         self,
         folder: str | os.PathLike[str],
-        write_more: Callable[[Path], None] = lambda _: None,
+        write_more: Callable[[Path, dict[str, Any]], None] = lambda *_: None,
         backbone: Path | None = None,
     ) -> dict[str, Any]:
         """Write the model, its metrics, and what it predicted for each image it was tested on.
@@ -321,7 +280,8 @@ class TrainedHead:
 
         Args:
             folder: Where the model will be.
-            write_more: Called with the folder that is yet to take its place, such as for a report.
+            write_more: Called with the folder that is yet to take its place, and the metrics, such
+                as for a report.
             backbone: Weights that the model is to hold, as its recipe says; where they are in the
                 folder already, they stay.
 
@@ -346,7 +306,7 @@ class TrainedHead:
                 if self.pseudo_labels is not None:
                     pq.write_table(self.pseudo_labels, new / PSEUDO_LABELS_FILE)
                 (new / METRICS_FILE).write_text(json.dumps(metrics, indent=2))
-                write_more(new)
+                write_more(new, metrics)
         except OSError as error:
             raise ModelError(
                 f"The model {path} cannot be written: {error.strerror or error}"
@@ -361,18 +321,19 @@ class TrainedHead:
             cross-validated, or nothing), `group` of near-duplicates, and, of those tested on,
             `predicted` and its `probability`.
         """
-        predicted: list[str | None] = [None] * len(self.ids)
-        probability: list[float | None] = [None] * len(self.ids)
+        images, num_images = self.images, len(self.images.ids)
+        predicted: list[str | None] = [None] * num_images
+        probability: list[float | None] = [None] * num_images
         names, probabilities = self.test.predicted_texts, self.test.calibrated.max(axis=1)
-        for row, name, p in zip(self.test_rows, names, probabilities, strict=True):
-            predicted[row], probability[row] = str(name), float(p)
+        for i, name, p in zip(images.split.tested_on, names, probabilities, strict=True):
+            predicted[i], probability[i] = str(name), float(p)
         return pa.table(
             {
-                "image_id": pa.array(self.ids, pa.string()),
-                "sha256": self.store.sha256()[self.targets.rows],
-                "label": pa.array(self.targets.texts().tolist(), pa.string()),
-                "part": pa.array(self.parts.tolist(), pa.string()),
-                "group": pa.array(self.task.groups, pa.int64()),
+                "image_id": pa.array(images.ids, pa.string()),
+                "sha256": pa.array(images.sha256, pa.string()),
+                "label": pa.array(images.texts().tolist(), pa.string()),
+                "part": pa.array(images.parts.tolist(), pa.string()),
+                "group": pa.array(images.groups, pa.int64()),
                 "predicted": pa.array(predicted, pa.string()),
                 "probability": pa.array(probability, pa.float64()),
             }
@@ -385,7 +346,8 @@ def compare(ours: TrainedHead, theirs: TrainedHead) -> dict[str, float]:
     Raises:
         RecipeError: They were tested on other images.
     """
-    if ours.ids[ours.test_rows].tolist() != theirs.ids[theirs.test_rows].tolist():
+    tested = (head.images.ids[head.images.split.tested_on].tolist() for head in (ours, theirs))
+    if next(tested) != next(tested):
         raise RecipeError("Heads must be tested on the same images to be compared")
     return paired_difference(ours.test.is_right, theirs.test.is_right)
 

@@ -527,7 +527,7 @@ def test_images_that_gave_a_pseudo_label_count_as_trained_on(store: Store, tmp_p
     split = f"{tmp_path}/split.csv:part"
     options = TrainOptions(duplicates=None, split=split, unlabelled=str(new.path))
     head = train(store, "folder", "svm", options)
-    assert head.helped is not None and head.helped.training.kept_round > 0
+    assert head.semi_supervised is not None and head.semi_supervised.training.kept_round > 0
     head.save(tmp_path / "m")
     shown = done("evaluate", tmp_path / "m", new.path)
     assert "were trained on, and are left out" in shown

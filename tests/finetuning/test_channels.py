@@ -10,8 +10,8 @@ from scipy.special import expit, softmax
 
 from embedder.errors import RecipeError
 from embedder.finetuning.channels import CRITERIA, channel_masks
+from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
-from embedder.finetuning.trainer import Examples
 from embedder.libraries import import_keras
 
 HEIGHT, WIDTH = 6, 9

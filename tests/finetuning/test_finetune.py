@@ -30,24 +30,24 @@ from embedder.extraction.extract import RunOptions
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.finetune import Tuned, finetune
-from embedder.finetuning.initial_head import check_start, head_task, starting_model
-from embedder.finetuning.labelled_images import (
-    decode_pixels,
-    find_paths,
-    read_labelled,
-    targets_of,
-    within,
+from embedder.finetuning.initial_head import (
+    check_start,
+    starting_model,
+    with_head_features,
 )
+from embedder.finetuning.inputs import Examples, decode_pixels
+from embedder.finetuning.labelled_images import find_paths, read_labelled, targets_of
 from embedder.finetuning.network import make_trainable
 from embedder.finetuning.parameter_groups import TuneOptions, num_tuned, plan_groups
 from embedder.finetuning.pseudo_labels import extended
-from embedder.finetuning.trainer import Examples, train as train_network
+from embedder.finetuning.trainer import train as train_network
 from embedder.heads.calibration import calibrate
 from embedder.heads.keras_layers import as_keras_layers
 from embedder.heads.model import Model
 from embedder.inference.predict import predict
 from embedder.libraries import import_keras
 from embedder.recipe import Recipe
+from embedder.sources.listing import list_images
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model
 from embedder.training.self_training import PseudoLabels
@@ -148,16 +148,17 @@ def test_the_head_it_starts_from_has_not_seen_what_training_is_stopped_by(
 ) -> None:
     model = Model.load(world / "model")
     labelled = read_labelled(world / "model", model, 0)
-    found = head_task(model, labelled, world / "photos", tmp_path, RunOptions())
-    held = np.sort(found.place_of[labelled.validation])
-    features, codes = found.task.plain[held], found.task.codes[held]
-    start = starting_model(model, labelled, found)
+    photos = list_images(world / "photos")
+    images = with_head_features(model, labelled, photos, tmp_path, RunOptions())
+    held = images.split.validation
+    features, codes = images.unaugmented[held], images.codes[held]
+    start = starting_model(model, images)
     # The pictures have nothing in common: a head that is right of all of them knows them by heart.
     assert (model.logits(features).argmax(axis=1) == codes).all()
     assert not (start.logits(features).argmax(axis=1) == codes).all()
-    train = np.sort(found.place_of[labelled.train])
-    logits = start.logits(found.task.plain[train])
-    assert (logits.argmax(axis=1) == found.task.codes[train]).all()
+    train = images.split.train
+    logits = start.logits(images.unaugmented[train])
+    assert (logits.argmax(axis=1) == images.codes[train]).all()
 
 
 @pytest.mark.parametrize("where", ["gone", "norm.features", "others"])
@@ -169,13 +170,14 @@ def test_features_that_are_gone_or_of_other_weights_or_images_are_made_again(
         embedder.extract(others, norm.path.parent / where, image_size=SIZE)
     model = Model.load(world / "model")
     labelled = read_labelled(world / "model", model, 0)
-    there = head_task(model, labelled, world / "photos", tmp_path, SHARDS)
+    photos = list_images(world / "photos")
+    there = with_head_features(model, labelled, photos, tmp_path, SHARDS)
     assert not (tmp_path / "features").exists()
     model.record["provenance"]["store"] = str(norm.path.parent / where)
-    again = head_task(model, labelled, world / "photos", tmp_path, SHARDS)
+    again = with_head_features(model, labelled, photos, tmp_path, SHARDS)
     assert (tmp_path / "features").exists()
-    assert np.array_equal(again.task.features, there.task.features)
-    assert np.array_equal(again.task.codes, there.task.codes)
+    assert np.array_equal(again.in_memory, there.in_memory)
+    assert np.array_equal(again.codes, there.codes)
 
 
 def test_a_network_that_does_not_predict_what_the_head_does_is_refused(world: Path) -> None:
@@ -200,18 +202,15 @@ def test_the_head_knows_classes_that_have_validation_images_alone(
 ) -> None:
     model = Model.load(world / "model")
     labelled = read_labelled(world / "model", model, 0)
-    is_dog = labelled.codes[labelled.train] == 1
-    cats = labelled.train[~is_dog]
-    labelled = replace(
-        labelled,
-        train=labelled.train[is_dog],
-        validation=np.sort(np.concatenate([labelled.validation, cats])),
-    )
-    found = head_task(model, labelled, world / "photos", tmp_path, SHARDS)
-    start = starting_model(model, labelled, found)
+    split = labelled.split
+    cats = split.train[labelled.codes[split.train] == 0]
+    split = replace(split, validation=np.sort(np.concatenate([split.validation, cats])))
+    labelled, photos = replace(labelled, split=split), list_images(world / "photos")
+    images = with_head_features(model, labelled, photos, tmp_path, SHARDS)
+    start = starting_model(model, images)
     assert start.classes.tolist() == ["cats", "dogs"]
-    dogs = labelled.validation[labelled.codes[labelled.validation] == 1]
-    logits = start.logits(found.task.plain[np.sort(found.place_of[dogs])])
+    held = images.split.validation
+    logits = start.logits(images.unaugmented[held[images.codes[held] == 1]])
     assert (logits.argmax(axis=1) == 0).any()  # it has not seen them
 
 
@@ -663,11 +662,14 @@ def test_pseudo_labels_are_learned_from_beside_the_labels(world: Path, tmp_path:
     rows = np.array([1, 4])
     pseudo = PseudoLabels(rows, np.array(["dogs", "cats"]), np.ones(2), np.ones(2, np.int64))
     longer = extended(labelled, images, pseudo)
-    assert longer.train.tolist() == [*labelled.train.tolist(), NUM_IMAGES, NUM_IMAGES + 1]
-    assert longer.test.tolist() == labelled.test.tolist()
+    train = labelled.split.train.tolist()
+    assert longer.split.train.tolist() == [*train, NUM_IMAGES, NUM_IMAGES + 1]
+    assert longer.split.tested_on.tolist() == labelled.split.tested_on.tolist()
     assert longer.codes[-2:].tolist() == [1, 0]
-    where = find_paths(world / "photos", labelled) + [os.fsencode(paths[row]) for row in rows]
+    where = find_paths(list_images(world / "photos"), labelled) + [
+        os.fsencode(paths[row]) for row in rows
+    ]
     pixels = decode_pixels(where, longer, model.recipe, tmp_path / "pixels.npy")
     expected = decode_rgb(paths[4].read_bytes(), model.recipe).pixels
-    assert np.array_equal(pixels[within(longer, longer.train[-1:])[0], 0], expected)
+    assert np.array_equal(pixels[-1, 0], expected)
     assert targets_of(longer, model)[-1].tolist() == [1.0, 0.0]

@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from embedder.datasets.training_set import TrainingSet
 from embedder.decode.decode import decode_rgb
 from embedder.errors import Unfinished
-from embedder.finetuning.labelled_images import (
-    Labelled,
-    decode_pixels,
-    examples_of,
-    read_activations,
-    read_labelled,
-)
-from embedder.finetuning.parameter_groups import TuneOptions
-from embedder.finetuning.tuned_model import labelled_targets
+from embedder.finetuning.inputs import decode_pixels, examples_of, read_activations
+from embedder.finetuning.labelled_images import in_store, read_labelled
 from embedder.heads.model import Model
 from embedder.recipe import Recipe
 from embedder.store.store import Store
@@ -39,12 +33,12 @@ def model(zoo: Store, tmp_path: Path) -> Model:
 
 
 @pytest.fixture
-def labelled(model: Model, tmp_path: Path) -> Labelled:
+def labelled(model: Model, tmp_path: Path) -> TrainingSet:
     """The zoo's images, in another order than the store's."""
     return read_labelled(tmp_path / "model", model, 0)
 
 
-def animals_of(labelled: Labelled) -> list[str]:
+def animals_of(labelled: TrainingSet) -> list[str]:
     return [image.split("/")[1] for image in labelled.ids]
 
 
@@ -58,39 +52,41 @@ def test_every_class_keeps_an_image_to_learn_from(store: Store, tmp_path: Path) 
     model = Model.load(tmp_path / "model")
     for seed in range(5):
         labelled = read_labelled(tmp_path / "model", model, seed)
-        assert len(labelled.validation)
-        left = np.unique(labelled.codes[labelled.train])
-        assert set(labelled.codes[labelled.validation]) <= set(left)
+        assert len(labelled.split.validation)
+        left = np.unique(labelled.codes[labelled.split.train])
+        assert set(labelled.codes[labelled.split.validation]) <= set(left)
         assert labelled.classes[left].tolist() == model.classes.tolist()
 
 
-def test_labels_come_in_the_order_of_the_store(zoo: Store, labelled: Labelled) -> None:
+def test_labels_come_in_the_order_of_the_store(zoo: Store, labelled: TrainingSet) -> None:
     assert zoo.ids().tolist() != labelled.ids.tolist()
-    targets, place_of = labelled_targets(labelled, zoo)
-    ids = zoo.ids()[targets.rows]
-    assert ids[place_of].tolist() == labelled.ids.tolist()
-    assert targets.classes[targets.codes].tolist() == [image.split("/")[1] for image in ids]
-    few = replace(labelled, **{x: getattr(labelled, x)[5:] for x in ("ids", "sha256", "codes")})
-    targets, place_of = labelled_targets(few, zoo)
-    assert zoo.ids()[targets.rows][place_of].tolist() == labelled.ids[5:].tolist()
-    assert targets.num_unlabelled == 5
+    images = in_store(labelled, zoo)
+    assert images.ids.tolist() == zoo.ids()[images.rows].tolist() == zoo.ids().tolist()
+    assert images.texts().tolist() == animals_of(images)
+    assert images.sha256.tolist() == zoo.sha256().tolist()
+    part_of = dict(zip(labelled.ids, labelled.parts, strict=True))
+    assert images.parts.tolist() == [part_of[image] for image in images.ids]
+    add_rows(zoo, [f"set-0/{i}.jpg" for i in range(5)], animal_vectors(["cats"] * 5))
+    images = in_store(labelled, zoo)
+    assert zoo.ids()[images.rows].tolist() == images.ids.tolist()
+    assert images.num_unlabelled == 5
 
 
 def test_features_of_other_bytes_or_without_an_image_are_refused(
-    zoo: Store, labelled: Labelled
+    zoo: Store, labelled: TrainingSet
 ) -> None:
     image = labelled.ids[7]
     checksums = np.where(labelled.ids == image, UNKNOWN, labelled.sha256)
     with pytest.raises(Unfinished, match=f"must not change.*Received: other bytes of {image}"):
-        labelled_targets(replace(labelled, sha256=checksums), zoo)
+        in_store(replace(labelled, sha256=checksums), zoo)
     ids = np.where(labelled.ids == image, "set-3/cats/00.jpg", labelled.ids)
     with pytest.raises(Unfinished, match="set-3/cats/00.jpg could be embedded before, and now is"):
-        labelled_targets(replace(labelled, ids=ids), zoo)
+        in_store(replace(labelled, ids=ids), zoo)
 
 
-def test_activations_are_each_images_own(zoo: Store, labelled: Labelled, tmp_path: Path) -> None:
+def test_activations_are_each_images_own(zoo: Store, labelled: TrainingSet, tmp_path: Path) -> None:
     found = read_activations(zoo, labelled, tmp_path / "activations.npy")
-    rows = labelled.learned
+    rows = labelled.split.trained_on
     assert found.shape == (len(rows), 1, DIM)
     vectors = {
         row["image_id"]: row["embedding"]
@@ -102,9 +98,9 @@ def test_activations_are_each_images_own(zoo: Store, labelled: Labelled, tmp_pat
 
 
 def test_activations_of_other_bytes_or_without_an_image_are_refused(
-    zoo: Store, labelled: Labelled, tmp_path: Path
+    zoo: Store, labelled: TrainingSet, tmp_path: Path
 ) -> None:
-    image, file = labelled.ids[labelled.learned[3]], tmp_path / "activations.npy"
+    image, file = labelled.ids[labelled.split.trained_on[3]], tmp_path / "activations.npy"
     checksums = np.where(labelled.ids == image, UNKNOWN, labelled.sha256)
     with pytest.raises(Unfinished, match=f"{image} must be the image that the model was trained"):
         read_activations(zoo, replace(labelled, sha256=checksums), file)
@@ -116,7 +112,7 @@ def test_activations_of_other_bytes_or_without_an_image_are_refused(
         read_activations(zoo, replace(labelled, ids=strange), file)
 
 
-def with_pictures(labelled: Labelled, folder: Path) -> tuple[Labelled, list[Path]]:
+def with_pictures(labelled: TrainingSet, folder: Path) -> tuple[TrainingSet, list[Path]]:
     """The zoo's images as pictures on disk."""
     make_archive(folder, len(labelled.ids))
     paths = sorted(folder.rglob("*.*g"))
@@ -125,23 +121,23 @@ def with_pictures(labelled: Labelled, folder: Path) -> tuple[Labelled, list[Path
 
 
 def test_pixels_are_each_images_own(
-    labelled: Labelled, mean_colour_recipe: Recipe, tmp_path: Path
+    labelled: TrainingSet, mean_colour_recipe: Recipe, tmp_path: Path
 ) -> None:
     labelled, paths = with_pictures(labelled, tmp_path / "photos")
     encoded = [os.fsencode(path) for path in paths]
     recipe = mean_colour_recipe.model_copy(update={"views": 3})  # of which tuning takes the first
     found = decode_pixels(encoded, labelled, recipe, tmp_path / "pixels.npy")
-    assert found.shape == (len(labelled.learned), 1, *recipe.image_size, 3)
-    for place, row in enumerate(labelled.learned):
+    assert found.shape == (len(labelled.split.trained_on), 1, *recipe.image_size, 3)
+    for place, row in enumerate(labelled.split.trained_on):
         pixels = decode_rgb(paths[row].read_bytes(), mean_colour_recipe).pixels
         assert np.array_equal(found[place, 0], pixels)
 
 
 def test_an_image_that_is_broken_or_another_since_is_refused(
-    labelled: Labelled, mean_colour_recipe: Recipe, tmp_path: Path
+    labelled: TrainingSet, mean_colour_recipe: Recipe, tmp_path: Path
 ) -> None:
     labelled, paths = with_pictures(labelled, tmp_path / "photos")
-    encoded, row = [os.fsencode(path) for path in paths], labelled.learned[5]
+    encoded, row = [os.fsencode(path) for path in paths], labelled.split.trained_on[5]
     image, path = labelled.ids[row], paths[row]
     Image.new("RGB", (30, 20)).save(path)
     with pytest.raises(Unfinished, match=f"{image} must be the image that the model was trained"):
@@ -151,22 +147,23 @@ def test_an_image_that_is_broken_or_another_since_is_refused(
         decode_pixels(encoded, labelled, mean_colour_recipe, tmp_path / "pixels.npy")
 
 
-def test_examples_have_each_images_class_and_weight(labelled: Labelled, model: Model) -> None:
+def test_examples_have_each_images_class_and_weight(labelled: TrainingSet, model: Model) -> None:
     # Owls are rare among those that are learned from.
-    animals = np.array(animals_of(labelled))
-    owls = labelled.train[animals[labelled.train] == "owls"]
-    labelled = replace(labelled, train=np.setdiff1d(labelled.train, owls[:-2]))
-    inputs = np.zeros((len(labelled.learned), 1, 4), np.float32)
-    options = TuneOptions(strategy="cut", class_weight="balanced")
-    examples = examples_of(labelled, model, inputs, options)
-    learned = animals[labelled.learned]
+    split, animals = labelled.split, np.array(animals_of(labelled))
+    owls = split.train[animals[split.train] == "owls"]
+    learned_from = np.setdiff1d(split.trained_on, owls[:-2])
+    split = replace(split, folds=[(learned_from, split.tested_on)])
+    labelled = replace(labelled, split=split)
+    inputs = np.zeros((len(learned_from), 1, 4), np.float32)
+    examples = examples_of(labelled, model, inputs, are_pixels=False, class_weight="balanced")
+    learned = animals[learned_from]
     assert np.array(ANIMALS)[examples.targets.argmax(axis=1)].tolist() == learned.tolist()
     assert (examples.targets.sum(axis=1) == 1).all()
-    assert labelled.learned[examples.train].tolist() == labelled.train.tolist()
-    assert labelled.learned[examples.validation].tolist() == labelled.validation.tolist()
+    assert learned_from[examples.train].tolist() == split.train.tolist()
+    assert learned_from[examples.validation].tolist() == split.validation.tolist()
     assert not examples.are_pixels
     sums = [examples.weights[examples.train][learned[examples.train] == x].sum() for x in ANIMALS]
-    np.testing.assert_allclose(sums, len(labelled.train) / 3, rtol=1e-6)
-    plain = examples_of(labelled, model, inputs, TuneOptions(strategy="gradual"))
-    assert (plain.weights == 1).all()
-    assert plain.are_pixels
+    np.testing.assert_allclose(sums, len(split.train) / 3, rtol=1e-6)
+    unweighted = examples_of(labelled, model, inputs, are_pixels=True)
+    assert (unweighted.weights == 1).all()
+    assert unweighted.are_pixels

@@ -9,9 +9,10 @@ import pytest
 from embedder.backbones.resolve import make_recipe
 from embedder.errors import RecipeError
 from embedder.finetuning.channels import channel_masks
+from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork, is_normalisation, make_trainable
 from embedder.finetuning.parameter_groups import STRATEGIES, TuneOptions, num_tuned, plan_groups
-from embedder.finetuning.trainer import Examples, Group
+from embedder.finetuning.schedule import Group
 from embedder.libraries import import_keras
 
 SIZE = (48, 64)
@@ -228,8 +229,8 @@ def test_activations_are_computed_once_where_a_network_is_cut_unless_told_otherw
 
 def test_loss_weights_are_the_auxiliarys_and_the_mains_and_count_if_there_is_one() -> None:
     options = TuneOptions(loss_weights=(2.0, 7.0), auxiliary="x")
-    assert options.schedule().loss_weights == (7.0, 2.0)  # the main one first
-    assert TuneOptions().schedule().loss_weights == (1.0, 0.0)
+    assert options.schedule().loss_weights == (2.0, 7.0)
+    assert TuneOptions().schedule().loss_weights == (0.0, 1.0)
 
 
 def make_mixed() -> TrainableNetwork:

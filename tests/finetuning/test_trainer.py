@@ -11,8 +11,10 @@ from scipy.special import log_softmax
 
 from embedder.errors import Unfinished
 from embedder.finetuning.augmentation import Augmenter
+from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork, thaw_normalisation
-from embedder.finetuning.trainer import Epoch, Examples, Group, Schedule, make_optimizer, train
+from embedder.finetuning.schedule import Group, Schedule, make_optimizer
+from embedder.finetuning.trainer import Epoch, train
 from embedder.libraries import import_keras
 
 HEIGHT, WIDTH = 8, 6
@@ -181,7 +183,7 @@ def test_an_epochs_loss_is_the_mean_over_its_images_of_both_heads() -> None:
     examples = replace(examples, inputs=examples.inputs[:, :1], weights=weights)
     smooth = 0.9 * examples.targets[examples.train] + 0.1 / 3
     found = entropies(tiny, examples.inputs[examples.train, 0], smooth)
-    wanted = (weights[examples.train] * (found @ [2.0, 10.0])).mean()
+    wanted = (weights[examples.train] * (found @ [10.0, 2.0])).mean()
     schedule = replace(STILL, label_smoothing=0.1, loss_weights=(2.0, 10.0))
     _, epoch = run(tiny, groups_of(tiny), schedule, examples=examples)
     assert epoch.loss == pytest.approx(wanted, rel=1e-5)

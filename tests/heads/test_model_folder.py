@@ -142,7 +142,7 @@ def test_settings_that_there_are_not_are_refused(
     zoo: Store, model: Path, change: dict[str, Any]
 ) -> None:
     head = train(zoo, "parent", "centroid", TrainOptions(duplicates=None))
-    task: Task = replace(head.task, head=change.get("head", head.task.head))
+    task: Task = replace(head.task, head=change.get("head", head.images.head))
     with pytest.raises(ModelError, match="kind of head and settings that there are"):
         refit(task, replace(head.model, **change), head.targets, np.arange(30))
 

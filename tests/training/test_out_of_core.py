@@ -20,13 +20,12 @@ from embedder.inference.predict import predict
 from embedder.recipe import Recipe
 from embedder.report.model_report import notes_of, report_of, write_head_report
 from embedder.store.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
-from embedder.training import out_of_core as streamed, train as heads
+from embedder.training import out_of_core
 from embedder.training.cross_validation import evaluate_model
-from embedder.training.fitting import Task
-from embedder.training.out_of_core import make_streamed_split, parts_of, read_features
+from embedder.training.out_of_core import make_out_of_core_split, parts_of, read_features
 from embedder.training.train import train
 from embedder.training.trained_head import TrainedHead, TrainOptions
-from tests.support import ANIMALS, DIM, add_rows, animal_vectors, rows_of
+from tests.support import ANIMALS, DIM, add_rows, animal_vectors, rows_of, training_set
 
 ALONE = TrainOptions(duplicates=None)
 
@@ -41,7 +40,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "NUM_RESAMPLES", 100)
     for name in ("linear", "mlp"):
         monkeypatch.setattr(HEADS[name].classifier, "min_steps", 300)
-    monkeypatch.setattr(heads, "STREAM_BYTES", 0)
+    monkeypatch.setattr(out_of_core, "IN_CORE_BYTES", 0)
     monkeypatch.setattr(Store, "vectors", vectors)
 
 
@@ -57,43 +56,45 @@ def animals_of(store: Store) -> NDArray[np.str_]:
 
 def check_whole_way(head: TrainedHead, store: Store, labels: str, folder: Path) -> None:
     """Save, report, predict and evaluate; all say the same of the test rows."""
-    head.save(folder)
-    path = write_head_report(head, folder, None)
+    found = head.save(folder)
+    path = write_head_report(head, found, folder, None)
     assert path.stat().st_size > 10_000
-    points = {point.image_id for point in report_of(head).map_points}
-    assert points == set(head.ids[head.test_rows])
+    points = {point.image_id for point in report_of(head, found).map_points}
+    assert points == set(head.images.ids[head.images.split.tested_on])
     assert predict(folder, store.path, folder / "all.parquet").num_predicted == 60
     judged = evaluate_model(folder, store, labels)
     assert judged.metrics["test"] == pytest.approx(head.metrics()["test"], rel=1e-5)
-    assert judged.metrics["test"]["num_images"] == len(head.test_rows)
+    assert judged.metrics["test"]["num_images"] == len(head.images.split.tested_on)
     probabilities = head.model.probabilities(all_vectors(store)[:4])
     np.testing.assert_allclose(
         Model.load(folder).probabilities(all_vectors(store)[:4]), probabilities, atol=1e-6
     )
 
 
-@pytest.mark.parametrize("name", streamed.STREAMED_HEADS)
-def test_a_streamed_head_goes_the_whole_way(zoo: Store, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", out_of_core.OUT_OF_CORE_HEADS)
+def test_a_head_trained_out_of_core_goes_the_whole_way(
+    zoo: Store, tmp_path: Path, name: str
+) -> None:
     head = train(zoo, "parent", name, ALONE)
-    assert head.is_streamed
-    assert head.task.features.shape == (0, DIM)
+    assert head.is_out_of_core
+    assert head.images.features is None
     assert head.evaluate()["accuracy"]["value"] == 1.0
-    assert len(head.test_rows) == 12
-    assert head.learning_curve == []
-    assert head.leak["num_groups"] == 0
+    assert len(head.images.split.tested_on) == 12
+    assert head.learning_curve() == []
+    assert head.leak()["num_groups"] == 0
     assert head.model.classes.tolist() == list(ANIMALS)
     new = animal_vectors(["dogs", "owls", "cats"], seed=9)
     assert np.asarray(head.estimator.predict(new)).tolist() == ["dogs", "owls", "cats"]
     check_whole_way(head, zoo, "parent", tmp_path / "model")
     parts = pq.read_table(tmp_path / "model/predictions.parquet")["part"].to_pylist()
     held = parts.count(VALIDATION)
-    assert (parts.count(TRAIN), held) == (48 - held, len(head.split.validation))
+    assert (parts.count(TRAIN), held) == (48 - held, len(head.images.split.validation))
     assert 0 < held < 10
-    assert f"Trained on 48 images ({held} of them to choose" in notes_of(head)[0]
+    assert f"Trained on 48 images ({held} of them to choose" in notes_of(head, head.metrics())[0]
 
 
-@pytest.mark.parametrize("name", streamed.STREAMED_HEADS)
-def test_a_streamed_head_gives_several_labels_an_image(
+@pytest.mark.parametrize("name", out_of_core.OUT_OF_CORE_HEADS)
+def test_a_head_trained_out_of_core_gives_several_labels_an_image(
     store: Store, tmp_path: Path, name: str
 ) -> None:
     sets = [["cats"], ["dogs"], ["cats", "owls"], ["dogs", "owls"]] * 15
@@ -134,7 +135,7 @@ def test_ridge_is_that_of_all_training_rows_in_memory(
     head = train(
         noise(store), "parent", "ridge", TrainOptions(duplicates=None, class_weight=class_weight)
     )
-    rows = head.split.folds[0][0]
+    rows = head.images.split.trained_on
     features, animals = all_vectors(store)[rows], animals_of(store)[rows]
     scaler = StandardScaler().fit(features)
     same = RidgeHead(alphas=[head.estimator.alpha_], class_weight=class_weight)
@@ -145,13 +146,13 @@ def test_ridge_is_that_of_all_training_rows_in_memory(
         standard = RidgeHead(alphas=[same.alpha_]).fit(scaler.transform(features), animals)
         np.testing.assert_allclose(standard.coef_ / scaler.scale_, same.coef_, atol=1e-5)
     assert head.model.settings == {"scaling": "standard"}
-    assert head.test_rows.tolist() == head.split.folds[0][1].tolist()
+    assert head.images.split.tested_on.tolist() == head.images.split.folds[0][1].tolist()
 
 
-def test_ridge_is_calibrated_by_images_it_has_not_learnt(store: Store) -> None:
+def test_ridge_is_calibrated_by_images_it_has_not_learned(store: Store) -> None:
     head = train(noise(store), "parent", "ridge", ALONE)
-    held = head.split.validation
-    rest = np.setdiff1d(head.split.folds[0][0], held)
+    held = head.images.split.validation
+    rest = np.setdiff1d(head.images.split.trained_on, held)
     features, animals = all_vectors(store), animals_of(store)
     without = RidgeHead().fit(features[rest], animals[rest])
     assert head.estimator.alpha_ == without.alpha_
@@ -177,11 +178,13 @@ def test_ridge_learns_from_every_view_and_is_judged_by_the_plain_one(
         rows = rows.add_column(1, "view", [np.tile(np.arange(2, dtype=np.int16), len(ids))])
         store.write_shard(rows, FAILURE_SCHEMA.empty_table(), f"{part.start:02d}.parquet")
     head = train(store, "parent", "ridge", ALONE)
-    rows = head.split.folds[0][0]
+    rows = head.images.split.trained_on
     same = RidgeHead(alphas=[head.estimator.alpha_])
     same.fit(views[rows].reshape(-1, DIM).astype(np.float64), np.repeat(animals[rows], 2))
     np.testing.assert_allclose(head.estimator.coef_, same.coef_, atol=1e-5)
-    np.testing.assert_allclose(head.test.logits, head.model.logits(plain[head.test_rows]))
+    np.testing.assert_allclose(
+        head.test.logits, head.model.logits(plain[head.images.split.tested_on])
+    )
 
 
 # Keras heads -------------------------------------------------------------------------------
@@ -193,30 +196,30 @@ def official_split(store: Store, parts: NDArray[np.str_], folder: Path) -> str:
     return f"{folder}/split.csv:part"
 
 
-def test_a_keras_head_stops_by_images_it_has_not_learnt(
+def test_a_keras_head_stops_by_images_it_has_not_learned(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learnt: set[str] = set()
+    learned: set[str] = set()
     watched: list[str] = []
-    batches, reads = streamed.store_batches, streamed.read_features
+    batches, reads = out_of_core.store_batches, out_of_core.read_features
 
     def seen_batches(store: Store, by_id: Any, *others: Any) -> Any:
-        learnt.update(by_id)
+        learned.update(by_id)
         return batches(store, by_id, *others)
 
     def seen_features(store: Store, column: str, rows: Any) -> Any:
         watched.extend(store.ids()[rows])
         return reads(store, column, rows)
 
-    monkeypatch.setattr(streamed, "store_batches", seen_batches)
-    monkeypatch.setattr(streamed, "read_features", seen_features)
-    monkeypatch.setattr(streamed, "_HELD_OUT_ROWS", 50)
+    monkeypatch.setattr(out_of_core, "store_batches", seen_batches)
+    monkeypatch.setattr(out_of_core, "read_features", seen_features)
+    monkeypatch.setattr(out_of_core, "_HELD_OUT_ROWS", 50)
     parts = np.resize(["train", "train", "test", "val"], len(noise(store)))
     options = TrainOptions(duplicates=None, split=official_split(store, parts, tmp_path))
     head = train(store, "parent", "linear", options)
     ids, features, animals = store.ids(), all_vectors(store), animals_of(store)
     is_held = parts == "val"
-    assert learnt == set(ids[parts == "train"])
+    assert learned == set(ids[parts == "train"])
     assert len(head.estimator.validation_losses_) > 1
     assert len(watched) == 50
     assert set(watched) < set(ids[is_held])
@@ -235,20 +238,22 @@ def test_labels_stay_with_their_images_where_some_have_none(
     lines = [f"{i},{animal}" for i, animal in zip(ids, animals, strict=True)]
     labelled = [line for line, is_kept in zip(lines, is_labelled, strict=True) if is_kept]
     (tmp_path / "labels.csv").write_text("\n".join(["path,animal", *labelled]))
-    # Only the second and third class are learnt: its codes are not those of the labels.
+    # Only the second and third class are learned: its codes are not those of the labels.
     parts = np.where((animals == "cats") | (np.arange(60) % 5 == 0), "test", "train")
     options = TrainOptions(duplicates=None, split=official_split(zoo, parts, tmp_path))
     head = train(zoo, f"{tmp_path}/labels.csv:animal", name, options)
     assert head.model.classes.tolist() == ["dogs", "owls"]
-    tested = head.ids[head.test_rows]
+    tested = head.images.ids[head.images.split.tested_on]
     assert tested.tolist() == ids[is_labelled & (parts == "test")].tolist()
     rights = np.array(["/cats/" not in image_id for image_id in tested])
     assert head.test.is_right.tolist() == rights.tolist()
     assert head.fitted.trials[0]["accuracy"] > 0.6  # of a handful of held-out rows
     features = all_vectors(zoo)[is_labelled]
-    np.testing.assert_array_equal(head.features_of(head.test_rows), features[head.test_rows])
+    np.testing.assert_array_equal(
+        head.features_of(head.images.split.tested_on), features[head.images.split.tested_on]
+    )
     if name == "ridge":
-        rows = head.split.folds[0][0]
+        rows = head.images.split.trained_on
         same = RidgeHead(alphas=[head.estimator.alpha_])
         same.fit(features[rows], animals[is_labelled][rows])
         np.testing.assert_allclose(head.estimator.coef_, same.coef_, atol=1e-5)
@@ -260,14 +265,9 @@ def test_labels_stay_with_their_images_where_some_have_none(
 # Splits ------------------------------------------------------------------------------------
 
 
-def task_of(codes: NDArray[Any]) -> Task:
-    names = np.array([f"{n:03d}" for n in range(100)])
-    return Task("ridge", np.empty((0, 1), np.float32), codes, np.arange(len(codes)), names)
-
-
 def test_blocks_of_neighbours_are_divided_and_few_are_held_out(store: Store) -> None:
     codes = np.arange(300_000) % 3
-    split = make_streamed_split("0.2", store, np.array([]), task_of(codes))
+    split = make_out_of_core_split("0.2", store, training_set(codes), 0)
     train_rows, test = split.folds[0]
     assert len(test) == pytest.approx(60_000, rel=0.01)
     assert np.bincount(codes[test]) == pytest.approx(20_000, rel=0.01)
@@ -285,15 +285,15 @@ def test_a_class_is_never_held_out_whole(zoo: Store, tmp_path: Path) -> None:
     options = TrainOptions(duplicates=None, split=official_split(zoo, parts, tmp_path))
     head = train(zoo, "parent", "ridge", options)
     expected = (parts == "val") & (animals != "owls")
-    assert head.split.validation.tolist() == np.flatnonzero(expected).tolist()
-    assert (head.parts[(parts == "val") & (animals == "owls")] == TRAIN).all()
-    assert head.split.is_official
+    assert head.images.split.validation.tolist() == np.flatnonzero(expected).tolist()
+    assert (head.images.parts[(parts == "val") & (animals == "owls")] == TRAIN).all()
+    assert head.images.split.is_official
     assert head.evaluate()["accuracy"]["value"] == 1.0
 
 
 def test_without_a_row_to_hold_out_there_is_no_head(zoo: Store) -> None:
     with pytest.raises(RecipeError, match="must be held out, of classes that have others"):
-        make_streamed_split("0.5", zoo, zoo.ids(), task_of(np.arange(60)))
+        make_out_of_core_split("0.5", zoo, training_set(np.arange(60)), 0)
 
 
 # Reading -----------------------------------------------------------------------------------
@@ -338,8 +338,8 @@ def test_one_of_several_features_must_be_named(tmp_path: Path, mean_colour_recip
     low, top = rows["embedding"], vector_array(np.ones((2, 5), np.float32))
     rows = rows.drop_columns("embedding").append_column("low", low).append_column("top", top)
     store.write_shard(rows, FAILURE_SCHEMA.empty_table(), "0.parquet")
-    assert streamed.shape_of(store, None) == (2, 2)
-    assert streamed.shape_of(store, "top") == (2, 5)
+    assert out_of_core.shape_of(store, None) == (2, 2)
+    assert out_of_core.shape_of(store, "top") == (2, 5)
     with pytest.raises(RecipeError, match="`column` must be one of.*low, top.*Received: None"):
         train(store, head="ridge", options=ALONE)
 
@@ -347,10 +347,10 @@ def test_one_of_several_features_must_be_named(tmp_path: Path, mean_colour_recip
 def test_other_heads_are_refused_only_where_memory_is_too_small(
     zoo: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "memory_bytes", lambda: 2 * 60 * DIM * 4)
+    monkeypatch.setattr(out_of_core, "memory_bytes", lambda: 2 * 60 * DIM * 4)
     with pytest.raises(MemoryError):  # it would have read them all
         train(zoo, "parent", "svm", ALONE)
-    monkeypatch.setattr(heads, "memory_bytes", lambda: 2 * 60 * DIM * 4 - 1)
+    monkeypatch.setattr(out_of_core, "memory_bytes", lambda: 2 * 60 * DIM * 4 - 1)
     with pytest.raises(RecipeError, match="The head svm needs .* one of ridge, linear, mlp"):
         train(zoo, "parent", "svm", ALONE)
 
@@ -358,6 +358,6 @@ def test_other_heads_are_refused_only_where_memory_is_too_small(
 def test_a_store_that_is_not_too_large_is_read_whole(
     zoo: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "STREAM_BYTES", 60 * DIM * 4)
+    monkeypatch.setattr(out_of_core, "IN_CORE_BYTES", 60 * DIM * 4)
     with pytest.raises(MemoryError):
         train(zoo, "parent", "ridge", ALONE)

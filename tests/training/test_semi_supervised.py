@@ -90,8 +90,8 @@ def accuracy(evaluation: Evaluation) -> float:
 
 
 def pseudo_labels(head: TrainedHead) -> list[dict[str, Any]]:
-    assert head.helped is not None
-    return head.helped.pseudo_labels().to_pylist()
+    assert head.semi_supervised is not None
+    return head.semi_supervised.pseudo_labels().to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -103,17 +103,17 @@ def test_more_images_of_the_same_clusters_help(
 ) -> None:
     without = train(few, "parent", kind, alone)
     head = train(few, "parent", kind, with_images(alone, pool, unlabelled_method=method))
-    assert head.helped is not None and head.unhelped is not None
-    assert head.helped.training.kept_round > 0
-    assert accuracy(head.test) > accuracy(head.unhelped) + 0.03
-    assert head.unhelped.logits.tolist() == without.test.logits.tolist()
-    assert len(head.helped.training.rounds) == (6 if method == "self-training" else 2)
-    # What is saved and judged is the helped head itself.
-    assert head.model.estimator is head.helped.fitted.estimator is head.fitted.estimator
+    assert head.semi_supervised is not None and head.supervised_test is not None
+    assert head.semi_supervised.training.kept_round > 0
+    assert accuracy(head.test) > accuracy(head.supervised_test) + 0.03
+    assert head.supervised_test.logits.tolist() == without.test.logits.tolist()
+    assert len(head.semi_supervised.training.rounds) == (6 if method == "self-training" else 2)
+    # What is saved and judged is the semi-supervised head itself.
+    assert head.model.estimator is head.semi_supervised.fitted.estimator is head.fitted.estimator
     assert head.model.temperature == head.fitted.temperature != without.model.temperature
     assert head.model.settings == without.model.settings
     assert head.model.settings["C"] == head.estimator.steps[-1][1].C
-    held = head.model.logits(head.task.plain[head.test_rows])
+    held = head.model.logits(head.images.unaugmented[head.images.split.tested_on])
     np.testing.assert_array_equal(head.test.logits, held)
 
 
@@ -124,8 +124,8 @@ def test_every_pseudo_label_is_a_row_of_its_file(
     head.save(tmp_path / "model")
     table = pq.read_table(tmp_path / "model/pseudo_labels.parquet")
     assert table.column_names == ["image_id", "sha256", "label", "confidence", "round"]
-    assert head.helped is not None
-    training, rows = head.helped.training, table.to_pylist()
+    assert head.semi_supervised is not None
+    training, rows = head.semi_supervised.training, table.to_pylist()
     assert len(rows) == training.rounds[training.kept_round].num_pseudo_labels > 0
     assert len({row["image_id"] for row in rows}) == len(rows)
     checksums = dict(zip(pool.ids(), pool.sha256(), strict=True))
@@ -143,7 +143,7 @@ def test_the_metrics_say_what_the_images_did(
     head.save(tmp_path / "model")
     found = json.loads((tmp_path / "model/metrics.json").read_text())
     entry = found["unlabelled"]
-    assert head.unhelped is not None
+    assert head.supervised_test is not None
     assert entry["method"] == "self-training"
     assert entry["num_images"] == len(pool)
     assert entry["num_pseudo_labels"] == len(pseudo_labels(head))
@@ -152,7 +152,7 @@ def test_the_metrics_say_what_the_images_did(
     assert entry["is_rolled_back"] == (entry["kept_round"] < len(entry["rounds"]) - 1)
     assert entry["verdict"].startswith(("kept round", "rolled back to round"))
     assert 0 < entry["threshold"] <= 1
-    without, with_them = accuracy(head.unhelped), accuracy(head.test)
+    without, with_them = accuracy(head.supervised_test), accuracy(head.test)
     assert entry["accuracy_without"]["value"] == pytest.approx(without)
     assert entry["accuracy_with"]["value"] == pytest.approx(with_them)
     assert found["test"]["accuracy"] == pytest.approx(with_them)
@@ -169,7 +169,7 @@ def test_a_head_without_unlabelled_images_has_no_entry(
     assert "unlabelled" not in head.metrics()
     assert not (tmp_path / "model/pseudo_labels.parquet").exists()
     with pytest.raises(RecipeError, match="trained without unlabelled images"):
-        head.help()
+        head.semi_supervised_metrics()
 
 
 def test_labelled_images_get_no_pseudo_label_under_any_name(
@@ -180,8 +180,8 @@ def test_labelled_images_get_no_pseudo_label_under_any_name(
     copies = [f"copies/{i}" for i in old]
     add(pool, copies, np.array(few.vectors()), bytes_of=old)
     head = train(few, "parent", "svm", with_images(alone, pool))
-    assert head.helped is not None
-    images = head.helped.images
+    assert head.semi_supervised is not None
+    images = head.semi_supervised.images
     assert sorted(images.ids) == sorted(names("new", 60))
     assert not set(images.sha256) & set(few.sha256())
     assert not {row["sha256"] for row in pseudo_labels(head)} & set(few.sha256())
@@ -211,9 +211,9 @@ def test_rows_without_a_label_of_the_same_store_are_what_it_learns_from(
     lines = [f"{i},{i.split('/')[1]}" for i in labelled]
     (tmp_path / "labels.csv").write_text("\n".join(["path,animal", *lines]))
     head = train(few, f"{tmp_path}/labels.csv:animal", "svm", with_images(alone, few))
-    assert head.helped is not None
-    assert sorted(head.helped.images.ids) == sorted(new)
-    assert head.helped.training.kept_round > 0
+    assert head.semi_supervised is not None
+    assert sorted(head.semi_supervised.images.ids) == sorted(new)
+    assert head.semi_supervised.training.kept_round > 0
 
 
 def test_neither_pseudo_labels_nor_calibration_depend_on_the_test_images(
@@ -231,15 +231,15 @@ def test_neither_pseudo_labels_nor_calibration_depend_on_the_test_images(
     np.testing.assert_array_equal(second.model.logits(vectors), first.model.logits(vectors))
 
 
-def test_the_temperature_of_a_helped_head_comes_from_rows_it_has_not_seen(
+def test_the_temperature_of_a_semi_supervised_head_comes_from_rows_it_has_not_seen(
     few: Store, pool: Store, alone: TrainOptions
 ) -> None:
     head = train(few, "parent", "svm", with_images(alone, pool))
     temperatures = {}
     for factor in (0.1, 1.0, 10.0):
         model = replace(head.model, temperature=head.model.temperature * factor)
-        rows = head.test_rows
-        judged = Evaluation.of(model, head.task.plain[rows], head.targets, rows)
+        rows = head.images.split.tested_on
+        judged = Evaluation.of(model, head.images.unaugmented[rows], head.images, rows)
         temperatures[factor] = judged.scores["log_loss"]["value"]
     assert min(temperatures, key=lambda factor: temperatures[factor]) == 1.0
 
@@ -252,9 +252,9 @@ def test_pseudo_labels_leave_each_class_the_weight_of_its_labels(
     pseudo = pseudo_labels(head)
     assert len(pseudo) > 0
     by_id = dict(zip(pool.ids(), pool.vectors(), strict=True))
-    is_trained = head.parts == "train"
-    features = [*head.task.plain[is_trained], *(by_id[row["image_id"]] for row in pseudo)]
-    labels = [*head.targets.texts()[is_trained], *(row["label"] for row in pseudo)]
+    is_trained = head.images.parts == "train"
+    features = [*head.images.unaugmented[is_trained], *(by_id[row["image_id"]] for row in pseudo)]
+    labels = [*head.images.texts()[is_trained], *(row["label"] for row in pseudo)]
     sizes = {name: labels.count(name) for name in ANIMALS}
     assert len(set(sizes.values())) > 1
     weights = np.array([len(labels) / 3 / sizes[name] for name in labels])
@@ -273,7 +273,7 @@ def test_where_no_label_would_be_sure_enough_nothing_is_added(
     vectors = np.random.default_rng(1).normal(size=few.vectors().shape)
     add(blind, few.ids().tolist(), vectors)
     head = train(blind, "parent", "svm", with_images(alone, pool))
-    entry = head.help()
+    entry = head.semi_supervised_metrics()
     assert entry["verdict"].startswith("nothing was added: no row got a label")
     assert (len(entry["rounds"]), entry["threshold"]) == (1, 1.0)
     head.save(tmp_path / "model")
@@ -304,7 +304,7 @@ def test_images_that_would_hurt_leave_the_head_as_it_was(
     (tmp_path / "split.csv").write_text("\n".join(["path,part", *parts]))
     without = train(clear, "parent", "svm", alone)
     head = train(clear, "parent", "svm", with_images(alone, hurtful(store)))
-    entry = head.help()
+    entry = head.semi_supervised_metrics()
     assert len(entry["rounds"]) > 1
     assert entry["rounds"][-1]["num_pseudo_labels"] > 100
     assert entry["rounds"][-1]["log_loss_change"]["low"] > 0  # it would have hurt

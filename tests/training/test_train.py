@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
+from embedder.datasets.training_set import TrainingSet
 from embedder.errors import EmbedderError, ModelError, RecipeError, StoreError
 from embedder.evaluation import metrics
 from embedder.evaluation.evaluation import Evaluation, expand_logits
@@ -19,10 +20,10 @@ from embedder.heads.table import HEADS, make_estimator
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model, refit
-from embedder.training.fitting import Task, fit, fit_head
+from embedder.training.fitting import HeadSpec, fit, fit_head
 from embedder.training.train import train
 from embedder.training.trained_head import TrainOptions, compare
-from tests.support import ANIMALS, DIM, add_rows, animal_vectors
+from tests.support import ANIMALS, DIM, add_rows, animal_vectors, training_set
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +73,9 @@ def test_every_label_stays_with_its_own_vector(zoo: Store, tmp_path: Path) -> No
     (tmp_path / "labels.csv").write_text("\n".join(["path,animal", *lines, "nowhere.jpg,cats"]))
     head = train(zoo, f"{tmp_path}/labels.csv:animal", "centroid", ALONE)
     assert head.model.record["provenance"]["num_unlabelled"] == 30
-    assert head.ids.tolist() == ids[1::2]
-    np.testing.assert_array_equal(head.task.features, zoo.vectors()[1::2])
-    assert head.targets.texts().tolist() == [animal_of(image_id) for image_id in head.ids]
+    assert head.images.ids.tolist() == ids[1::2]
+    np.testing.assert_array_equal(head.images.unaugmented, zoo.vectors()[1::2])
+    assert head.images.texts().tolist() == [animal_of(image_id) for image_id in head.images.ids]
     assert head.predictions()["sha256"].to_pylist() == zoo.sha256()[1::2].tolist()
 
 
@@ -90,9 +91,9 @@ def noise(store: Store, num_images: int = 60, dim: int = 80) -> Store:
 def test_images_are_scored_by_a_head_that_has_not_seen_them(store: Store, split: str) -> None:
     head = train(noise(store), options=TrainOptions(duplicates=None, split=split))
     assert head.evaluate()["accuracy"]["value"] < 0.75
-    own = head.split.folds[0][0] if split == "0.3" else np.arange(60)
-    learnt = head.targets.classes[head.task.codes[own]]
-    assert head.estimator.score(head.task.plain[own], learnt) > 0.85
+    own = head.images.split.trained_on if split == "0.3" else np.arange(60)
+    learned = head.images.classes[head.images.codes[own]]
+    assert head.estimator.score(head.images.unaugmented[own], learned) > 0.85
 
 
 def test_a_head_without_knowledge_is_not_sure_after_calibration(store: Store) -> None:
@@ -110,7 +111,7 @@ def test_settings_are_chosen_without_the_test_rows(store: Store, tmp_path: Path)
     (tmp_path / "s.csv").write_text(f"path,part\n{rows}\n")
     options = TrainOptions(duplicates=None, split=f"{tmp_path}/s.csv:part")
     first = train(store, options=options)
-    # Other vectors for the test rows: nothing that was learnt may change.
+    # Other vectors for the test rows: nothing that was learned may change.
     changed = Store.open_or_create(tmp_path / "changed", store.recipe, {})
     vectors = np.array(store.vectors())
     vectors[40:] = np.random.default_rng(99).normal(size=(20, 80))
@@ -122,30 +123,34 @@ def test_settings_are_chosen_without_the_test_rows(store: Store, tmp_path: Path)
     np.testing.assert_array_equal(second.model.logits(new), first.model.logits(new))
 
 
-def task_of(features: NDArray[Any], head: str = "ridge", copies: int = 1) -> Task:
-    """Rows of cats and dogs in turn; with `copies`, each so many rows are near-duplicates."""
-    places = np.arange(len(features)) // copies
-    return Task(head, features.astype(np.float32), places % 2, places, np.array(["cats", "dogs"]))
+def cats_and_dogs(features: NDArray[Any], copies: int = 1) -> TrainingSet:
+    """Images of cats and dogs in turn; with `copies`, each so many are near-duplicates."""
+    groups = np.arange(len(features)) // copies
+    return training_set(groups % 2, ("cats", "dogs"), features, groups)
 
+
+RIDGE, KNN = HeadSpec("ridge"), HeadSpec("knn")
 
 NOBODY = np.zeros(0, np.int64)  # no validation rows
 
 
 def test_validation_rows_choose_and_calibrate_a_head_that_has_not_seen_them() -> None:
-    task = task_of(np.random.default_rng(7).normal(size=(60, 80)))
+    task = cats_and_dogs(np.random.default_rng(7).normal(size=(60, 80)))
     rows, validation = np.arange(50), np.arange(30, 50)
-    fitted = fit_head(task, rows, validation)
+    fitted = fit_head(RIDGE, task, rows, validation)
     held, labels = task.codes[30:50], task.classes[task.codes]
     for trial in fitted.trials:
         other = make_estimator("ridge", trial["settings"], None, 0, False)
-        logits = logits_of(other.fit(task.plain[:30], labels[:30]), task.plain[30:50])
+        logits = logits_of(other.fit(task.unaugmented[:30], labels[:30]), task.unaugmented[30:50])
         temperature = fit_temperature(logits, held)
         assert trial["accuracy"] == pytest.approx((logits.argmax(axis=1) == held).mean())
         assert trial["log_loss"] == pytest.approx(log_loss(logits / temperature, held), rel=1e-4)
         if trial["settings"] == fitted.settings:
             assert fitted.temperature == pytest.approx(temperature, rel=1e-3)
     assert max(trial["accuracy"] for trial in fitted.trials) < 0.7
-    assert fitted.estimator.score(task.plain[30:50], labels[30:50]) > 0.8  # it saw all at last
+    assert (
+        fitted.estimator.score(task.unaugmented[30:50], labels[30:50]) > 0.8
+    )  # it saw all at last
 
 
 def test_near_duplicates_do_not_choose_settings() -> None:
@@ -154,42 +159,43 @@ def test_near_duplicates_do_not_choose_settings() -> None:
         size=(120, 40)
     )
     everyone = np.arange(120)
-    fitted = fit_head(task_of(copies, "knn", copies=3), everyone, NOBODY)
+    images = cats_and_dogs(copies, copies=3)
+    fitted = fit_head(KNN, images, everyone, NOBODY)
     assert max(trial["accuracy"] for trial in fitted.trials) < 0.75
-    alone = replace(task_of(copies, "knn", copies=3), groups=everyone)
-    assert max(trial["accuracy"] for trial in fit_head(alone, everyone, NOBODY).trials) > 0.9
+    alone = fit_head(KNN, replace(images, groups=everyone), everyone, NOBODY)
+    assert max(trial["accuracy"] for trial in alone.trials) > 0.9
 
 
-def test_settings_are_chosen_by_the_plain_views() -> None:
+def test_settings_are_chosen_by_the_unaugmented_views() -> None:
     random = np.random.default_rng(4)
     views = random.normal(size=(60, 3, 40))
     views[:, 0, 0] += 20.0 * (np.arange(60) % 2) - 10.0  # the other views show nothing
-    task = task_of(views)
-    fitted = fit_head(task, np.arange(60), NOBODY)
+    fitted = fit_head(RIDGE, cats_and_dogs(views), np.arange(60), NOBODY)
     assert max(trial["accuracy"] for trial in fitted.trials) == 1.0
 
 
-def test_each_view_is_learnt_with_its_own_images_label() -> None:
+def test_each_view_is_learned_with_its_own_images_label() -> None:
     random = np.random.default_rng(4)
     views = 0.1 * random.normal(size=(60, 3, 40))
     views[:, :, 0] += (10.0 * (np.arange(60) % 2) - 5.0)[:, None]
-    task = task_of(views)
-    estimator = fit(task, make_estimator("knn", {"n_neighbors": 1}, None, 0, False), np.arange(60))
-    labels = task.classes[task.codes]
+    images = cats_and_dogs(views)
+    estimator = fit(KNN, KNN.estimator({"n_neighbors": 1}), images, np.arange(60))
     for view in range(3):
-        assert estimator.score(task.features[:, view], labels) == 1.0
+        assert estimator.score(images.in_memory[:, view], images.texts()) == 1.0
 
 
 def test_each_round_is_calibrated_without_the_rows_it_is_tested_on(store: Store) -> None:
     options = TrainOptions(duplicates=None, split="kfold:3")
     head = train(noise(store), head="ridge", options=options)
     start = 0
-    for train_rows, test_rows in head.split.folds:
-        own = fit_head(head.task, train_rows, NOBODY)
+    for train_rows, test_rows in head.images.split.folds:
+        own = fit_head(head.spec, head.images, train_rows, NOBODY)
         part = head.test.rows(np.arange(start, start + len(test_rows)))
         expected = probabilities_of(part.logits, own.temperature, False)
         np.testing.assert_allclose(part.calibrated, expected, rtol=1e-5)
-        np.testing.assert_array_equal(head.test_rows[start : start + len(test_rows)], test_rows)
+        np.testing.assert_array_equal(
+            head.images.split.tested_on[start : start + len(test_rows)], test_rows
+        )
         start += len(test_rows)
 
 
@@ -197,8 +203,8 @@ def test_thresholds_are_those_of_the_held_out_rows() -> None:
     random = np.random.default_rng(5)
     codes = (random.random((90, 2)) < [0.2, 0.35]).astype(np.uint8)
     features = random.normal(size=(90, 20)).astype(np.float32)
-    task = Task("ridge", features, codes, np.arange(90), np.array(["cats", "dogs"]))
-    thresholds = fit_head(task, np.arange(90), NOBODY).thresholds
+    images = training_set(codes, ("cats", "dogs"), features)
+    thresholds = fit_head(RIDGE, images, np.arange(90), NOBODY).thresholds
     assert thresholds is not None
     assert (thresholds < 0.45).all()  # who knows nothing has the best F1 by giving every label
 
@@ -211,7 +217,7 @@ def test_half_precision_features_are_trained_on_in_single(
     animals = ["cats", "dogs"] * 10
     add_rows(store, [f"{a}/{i}.jpg" for i, a in enumerate(animals)], animal_vectors(animals))
     head = train(store, options=ALONE)
-    assert head.task.features.dtype == np.float32
+    assert head.images.in_memory.dtype == np.float32
     assert head.evaluate()["accuracy"]["value"] == 1.0
 
 
@@ -242,9 +248,10 @@ def planted(store: Store) -> Store:
 
 def test_near_duplicates_across_a_split_inflate_the_score_but_not_ours(store: Store) -> None:
     head = train(planted(store), head="knn", options=TrainOptions(split="0.25"))
-    assert head.leak["num_groups"] == 60
-    assert head.leak["largest"] == 3
-    assert head.leak["naive"]["value"] > 0.95
+    leak = head.leak()
+    assert leak["num_groups"] == 60
+    assert leak["largest"] == 3
+    assert leak["naive"]["value"] > 0.95
     assert head.evaluate()["accuracy"]["value"] < 0.75
     careless = train(store, head="knn", options=TrainOptions(split="0.25", duplicates=None))
     assert careless.evaluate()["accuracy"]["value"] > 0.9
@@ -261,9 +268,9 @@ def test_an_official_split_is_kept_and_its_near_duplicates_are_counted(
     )
     (tmp_path / "s.csv").write_text(f"path,part\n{rows}\n")
     head = train(store, head="knn", options=TrainOptions(split=f"{tmp_path}/s.csv:part"))
-    assert len(head.test_rows) == 20 + 30
-    assert head.leak["num_straddling"] == 20
-    assert head.leak["without_them"]["value"] < head.evaluate()["accuracy"]["value"]
+    assert len(head.images.split.tested_on) == 20 + 30
+    assert head.leak()["num_straddling"] == 20
+    assert head.leak()["without_them"]["value"] < head.evaluate()["accuracy"]["value"]
 
 
 def by_number(image_id: str) -> int:
@@ -280,7 +287,7 @@ def test_a_class_that_is_only_tested_on_counts_as_wrong(zoo: Store, tmp_path: Pa
     options = TrainOptions(duplicates=None, split=f"{tmp_path}/s.csv:part")
     head = train(zoo, "parent", options=options)
     assert head.model.classes.tolist() == ["cats", "dogs"]
-    tested = [animal_of(i) for i in head.ids[head.test_rows]]
+    tested = [animal_of(i) for i in head.images.ids[head.images.split.tested_on]]
     assert head.evaluate()["accuracy"]["value"] == pytest.approx(
         np.mean([animal != "owls" for animal in tested])
     )
@@ -422,7 +429,7 @@ def test_a_coarser_level_is_scored_too(zoo: Store, tmp_path: Path) -> None:
 
 def test_the_learning_curve_ends_with_the_head_itself(zoo: Store) -> None:
     head = train(zoo, "parent", options=ALONE)
-    curve = head.learning_curve
+    curve = head.learning_curve()
     assert [point["labels_per_class"] for point in curve] == [1, 2, 5, 10, 16]
     assert curve[-1]["accuracy"] == head.evaluate()["accuracy"]["value"]
     assert all(point["low"] <= point["accuracy"] <= point["high"] for point in curve)
@@ -430,23 +437,24 @@ def test_the_learning_curve_ends_with_the_head_itself(zoo: Store) -> None:
 
 def test_the_learning_curve_leaves_out_what_is_too_few_for_the_neighbours(store: Store) -> None:
     head = train(noise(store), "folder", "knn", TrainOptions(split="0.5", duplicates=None))
-    num_images = len(head.split.folds[0][0])
+    num_images = len(head.images.split.trained_on)
     settings = {"n_neighbors": num_images}
     model = replace(head.model, settings=settings)
-    curve = replace(head, model=model).learning_curve
+    curve = replace(head, model=model).learning_curve()
     assert len(curve) == 1  # the head itself
 
 
 def test_the_learning_curve_has_so_many_images_of_each_class(store: Store) -> None:
     head = train(noise(store), head="ridge", options=TrainOptions(duplicates=None, split="0.5"))
-    order = np.random.default_rng(0).permutation(head.split.folds[0][0])
-    of_class = [order[head.task.codes[order] == code] for code in (0, 1)]
-    for point in head.learning_curve[:-1]:
-        rows = np.sort(np.concatenate([places[: point["labels_per_class"]] for places in of_class]))
-        model = refit(head.task, head.model, head.targets, rows)
-        tested = Evaluation.of(model, head.task.plain[head.test_rows], head.targets, head.test_rows)
+    order = np.random.default_rng(0).permutation(head.images.split.trained_on)
+    of_class = [order[head.images.codes[order] == code] for code in (0, 1)]
+    curve, images, tested_on = head.learning_curve(), head.images, head.images.split.tested_on
+    for point in curve[:-1]:
+        rows = np.sort(np.concatenate([order[: point["labels_per_class"]] for order in of_class]))
+        model = refit(head.spec, images, head.model, rows)
+        tested = Evaluation.of(model, images.unaugmented[tested_on], images, tested_on)
         assert point["accuracy"] == pytest.approx(tested.scores["accuracy"]["value"])
-    assert len({point["accuracy"] for point in head.learning_curve}) > 1
+    assert len({point["accuracy"] for point in curve}) > 1
 
 
 def test_what_is_saved_says_what_each_image_was_for(zoo: Store, tmp_path: Path) -> None:
@@ -503,9 +511,9 @@ def test_weights_in_the_models_own_folder_stay_with_it(zoo: Store, tmp_path: Pat
 
 def test_a_model_that_cannot_be_written_leaves_the_older_one(zoo: Store, tmp_path: Path) -> None:
     head = train(zoo, "parent", "centroid", ALONE)
-    head.save(tmp_path / "model", lambda folder: (folder / "report.html").write_text("older"))
+    head.save(tmp_path / "model", lambda folder, _: (folder / "report.html").write_text("older"))
 
-    def fail(folder: Path) -> None:
+    def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ModelError, match="model cannot be written: No space left on device"):
@@ -537,10 +545,11 @@ def test_validation_images_were_seen_too(zoo: Store, tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text("\n".join(["path,part", *rows]))
     options = TrainOptions(duplicates=None, split=f"{tmp_path}/s.csv:part")
     head = train(zoo, "parent", "centroid", options)
-    rows = head.split.folds[0][0]
-    assert head.fitted.trials == fit_head(head.task, rows, head.split.validation).trials
-    assert head.fitted.trials != fit_head(head.task, rows, NOBODY).trials
-    assert head.parts.tolist() == ["train", "validation", "test", "train", ""] * 12
+    rows = head.images.split.trained_on
+    validation = head.images.split.validation
+    assert head.fitted.trials == fit_head(head.spec, head.images, rows, validation).trials
+    assert head.fitted.trials != fit_head(head.spec, head.images, rows, NOBODY).trials
+    assert head.images.parts.tolist() == ["train", "validation", "test", "train", ""] * 12
     head.save(tmp_path / "model")
     judged = evaluate_model(tmp_path / "model", zoo, "parent")
     assert judged.notes == ["36 images were trained on, and are left out."]
@@ -555,13 +564,13 @@ def test_heads_are_compared_on_the_same_images(zoo: Store) -> None:
         compare(ours, other)
 
 
-def test_a_head_learns_from_all_views_and_is_judged_by_the_plain_one(
+def test_a_head_learns_from_all_views_and_is_judged_by_the_unaugmented_one(
     tmp_path: Path, archive: Path
 ) -> None:
     import embedder
 
     store = embedder.extract(archive, tmp_path / "views", image_size=(64, 96), views=3)
     head = train(store, options=ALONE)
-    assert head.task.features.shape == (20, 3, 1280)
-    assert len(head.test_rows) == 4
-    np.testing.assert_array_equal(head.task.plain, store.vectors())
+    assert head.images.in_memory.shape == (20, 3, 1280)
+    assert len(head.images.split.tested_on) == 4
+    np.testing.assert_array_equal(head.images.unaugmented, store.vectors())

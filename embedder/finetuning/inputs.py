@@ -1,0 +1,191 @@
+"""What a network is fine-tuned on: pixels, or activations at a cut, in files that are mapped."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder.datasets import TrainingSet
+from embedder.decode import DecodedImage
+from embedder.errors import Unfinished
+from embedder.extraction import load_image
+from embedder.finetuning.labelled_images import targets_of, weights_of
+from embedder.heads import Model
+from embedder.libraries import import_keras
+from embedder.machine import num_cores
+from embedder.recipe import Recipe
+from embedder.store import Store, vectors_of
+
+if TYPE_CHECKING:
+    import keras
+
+_AHEAD = 64  # images that are decoded before they are wanted
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is learned from.
+
+    Attributes:
+        inputs: uint8 (n, n_views, height, width, 3) RGB, or activations at the cut (n, n_views,
+            ...); an array in memory or a file that is mapped. Training sees a random view in each
+            epoch, validation the first.
+        targets: float32 (n, n_classes), 1 for an image's classes.
+        weights: float32 (n,), of each image's loss.
+        train: Indices of those to learn from.
+        validation: Indices of those to stop by; may be empty.
+        are_pixels: Whether inputs are pixels.
+        is_multilabel: Whether an image can have several labels.
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    are_pixels: bool
+    is_multilabel: bool = False
+
+    def cross_entropy(self, label_smoothing: float = 0.0) -> "keras.Loss":
+        """The loss of targets and logits, (batch, n_classes) each, as (batch,)."""
+        kind = "BinaryCrossentropy" if self.is_multilabel else "CategoricalCrossentropy"
+        loss: keras.Loss = getattr(import_keras().losses, kind)(
+            from_logits=True, label_smoothing=label_smoothing, reduction=None
+        )
+        return loss
+
+
+def examples_of(
+    images: TrainingSet,
+    model: Model,
+    inputs: NDArray[Any],
+    are_pixels: bool,
+    class_weight: str | None = None,
+) -> Examples:
+    """What a network learns from.
+
+    Args:
+        images: With their labels.
+        model: Whose classes they are.
+        inputs: As in `Examples`, in the order of `Split.trained_on`.
+        are_pixels: Whether inputs are pixels, or activations.
+        class_weight: As in `TuneOptions`.
+    """
+    targets, split = targets_of(images, model), images.split
+    rows = split.trained_on
+    return Examples(
+        inputs=inputs,
+        targets=targets[rows],
+        weights=weights_of(targets, split.train, class_weight)[rows],
+        train=np.searchsorted(rows, split.train),
+        validation=np.searchsorted(rows, split.validation),
+        are_pixels=are_pixels,
+        is_multilabel=model.is_multilabel,
+    )
+
+
+def decode_pixels(
+    paths: list[bytes], images: TrainingSet, recipe: Recipe, file: Path
+) -> NDArray[np.uint8]:
+    """Decode the images to learn from and to stop by into a file that is mapped.
+
+    Args:
+        paths: Of all labelled images.
+        images: Which.
+        recipe: Of the pixels.
+        file: To write.
+
+    Returns:
+        uint8 (n, 1, height, width, 3), in the order of `Split.trained_on`.
+
+    Raises:
+        Unfinished: An image cannot be read, or is not the one that the model was trained on.
+    """
+    rows = images.split.trained_on
+    unaugmented = recipe.model_copy(update={"views": 1})
+    shape = (len(rows), 1, *recipe.image_size, 3)
+    pixels: NDArray[np.uint8] = mapped(file, np.uint8, shape)
+    with ThreadPoolExecutor(num_cores()) as decoders:
+        for start in range(0, len(rows), _AHEAD):
+            part = rows[start : start + _AHEAD]
+            decoded = decoders.map(lambda row: load_image(paths[row], unaugmented), part)
+            for i, (row, image) in enumerate(zip(part, decoded, strict=True), start=start):
+                if not isinstance(image.outcome, DecodedImage):
+                    raise Unfinished(
+                        f"{images.ids[row]} could be embedded before, and now cannot: "
+                        f"{image.outcome.error}"
+                    )
+                _check_bytes(images, row, image.sha256)
+                pixels[i, 0] = image.outcome.pixels
+    return pixels
+
+
+def mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+    """An array in a file, which has its place on the disk before anything is written to it.
+
+    A disk that was full only then would end the process, with SIGBUS and without a word.
+
+    Raises:
+        Unfinished: There is no place for it.
+    """
+    try:
+        array: NDArray[Any] = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with file.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        raise Unfinished(f"{file} cannot be written: {error.strerror or error}") from error
+    return array
+
+
+def _check_bytes(images: TrainingSet, row: int, sha256: str | None) -> None:
+    if sha256 != images.sha256[row]:
+        raise Unfinished(
+            f"{images.ids[row]} must be the image that the model was trained on, with sha256 "
+            f"{images.sha256[row]}. Received: {sha256}. Extract the images again, and train the "
+            f"head again"
+        )
+
+
+def read_activations(store: Store, images: TrainingSet, file: Path) -> NDArray[np.float32]:
+    """Copy activations of the images to learn from and to stop by into a file that is mapped.
+
+    Args:
+        store: Of the activations, with any number of views.
+        images: Which.
+        file: To write.
+
+    Returns:
+        float32 (n, n_views, ...), in the order of `Split.trained_on`.
+
+    Raises:
+        Unfinished: The store lacks an image, or has other bytes of it.
+    """
+    rows, num_views = images.split.trained_on, store.recipe.views
+    index_of = {images.ids[row]: i for i, row in enumerate(rows)}
+    (column,), is_there = store.recipe.columns, np.zeros(len(rows), dtype=bool)
+    activations = None
+    for path in store.shards():
+        table = store.read_shard(path.name)
+        ids = table["image_id"].to_numpy(zero_copy_only=False)[::num_views]
+        wanted = np.flatnonzero([image in index_of for image in ids])
+        if not len(wanted):
+            continue
+        vectors = np.concatenate([vectors_of(chunk) for chunk in table[column].chunks])
+        vectors = vectors.reshape(len(ids), num_views, *vectors.shape[1:])
+        if activations is None:
+            shape = (len(rows), *vectors.shape[1:])
+            activations = mapped(file, np.float32, shape)
+        checksums = table["sha256"].to_pylist()[::num_views]
+        for number in wanted:
+            i = index_of[ids[number]]
+            _check_bytes(images, rows[i], checksums[number])
+            activations[i], is_there[i] = vectors[number], True
+    if activations is None or not is_there.all():
+        lost = images.ids[rows[int(np.argmin(is_there))]]
+        raise Unfinished(f"{lost} could be embedded before, and now is not in {store.path}")
+    return activations
