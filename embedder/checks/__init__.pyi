@@ -1,2 +1,3 @@
+from .check import Check as Check
 from .doctor import machine as machine, self_test as self_test
-from .verify import Check as Check, verify as verify
+from .verify import verify as verify

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from embedder import engines
 from embedder.backbones import load_network, row_of
-from embedder.checks.verify import Check
+from embedder.checks.check import Check
 from embedder.decode import decode_rgb
 from embedder.libraries import import_keras
 from embedder.machine import num_cores

@@ -12,6 +12,7 @@ from PIL import Image
 
 from embedder import engines
 from embedder.backbones import make_recipe
+from embedder.checks.check import Check
 from embedder.checks.conformance import (
     check_features,
     check_input_stage,
@@ -20,7 +21,6 @@ from embedder.checks.conformance import (
     cosines,
     embed,
 )
-from embedder.checks.verify import Check
 from embedder.decode import FORMATS, decode_rgb
 from embedder.errors import EngineError, SourceError
 from embedder.machine import cache_folder, memory_bytes, num_cores

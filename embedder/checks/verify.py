@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedder import engines
+from embedder.checks.check import Check
 from embedder.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
 from embedder.extraction import finished_vectors, hash_of, load_head, make_plan
@@ -22,21 +22,6 @@ from embedder.store import EMBEDDINGS, FAILURES, Store, has_digests, vectors_of
 _Embed = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 MIN_COSINE = 0.9999  # between a stored vector and the same image embedded again, alone
 _MAX_NAMES = 3  # ids shown for a check that failed
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at.
-
-    Attributes:
-        name: What.
-        passed: Whether it is as it should be.
-        detail: The numbers.
-    """
-
-    name: str
-    passed: bool
-    detail: str
 
 
 def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 0) -> list[Check]:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 import embedder
 from embedder.backbones import resolve as backbones
-from embedder.checks.verify import Check, verify
+from embedder.checks.check import Check
+from embedder.checks.verify import verify
 from embedder.cli.app import app
 from embedder.decode.decode import decode_rgb
 from embedder.decode.resize import augment
