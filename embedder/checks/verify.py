@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from embedder import engines
 from embedder.checks.check import Check
 from embedder.decode import decode_rgb
-from embedder.errors import DecodeError, ReadError, RecipeError, SourceError, StoreError
+from embedder.errors import DecodeError, ReadError, RecipeError, SourceError
 from embedder.extraction import finished_vectors, hash_of, load_head, make_plan
 from embedder.machine import num_cores
 from embedder.recipe import VIEW, Recipe
 from embedder.sources import list_images, read_bytes
-from embedder.store import EMBEDDINGS, FAILURES, Store, has_digests, vectors_of
+from embedder.store import EMBEDDINGS, FAILURES, Store, scan, vectors_of
 
 _Embed = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 MIN_COSINE = 0.9999  # between a stored vector and the same image embedded again, alone
@@ -57,15 +57,10 @@ def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 
 
 
 def _check_shards(store: Store) -> Check:
-    problems: list[str] = []
-    num_shards = num_without = 0
-    for kind in (EMBEDDINGS, FAILURES):
-        for path in store.shards(kind):
-            num_shards += 1
-            try:
-                num_without += not has_digests(store.read_shard(path.name, kind))
-            except StoreError as error:
-                problems.append(str(error))
+    files = list(store.check_files())
+    problems = [str(file.error) for file in files if file.error]
+    num_without = sum(not file.has_digests for file in files)
+    num_shards = len(files)
     detail = f"{num_shards:,} files read, checksums and digests right"
     if num_without:
         detail = (
@@ -111,11 +106,10 @@ def _check_views(store: Store) -> Check:
 
 def _check_vectors(store: Store) -> Check:
     num_rows, bad = 0, []
-    for path in store.shards():
-        table = store.read_shard(path.name)
+    for table in scan(store, ["image_id", *store.recipe.columns], view=None):
         is_finite = np.ones(table.num_rows, bool)
         for column in store.recipe.columns:
-            vectors = vectors_of(table[column].combine_chunks()).reshape(table.num_rows, -1)
+            vectors = vectors_of(table[column]).reshape(table.num_rows, -1)
             is_finite &= np.isfinite(vectors).all(axis=1)
         num_rows += table.num_rows
         bad += table["image_id"].filter(pa.array(~is_finite)).to_pylist()
@@ -191,10 +185,9 @@ def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
 
 def _rows_of(store: Store, ids: NDArray[np.object_]) -> pa.Table:
     """The rows of some images, with all their views; of the store, one shard is in memory."""
-    wanted = pa.array(ids, pa.string())
-    tables = (store.read_shard(path.name) for path in store.shards())
-    rows = [table.filter(pc.is_in(table["image_id"], wanted)) for table in tables]
-    return pa.concat_tables(rows, promote_options="default")
+    wanted, views = pa.array(ids, pa.string()), [VIEW] if store.recipe.views > 1 else []
+    tables = scan(store, ["image_id", "sha256", *views, *store.recipe.columns], view=None)
+    return pa.concat_tables(table.filter(pc.is_in(table["image_id"], wanted)) for table in tables)
 
 
 def _cosine_now(
@@ -228,8 +221,7 @@ def _cosine_now(
             return None
         features = embed(pixels[view])
         cosines += [
-            _cosine(features[column][0], vectors_of(row[column].combine_chunks())[0])
-            for column in recipe.columns
+            _cosine(features[column][0], vectors_of(row[column])[0]) for column in recipe.columns
         ]
     return min(cosines)
 

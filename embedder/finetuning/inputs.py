@@ -18,7 +18,7 @@ from embedder.heads import Model
 from embedder.libraries import import_keras
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
-from embedder.store import Store, vectors_of
+from embedder.store import Store, scan, vectors_of
 
 if TYPE_CHECKING:
     import keras
@@ -169,13 +169,12 @@ def read_activations(store: Store, images: TrainingSet, file: Path) -> NDArray[n
     index_of = {images.ids[row]: i for i, row in enumerate(rows)}
     (column,), is_there = store.recipe.columns, np.zeros(len(rows), dtype=bool)
     activations = None
-    for path in store.shards():
-        table = store.read_shard(path.name)
+    for table in scan(store, ["image_id", "sha256", column], view=None):
         ids = table["image_id"].to_numpy(zero_copy_only=False)[::num_views]
         wanted = np.flatnonzero([image in index_of for image in ids])
         if not len(wanted):
             continue
-        vectors = np.concatenate([vectors_of(chunk) for chunk in table[column].chunks])
+        vectors = vectors_of(table[column])
         vectors = vectors.reshape(len(ids), num_views, *vectors.shape[1:])
         if activations is None:
             shape = (len(rows), *vectors.shape[1:])

@@ -8,7 +8,6 @@ from .keras_head import (
     Batch as Batch,
     KerasHead as KerasHead,
     classifier_layers as classifier_layers,
-    store_batches as store_batches,
 )
 from .keras_layers import as_keras_layers as as_keras_layers
 from .model import (

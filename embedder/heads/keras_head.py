@@ -2,7 +2,7 @@
 
 A head is one Keras model, the scaling of the features included: what is saved needs nothing else
 to be right. All training goes one way, through batches: `KerasHead.fit` cuts them from arrays,
-`store_batches` reads them from a feature store that may be larger than memory.
+`store.shuffled_batches` reads them from a feature store that may be larger than memory.
 """
 
 import math
@@ -23,7 +23,6 @@ from sklearn.utils.multiclass import check_classification_targets
 from embedder.backbones import load_keras_model, save_network
 from embedder.errors import RecipeError, WeightsError
 from embedder.libraries import import_keras
-from embedder.store import Store, vectors_of
 
 if TYPE_CHECKING:
     import keras
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 SCALINGS = ("standard", "l2", "none")
 _LAYERS = ("Normalization", "UnitNormalization", "Rescaling", "Dense", "Dropout")
 _ROWS_AT_ONCE = 8192  # through the network when nothing is learnt: 40 MB at 1,280 features
-_SHARDS_AT_ONCE = 4
 
 Batch: TypeAlias = tuple[NDArray[Any], NDArray[Any]]  # features (n, dim) and labels of n images
 MakeBatches: TypeAlias = Callable[[int], Iterable[Batch]]  # from the number of the epoch
@@ -162,7 +160,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return views, labels
 
     def fit_stream(self, make_batches: MakeBatches, validation: Batch | None = None) -> Self:
-        """Train on batches that are made anew for each epoch, such as by `store_batches`.
+        """Train on batches that are made anew for each epoch, such as by `store.shuffled_batches`.
 
         The batches of epoch 0 are gone through once before training: for the classes, their sizes
         and the scale of the features.
@@ -438,41 +436,3 @@ def _held_out(
     is_held = np.zeros(len(strata), dtype=bool)
     is_held[candidates[np.arange(num_held) * len(candidates) // max(num_held, 1)]] = True
     return is_held
-
-
-def store_batches(
-    store: Store,
-    labels_by_id: Mapping[str, Any],
-    batch_size: int,
-    random: np.random.Generator,
-    column: str | None = None,
-) -> Iterator[Batch]:
-    """Read the labelled images of a store once, in random order.
-
-    Shards come in random order, a few at a time, and their images are mixed: an archive's order is
-    often that of its classes.
-
-    Args:
-        store: Features. Of several views of an image one is drawn.
-        labels_by_id: Labels, or rows of an indicator matrix; images without one are left out.
-        batch_size: Images of a batch; the last of each few shards can be smaller.
-        random: Decides the order and the views.
-        column: Name of the feature, where the store has several.
-
-    Raises:
-        RecipeError: The store has no such feature, or several of which none is named.
-        StoreError: A shard cannot be read.
-    """
-    column = store.recipe.column(column)
-    num_views = store.recipe.views  # rows of an image, one after the other
-    names = random.permutation([path.name for path in store.shards()])
-    for start in range(0, len(names), _SHARDS_AT_ONCE):
-        tables = [store.read_shard(name) for name in names[start : start + _SHARDS_AT_ONCE]]
-        ids = np.concatenate([table["image_id"].to_numpy() for table in tables])
-        vectors = np.concatenate([vectors_of(c) for t in tables for c in t[column].chunks])
-        is_labelled = [image in labels_by_id for image in ids[::num_views]]
-        rows = random.permutation(num_views * np.flatnonzero(is_labelled))
-        rows += random.integers(num_views, size=len(rows))
-        for first in range(0, len(rows), batch_size):
-            chosen = rows[first : first + batch_size]
-            yield vectors[chosen], np.array([labels_by_id[image] for image in ids[chosen]])

@@ -18,9 +18,9 @@ from embedder.errors import RecipeError, StoreBusy, Unfinished
 from embedder.extraction import Progress, RunOptions, Summary, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
 from embedder.heads import Model
-from embedder.recipe import LOGITS, VIEW, Recipe
+from embedder.recipe import LOGITS, Recipe
 from embedder.sources import Listing, list_images
-from embedder.store import RECIPE_FILE, Store, lease, vectors_of
+from embedder.store import RECIPE_FILE, Store, lease, scan, vectors_of
 
 DEFAULT_TOP_K = 5
 
@@ -148,7 +148,11 @@ def _take_over(older: Path, place: Path, recipe: Recipe) -> None:
 
 
 def prediction_table(
-    model: Model, ids: pa.Array, sha256: pa.Array, logits: NDArray[np.floating], top_k: int
+    model: Model,
+    ids: pa.ChunkedArray,
+    sha256: pa.ChunkedArray,
+    logits: NDArray[np.floating],
+    top_k: int,
 ) -> pa.Table:
     """Rows of `SCHEMA` for images with logits (n, n_classes), not yet calibrated."""
     probabilities = model.calibrated(logits)
@@ -192,11 +196,13 @@ def _write(
     failures = _of_ids(store.failures(), ids)
     num_predicted = 0
     with _parquet_file(path) as writer:
-        for table in _plain_rows(store, ids):
-            vectors = vectors_of(table[LOGITS if store.recipe.head else model.column])
-            logits = (
-                vectors if store.recipe.head else model.logits_of_columns({model.column: vectors})
-            )
+        column = LOGITS if store.recipe.head else model.column
+        for shard in scan(store, ["image_id", "sha256", column]):
+            table = _of_ids(shard, ids)
+            if not table.num_rows:
+                continue
+            vectors = vectors_of(table[column])
+            logits = vectors if store.recipe.head else model.logits_of_columns({column: vectors})
             rows = prediction_table(model, table["image_id"], table["sha256"], logits, top_k)
             writer.write_table(rows)
             num_predicted += rows.num_rows
@@ -232,17 +238,6 @@ def _failure_rows(failures: pa.Table) -> pa.Table:
 
 def _of_ids(table: pa.Table, ids: pa.Array | None) -> pa.Table:
     return table if ids is None else table.filter(pc.is_in(table["image_id"], ids))
-
-
-def _plain_rows(store: Store, ids: pa.Array | None) -> Iterator[pa.RecordBatch]:
-    """Rows of each shard, of these images and of the pictures as they are."""
-    for path in store.shards():
-        table = store.read_shard(path.name)
-        if store.recipe.views > 1:
-            table = table.filter(pc.equal(table[VIEW], 0))
-        table = _of_ids(table, ids)
-        if table.num_rows:
-            yield table.combine_chunks().to_batches()[0]
 
 
 @contextmanager

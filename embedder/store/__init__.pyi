@@ -1,6 +1,10 @@
 from .lease import lease as lease
+from .scan import (
+    scan as scan,
+    shard_groups as shard_groups,
+    shuffled_batches as shuffled_batches,
+)
 from .shard_file import (
-    has_digests as has_digests,
     num_bytes_of as num_bytes_of,
     vector_array as vector_array,
     vectors_of as vectors_of,

@@ -73,8 +73,10 @@ def vector_array(vectors: NDArray[Any]) -> pa.Array:
     return pa.ExtensionArray.from_storage(tensor, lists.cast(tensor.storage_type))
 
 
-def vectors_of(array: pa.Array) -> NDArray[Any]:
-    """The vectors that `vector_array` wrapped; read-only, and without a copy."""
+def vectors_of(array: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    """The vectors that `vector_array` wrapped; read-only, and without a copy of a single chunk."""
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks == 1 else array.combine_chunks()
     if isinstance(array, pa.FixedShapeTensorArray):
         vectors: NDArray[Any] = array.to_numpy_ndarray()
         return vectors

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from embedder.recipe import VIEW, Recipe
 from embedder.sources import MODIFIED_TYPE
 from embedder.store import shard_file
 from embedder.store.lease import LOCK_FILE
+from embedder.store.scan import scan
 from embedder.store.shard_file import (
     Columns,
+    has_digests,
     vector_array as vector_array,
     vectors_of as vectors_of,
 )
@@ -101,6 +104,21 @@ def extra_columns(names: Iterable[str]) -> list[str]:
         "same_file",
     }
     return [name for name in names if name not in own]
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """What reading a file of a store has shown.
+
+    Attributes:
+        name: `embeddings/NAME` or `failures/NAME`.
+        has_digests: Whether it keeps digests of its columns; files of older versions do not.
+        error: Why it cannot be read, if it cannot.
+    """
+
+    name: str
+    has_digests: bool = False
+    error: StoreError | None = None
 
 
 class Store:
@@ -196,6 +214,14 @@ class Store:
         Raises:
             StoreError: The folder cannot be listed.
         """
+        return [self.path / kind / name for name in self.shard_names(kind)]
+
+    def shard_names(self, kind: str = EMBEDDINGS) -> list[str]:
+        """Names of the shards of `embeddings` or `failures`, in the order that reading uses.
+
+        Raises:
+            StoreError: The folder cannot be listed.
+        """
         folder = self.path / kind
         try:
             names = sorted(entry.name for entry in os.scandir(folder))
@@ -203,12 +229,11 @@ class Store:
             return []
         except OSError as error:
             raise StoreError(f"{folder} cannot be listed: {error.strerror}") from error
-        shards = [name for name in names if name.endswith(".parquet") and not name.startswith(".")]
-        return [folder / name for name in shards]
+        return [name for name in names if name.endswith(".parquet") and not name.startswith(".")]
 
     def table(self, columns: list[str] | None = None, kind: str = EMBEDDINGS) -> pa.Table:
         """Read columns of all rows, views too, in the order of `ids` and `vectors`."""
-        tables = [self.read_shard(path.name, kind, columns) for path in self.shards(kind)]
+        tables = [self.read_shard(name, kind, columns) for name in self.shard_names(kind)]
         if not tables:
             schema = FAILURE_SCHEMA if kind == FAILURES else pa.schema(_row_fields(self.recipe))
             return schema.empty_table().select(columns or schema.names)
@@ -262,12 +287,12 @@ class Store:
         Raises:
             RecipeError: The store has no such view.
         """
-        ids = [table["image_id"].to_numpy() for table in self._tables("image_id", view)]
+        ids = [table["image_id"].to_numpy() for table in scan(self, ["image_id"], view=view)]
         return np.concatenate([np.array([], dtype=object), *ids])
 
     def sha256(self) -> NDArray[np.object_]:
         """Checksum of each image's bytes, in the order of `ids()`: str (n_images,)."""
-        checksums = [table["sha256"].to_numpy() for table in self._tables("sha256", 0)]
+        checksums = [table["sha256"].to_numpy() for table in scan(self, ["sha256"])]
         return np.concatenate([np.array([], dtype=object), *checksums])
 
     def views(self) -> NDArray[np.int16]:
@@ -298,7 +323,7 @@ class Store:
         column = self.recipe.column(column)
         arrays = [
             vectors_of(chunk)
-            for table in self._tables(column, view)
+            for table in scan(self, [column], view=view)
             for chunk in table[column].chunks
             if len(chunk)
         ]
@@ -311,20 +336,6 @@ class Store:
                 f"`embedder verify` says which shards are damaged"
             )
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-    def _tables(self, column: str, view: int | None) -> Iterator[pa.Table]:
-        """Read a column of each shard in turn, of one view or of all."""
-        if view is not None and not 0 <= view < self.recipe.views:
-            raise RecipeError(
-                f"`view` must be one of the store's views, 0 to {self.recipe.views - 1}, or None "
-                f"for all. Received: view={view}"
-            )
-        for path in self.shards():
-            if view is None or self.recipe.views == 1:
-                yield self.read_shard(path.name, columns=[column])
-            else:
-                table = self.read_shard(path.name, columns=[column, VIEW])
-                yield table.filter(pc.equal(table[VIEW], view))
 
     def failures(self) -> pa.Table:
         """Images that could not be embedded: a table of `FAILURE_SCHEMA`."""
@@ -379,7 +390,7 @@ class Store:
 
     def __len__(self) -> int:
         """Number of embedded images."""
-        num_rows = sum(self.num_rows_of(path.name) for path in self.shards())
+        num_rows = sum(map(self.num_rows_of, self.shard_names()))
         return num_rows // self.recipe.views
 
     def extra_columns(self, names: Iterable[str]) -> list[str]:
@@ -428,6 +439,16 @@ class Store:
             keep = pc.invert(pc.is_in(table["image_id"], pa.array(ids, pa.string())))
             self.replace_shard(name, table.filter(keep), kind)
 
+    def check_files(self) -> Iterator[CheckedFile]:
+        """Read each file of rows and of failures whole."""
+        for kind in (EMBEDDINGS, FAILURES):
+            for name in self.shard_names(kind):
+                try:
+                    is_digested = has_digests(self.read_shard(name, kind))
+                    yield CheckedFile(f"{kind}/{name}", is_digested)
+                except StoreError as error:
+                    yield CheckedFile(f"{kind}/{name}", error=error)
+
     def put_damaged_aside(self) -> dict[str, str]:
         """Read all files, and move those that are damaged to STORE/damaged/.
 
@@ -438,12 +459,11 @@ class Store:
             StoreError: A file cannot be read just now, or cannot be moved.
         """
         damaged = {}
-        for kind in (EMBEDDINGS, FAILURES):
-            for path in self.shards(kind):
-                try:
-                    self.read_shard(path.name, kind)
-                except DamagedShard as error:
-                    damaged[f"{kind}/{path.name}"] = str(error)
+        for file in self.check_files():
+            if isinstance(file.error, DamagedShard):
+                damaged[file.name] = str(file.error)
+            elif file.error is not None:
+                raise file.error
         try:
             for name in damaged:
                 aside = self.path / DAMAGED / name.replace("/", "-")

@@ -29,11 +29,10 @@ from embedder.heads import (
     Settings,
     calibrate,
     logits_of,
-    store_batches,
     stratified_folds,
 )
 from embedder.machine import memory_bytes
-from embedder.store import Store, vectors_of
+from embedder.store import Store, scan, shuffled_batches, vectors_of
 from embedder.training.fitting import Fitted, HeadSpec
 from embedder.training.ridge_pass import ridge_sums
 
@@ -72,14 +71,8 @@ def parts_of(store: Store, column: str, rows: Indices) -> Iterator[NDArray[np.fl
     Yields:
         float32 (k, dim), in the order of `rows`.
     """
-    num_views, start = store.recipe.views, 0  # rows of an image, one after the other
-    for path in store.shards():
-        stop = start + store.num_rows_of(path.name) // num_views
-        first, last = np.searchsorted(rows, [start, stop])
-        if first < last:
-            vectors = vectors_of(store.read_shard(path.name)[column].combine_chunks())
-            yield vectors[num_views * (rows[first:last] - start)].astype(np.float32)
-        start = stop
+    for table in scan(store, [column], images=rows):
+        yield vectors_of(table[column]).astype(np.float32, copy=False)
 
 
 def read_features(store: Store, column: str, rows: Indices) -> NDArray[np.float32]:
@@ -247,7 +240,7 @@ def _fit_keras(spec: HeadSpec, images: TrainingSet, store: Store, column: str) -
 
     def make_batches(epoch: int) -> Iterator[Batch]:
         random = np.random.default_rng((spec.seed, epoch))
-        return store_batches(store, by_id, head.batch_size, random, column)
+        return shuffled_batches(store, by_id, head.batch_size, random, column)
 
     random = np.random.default_rng(spec.seed)
     watched = np.sort(random.permutation(held)[:_HELD_OUT_ROWS])  # all the time in memory

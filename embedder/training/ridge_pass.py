@@ -1,6 +1,5 @@
 """Sums over a whole store in one pass: shards are read where the workers are, sums come back."""
 
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from embedder.errors import RecipeError, StoreError
 from embedder.extraction import Pool, WorkerContext
 from embedder.heads import CHUNK_ROWS, SufficientStatistics, one_vs_rest_targets, sums_by_fold
-from embedder.store import Store, vectors_of
+from embedder.store import Store, scan, shard_groups, vectors_of
 
 Codes = NDArray[np.integer[Any]]
 
@@ -73,7 +72,7 @@ def ridge_sums(
             *(path, column, names, num_classes, num_folds),
             *(codes[rows], folds[rows], None if weights is None else weights[rows]),
         )
-        for names, rows in _shards(store)
+        for names, rows in shard_groups(store, CHUNK_ROWS)
     )
     totals: list[SufficientStatistics] = []
     with closing(pool.run(_sum_shards, ((part,) for part in parts), lambda *_: None)) as results:
@@ -109,20 +108,6 @@ def vector_column(store: Store, column: str | None) -> str:
     return name
 
 
-def _shards(store: Store) -> Iterator[tuple[list[str], slice]]:
-    """Names of neighbouring shards, and which of the store's rows they hold."""
-    names: list[str] = []
-    start = stop = 0
-    for path in store.shards():
-        names.append(path.name)
-        stop += store.num_rows_of(path.name)
-        if stop - start >= CHUNK_ROWS:
-            yield names, slice(start, stop)
-            names, start = [], stop
-    if names:
-        yield names, slice(start, stop)
-
-
 # What runs on the workers. -----------------------------------------------------------------
 
 
@@ -130,8 +115,8 @@ def _sum_shards(task: WorkerContext, part: _Part) -> list[SufficientStatistics]:
     # Not for this call only: others run in this process too, and want the same.
     threadpool_limits(task.num_threads(), user_api="blas")
     store = Store(part.store)
-    chunks = [chunk for name in part.names for chunk in store.read_shard(name)[part.column].chunks]
-    features = np.concatenate([vectors_of(chunk) for chunk in chunks])
+    tables = scan(store, [part.column], view=None, shards=part.names)
+    features = np.concatenate([vectors_of(c) for t in tables for c in t[part.column].chunks])
     num_rows = len(part.codes)
     if len(features) != num_rows:
         raise StoreError(f"The store {store.path} changed while it was read. Run again")

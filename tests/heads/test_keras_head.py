@@ -21,11 +21,8 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
 from embedder.errors import RecipeError, StoreError, WeightsError
-from embedder.heads.keras_head import KerasHead, _held_out, store_batches
+from embedder.heads.keras_head import KerasHead, _held_out
 from embedder.libraries import import_keras
-from embedder.recipe import Recipe
-from embedder.store.store import FAILURE_SCHEMA, Store
-from tests.support import rows_of
 
 DIM = 6
 ANIMALS = np.array(["cat", "dog", "owl"])
@@ -303,77 +300,19 @@ def test_every_view_of_an_image_is_trained_on() -> None:
     assert head.score(-plain, animals) > 0.8
 
 
-@pytest.fixture
-def store(tmp_path: Path, mean_colour_recipe: Recipe) -> Store:
-    """Thirty images in three shards, each of one animal, as an archive in folders has them."""
-    store = Store.open_or_create(tmp_path / "features", mean_colour_recipe, {})
+def test_a_head_learns_from_batches() -> None:
     features, animals = clusters(30)
-    for animal in ANIMALS:
-        places = np.flatnonzero(animals == animal)
-        rows = rows_of(store.recipe, [f"{n:02d}" for n in places], features[places])
-        store.write_shard(rows, FAILURE_SCHEMA.empty_table(), f"{animal}.parquet")
-    return store
 
-
-LABELS = {f"{n:02d}": ANIMALS[n % 3] for n in range(30)}
-
-
-def test_an_epoch_of_a_store_gives_each_labelled_image_once(store: Store) -> None:
-    labels = {image: image for image in LABELS if image > "04"}
-    epochs = []
-    for epoch in range(2):
-        batches = list(store_batches(store, labels, 4, np.random.default_rng(epoch)))
-        assert [len(ids) for _, ids in batches] == [4] * 6 + [1]
-        ids = np.concatenate([ids for _, ids in batches])
-        assert sorted(ids) == sorted(labels)
-        by_id = dict(zip(store.ids(), store.vectors(), strict=True))
-        features = np.concatenate([features for features, _ in batches])
-        assert (features == [by_id[image] for image in ids]).all()
-        epochs.append(ids.tolist())
-    assert epochs[0] != epochs[1]
-
-
-def test_images_of_several_shards_are_mixed(store: Store) -> None:
-    batches = store_batches(store, LABELS, 10, np.random.default_rng(0))
-    assert [len(set(animals)) for _, animals in batches] == [3, 3, 3]
-
-
-def test_an_epoch_of_a_store_of_views_gives_one_view_of_each_image(
-    tmp_path: Path, mean_colour_recipe: Recipe
-) -> None:
-    recipe = mean_colour_recipe.model_copy(update={"views": 3})
-    store = Store.open_or_create(tmp_path / "views", recipe, {})
-    values = np.arange(12, dtype=np.float32)  # image a has 0, 1, 2, image b 3, 4, 5, ...
-    rows = rows_of(mean_colour_recipe, list(np.repeat(list("abcd"), 3)), values[:, None])
-    rows = rows.add_column(1, "view", [np.tile(np.arange(3, dtype=np.int16), 4)])
-    rows = rows.replace_schema_metadata(None)  # they are of another recipe now
-    store.write_shard(rows, FAILURE_SCHEMA.empty_table(), "0.parquet")
-    places = {"a": 0, "b": 1, "d": 3}
-    seen = set()
-    for epoch in range(20):
-        (batch,) = store_batches(store, places, 8, np.random.default_rng(epoch))
-        assert sorted(batch[1].tolist()) == [0, 1, 3]
-        assert (batch[0][:, 0] // 3 == batch[1]).all()
-        seen |= set(batch[0][:, 0].tolist())
-    assert seen == {0, 1, 2, 3, 4, 5, 9, 10, 11}
-
-
-def test_a_feature_that_the_store_lacks_is_refused(store: Store) -> None:
-    with pytest.raises(RecipeError, match="`column` must be .*: embedding. Received: top"):
-        next(store_batches(store, LABELS, 4, np.random.default_rng(0), column="top"))
-
-
-def test_a_head_learns_from_the_shards_of_a_store(store: Store) -> None:
     def make_batches(epoch: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        return store_batches(store, LABELS, 8, np.random.default_rng(epoch))
+        for rows in np.random.default_rng(epoch).permutation(30).reshape(-1, 6):
+            yield features[rows], animals[rows]
 
-    validation = clusters(30, seed=1)
-    head = KerasHead(**FAST).fit_stream(make_batches, validation)
+    head = KerasHead(**FAST).fit_stream(make_batches, clusters(30, seed=1))
     assert head.score(*clusters(60, seed=2)) > 0.9
     assert len(head.validation_losses_) == 10
     scale, _ = head.network_.layers
-    np.testing.assert_allclose(np.ravel(scale.mean), store.vectors().mean(axis=0), atol=1e-5)
-    np.testing.assert_allclose(np.ravel(scale.variance), store.vectors().var(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(np.ravel(scale.mean), features.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(np.ravel(scale.variance), features.var(axis=0), rtol=1e-4)
 
 
 def test_an_error_of_the_stream_reaches_the_caller() -> None:

@@ -201,7 +201,7 @@ def test_a_keras_head_stops_by_images_it_has_not_learned(
 ) -> None:
     learned: set[str] = set()
     watched: list[str] = []
-    batches, reads = out_of_core.store_batches, out_of_core.read_features
+    batches, reads = out_of_core.shuffled_batches, out_of_core.read_features
 
     def seen_batches(store: Store, by_id: Any, *others: Any) -> Any:
         learned.update(by_id)
@@ -211,7 +211,7 @@ def test_a_keras_head_stops_by_images_it_has_not_learned(
         watched.extend(store.ids()[rows])
         return reads(store, column, rows)
 
-    monkeypatch.setattr(out_of_core, "store_batches", seen_batches)
+    monkeypatch.setattr(out_of_core, "shuffled_batches", seen_batches)
     monkeypatch.setattr(out_of_core, "read_features", seen_features)
     monkeypatch.setattr(out_of_core, "_HELD_OUT_ROWS", 50)
     parts = np.resize(["train", "train", "test", "val"], len(noise(store)))

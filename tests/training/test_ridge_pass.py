@@ -80,17 +80,6 @@ def test_rows_can_have_weights_or_several_classes(store: Store, codes: Any, fold
     assert_same(several, expected_of(store, codes, folds))
 
 
-def test_a_task_takes_several_shards_and_only_their_codes(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = [path.name for path in store.shards()]
-    monkeypatch.setattr(streaming, "CHUNK_ROWS", 1500)
-    assert list(streaming._shards(store)) == [
-        (names[:2], slice(0, 2048)),
-        (names[2:], slice(2048, 3000)),
-    ]
-
-
 def test_a_head_is_fitted_to_a_store(store: Store, folds: Any) -> None:
     vectors = store.vectors()
     codes = vectors[:, :NUM_CLASSES].argmax(axis=1)
