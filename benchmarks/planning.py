@@ -25,7 +25,9 @@ from embedder.extraction.extract import DEFAULT_SHARD_SIZE
 from embedder.extraction.plan import drop_repeated, make_plan
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources.listing import REF_SCHEMA
-from embedder.store.store import Store, row_schema, vector_array
+from embedder.store.schema import row_schema
+from embedder.store.shard_file import vector_array
+from embedder.store.store import Store
 
 DIM = 8
 

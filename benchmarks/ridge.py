@@ -29,7 +29,9 @@ from embedder.extraction.cluster import connect
 from embedder.extraction.extract import DEFAULT_SHARD_SIZE
 from embedder.heads.ridge_head import NUM_FOLDS, RidgeHead
 from embedder.recipe import EMBEDDING, Recipe
-from embedder.store.store import Store, row_schema, vector_array, vectors_of
+from embedder.store.schema import row_schema
+from embedder.store.shard_file import vector_array, vectors_of
+from embedder.store.store import Store
 from embedder.training import out_of_core
 from embedder.training.ridge_pass import ridge_sums
 

@@ -16,7 +16,9 @@ from PIL import Image
 from embedder.datasets.training_set import TrainingSet
 from embedder.engines.engine import Features
 from embedder.recipe import Recipe
-from embedder.store.store import FAILURE_SCHEMA, Store, row_schema, shard_name, vector_array
+from embedder.store.schema import FAILURE_SCHEMA, row_schema, shard_name
+from embedder.store.shard_file import vector_array
+from embedder.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 

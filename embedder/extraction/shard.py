@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedder import engines
@@ -37,14 +36,7 @@ from embedder.errors import (
 )
 from embedder.recipe import LOGITS, Recipe
 from embedder.sources import read_bytes
-from embedder.store import (
-    FAILURE_SCHEMA,
-    Store,
-    extra_columns,
-    row_schema,
-    shard_name,
-    vector_array,
-)
+from embedder.store import Failure, Row, Store, failures_table, places_of, rows_table, shard_name
 
 if TYPE_CHECKING:
     from embedder.heads import Model
@@ -237,18 +229,12 @@ def load_head(recipe: Recipe) -> "Model | None":
     return model
 
 
-class _Failure(NamedTuple):
-    stage: str
-    error: str
-    is_passing: bool = False
-
-
 class LoadedImage(NamedTuple):
     """An image after reading and decoding, or the failure that came instead."""
 
     num_bytes: int | None
     sha256: str | None
-    outcome: DecodedImage | _Failure
+    outcome: DecodedImage | Failure
     read_seconds: float
     decode_seconds: float
     decode_cpu_seconds: float
@@ -260,15 +246,15 @@ def load_image(path: bytes, recipe: Recipe) -> LoadedImage:
     try:
         encoded = read_bytes(path)
     except ReadError as error:
-        failure = _Failure("read", str(error), error.is_passing)
+        failure = Failure("read", str(error), error.is_passing)
         return LoadedImage(None, None, failure, time.perf_counter() - begin, 0.0, 0.0)
     sha256 = hashlib.sha256(encoded).hexdigest()
     read, cpu = time.perf_counter(), time.thread_time()
-    outcome: DecodedImage | _Failure
+    outcome: DecodedImage | Failure
     try:
         outcome = decode_rgb(encoded, recipe)
     except DecodeError as error:
-        outcome = _Failure("decode", str(error), error.is_passing)
+        outcome = Failure("decode", str(error), error.is_passing)
     end, cpu = time.perf_counter(), time.thread_time() - cpu
     return LoadedImage(len(encoded), sha256, outcome, read - begin, end - read, cpu)
 
@@ -386,18 +372,6 @@ def _take(future: Future[LoadedImage], loading: _Loading) -> LoadedImage:
     return image
 
 
-class _Row(NamedTuple):
-    """A row of the store, but for its vector; `position` is that of its ref."""
-
-    position: int
-    view: int
-    num_bytes: int | None
-    sha256: str | None
-    width: int
-    height: int
-    format: str
-
-
 class ShardBuilder:
     """Collects a shard's images into batches, and their vectors into rows.
 
@@ -416,21 +390,21 @@ class ShardBuilder:
         self._earlier = earlier
         replaced = {image_id: sha256 for image_id, sha256 in earlier.items() if sha256}
         self.receipt = Receipt(shard_name(recipe, self._ids, replaced))
-        self.failures: list[tuple[_Row, _Failure]] = []
-        self._rows: list[_Row] = []
+        self.failures: list[tuple[Row, Failure]] = []
+        self._rows: list[Row] = []
         self._not_finite: set[int] = set()  # positions of images that failed by one of their views
         # By column, one array for the shard, made when the first batch tells `dim`: a list of
         # batches, and its concatenation, would be three times the memory.
         self._vectors: dict[str, NDArray[Any]] = {}
-        self._batch: list[_Row] = []
+        self._batch: list[Row] = []
         self._buffer: NDArray[np.uint8] | None = None  # holds the pixels of the batch
         self._in_flight: deque[Future[_EmbeddedBatch]] = deque()
 
     def add(self, position: int, image: LoadedImage) -> None:
         """Add an image's views to the batch, or its failure to the failures."""
         outcome = image.outcome
-        row = _Row(position, 0, image.num_bytes, image.sha256, 0, 0, "")
-        if isinstance(outcome, _Failure):
+        row = Row(position, 0, image.num_bytes, image.sha256, 0, 0, "")
+        if isinstance(outcome, Failure):
             self.failures.append((row, outcome))
             return
         row = row._replace(width=outcome.width, height=outcome.height, format=outcome.format)
@@ -455,7 +429,7 @@ class ShardBuilder:
 
     def _collect(self, embedded: "_EmbeddedBatch") -> None:
         self.receipt.seconds["embed"] += embedded.seconds
-        places = self._places(embedded.rows)
+        places = places_of(embedded.rows, self.recipe.views)
         is_finite = np.ones(len(places), bool)
         for column, vectors in embedded.vectors.items():
             is_finite &= np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
@@ -469,11 +443,7 @@ class ShardBuilder:
             elif row.position not in self._not_finite:
                 self._not_finite.add(row.position)
                 error = f"the vector is not finite in {self.recipe.store_dtype}"
-                self.failures.append((row, _Failure("embed", error)))
-
-    def _places(self, rows: Sequence[_Row]) -> list[int]:
-        """Where in the shard's arrays the rows' vectors are."""
-        return [row.position * self.recipe.views + row.view for row in rows]
+                self.failures.append((row, Failure("embed", error)))
 
     def finish(self) -> None:
         """Embed the last, partial batch and wait for all."""
@@ -506,8 +476,10 @@ class ShardBuilder:
         receipt.num_bytes_read = loading.num_bytes_read
         self._set_kept_apart()
         begin = time.perf_counter()
-        rows = self._rows_table()
-        receipt.num_bytes = store.write_shard(rows, self._failures_table(), receipt.shard)
+        good = sorted(row for row in self._rows if row.position not in self._not_finite)
+        rows = rows_table(self.recipe, self.refs, good, self._vectors)
+        failures = failures_table(self.refs, self.failures)
+        receipt.num_bytes = store.write_shard(rows, failures, receipt.shard)
         receipt.seconds["write"] = time.perf_counter() - begin
         receipt.num_rows, receipt.ended = rows.num_rows // self.recipe.views, time.time()
         receipt.failures = Counter((failure.stage, failure.error) for _, failure in self.failures)
@@ -529,63 +501,15 @@ class ShardBuilder:
         self.failures = failures
         self.receipt.settled = [i for i in self._ids if i in self._earlier and i not in kept_ids]
 
-    def _rows_table(self) -> pa.Table:
-        """The shard's rows, in the refs' order."""
-        refs = self.refs
-        # By position and view; an image is a row for each of its views, or none.
-        rows = sorted(row for row in self._rows if row.position not in self._not_finite)
-        if not rows:
-            return pa.table({})
-        is_whole = len(rows) == self.refs.num_rows * self.recipe.views
-        places = self._places(rows)
-        vectors = {
-            column: vector_array(array if is_whole else array[places])
-            for column, array in self._vectors.items()
-        }
-        mine = refs.take(pa.array([row.position for row in rows], pa.int64()))
-        extras = extra_columns(refs.column_names)
-        columns = [
-            mine["image_id"],
-            *([[row.view for row in rows]] if self.recipe.views > 1 else []),
-            [row.sha256 for row in rows],
-            [row.num_bytes for row in rows],
-            [row.width for row in rows],
-            [row.height for row in rows],
-            [row.format for row in rows],
-            mine["modified"],
-            *(mine[name] for name in extras),
-            *vectors.values(),
-        ]
-        fields = [refs.schema.field(name) for name in extras]
-        types = {column: array.type for column, array in vectors.items()}
-        return pa.table(columns, schema=row_schema(self.recipe, types, fields))
-
-    def _failures_table(self) -> pa.Table:
-        """The shard's failures, in the refs' order."""
-        refs = self.refs
-        rows = [row for row, _ in self.failures]
-        mine = refs.take(pa.array([row.position for row in rows], pa.int64()))
-        sizes = pc.coalesce(pa.array([row.num_bytes for row in rows], pa.int64()), mine["bytes"])
-        columns = [
-            mine["image_id"],
-            sizes,
-            [row.sha256 for row in rows],
-            mine["modified"],
-            [failure.stage for _, failure in self.failures],
-            [failure.error for _, failure in self.failures],
-            [failure.is_passing for _, failure in self.failures],
-        ]
-        return pa.table(columns, schema=FAILURE_SCHEMA)
-
 
 class _EmbeddedBatch(NamedTuple):
-    rows: list[_Row]
+    rows: list[Row]
     vectors: dict[str, NDArray[Any]]
     seconds: float
 
 
 def _embed(
-    state: WorkerState, recipe: Recipe, rows: list[_Row], buffer: NDArray[np.uint8]
+    state: WorkerState, recipe: Recipe, rows: list[Row], buffer: NDArray[np.uint8]
 ) -> _EmbeddedBatch:
     """Embed a batch, of which the first `len(rows)` images are real, and return its buffer."""
     begin = time.perf_counter()

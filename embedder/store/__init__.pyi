@@ -4,20 +4,21 @@ from .scan import (
     shard_groups as shard_groups,
     shuffled_batches as shuffled_batches,
 )
-from .shard_file import (
-    num_bytes_of as num_bytes_of,
-    vector_array as vector_array,
-    vectors_of as vectors_of,
-)
-from .store import (
+from .schema import (
     EMBEDDINGS as EMBEDDINGS,
-    FAILURE_SCHEMA as FAILURE_SCHEMA,
     FAILURES as FAILURES,
     PASSING as PASSING,
+    Failure as Failure,
+    Row as Row,
+    extra_columns as extra_columns,
+    failures_table as failures_table,
+    places_of as places_of,
+    rows_table as rows_table,
+    shard_name as shard_name,
+)
+from .shard_file import num_bytes_of as num_bytes_of, vectors_of as vectors_of
+from .store import (
     RECIPE_FILE as RECIPE_FILE,
     Store as Store,
     check_place as check_place,
-    extra_columns as extra_columns,
-    row_schema as row_schema,
-    shard_name as shard_name,
 )

@@ -4,10 +4,9 @@ A store is a folder of plain Parquet files with no other record of progress: wha
 done. Every file is written under a temporary name and renamed, so a shard that exists is whole.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,48 +20,23 @@ from numpy.typing import NDArray
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
 from embedder.files import is_temporary, local_path, regular, remove_abandoned, whole_file
 from embedder.recipe import VIEW, Recipe
-from embedder.sources import MODIFIED_TYPE
 from embedder.store import shard_file
 from embedder.store.lease import LOCK_FILE
 from embedder.store.scan import scan
-from embedder.store.shard_file import (
-    Columns,
-    has_digests,
-    vector_array as vector_array,
-    vectors_of as vectors_of,
+from embedder.store.schema import (
+    EMBEDDINGS,
+    FAILURE_SCHEMA,
+    FAILURES,
+    OLDEST_FAILURE_SCHEMA,
+    PASSING,
+    extra_columns,
+    own_fields,
 )
+from embedder.store.shard_file import Columns, has_digests, vectors_of
 
-EMBEDDINGS = "embeddings"
-FAILURES = "failures"
 RUNS = "runs"
 RECIPE_FILE = "recipe.json"
 DAMAGED = "damaged"  # files that `repair` has put aside
-PASSING = "passing"
-
-FAILURE_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("bytes", pa.int64()),
-        pa.field("sha256", pa.string()),  # null where the bytes were not read
-        pa.field("modified", MODIFIED_TYPE),
-        pa.field("stage", pa.string(), nullable=False),  # read, decode or embed
-        pa.field("error", pa.string(), nullable=False),
-        # Whether the next run tries again: what was in the way may be gone. Null in files of
-        # older versions, where it is so of what could not be read.
-        pa.field(PASSING, pa.bool_()),
-    ]
-)
-_OLDEST_FAILURE_SCHEMA = pa.schema([field for field in FAILURE_SCHEMA if field.name != PASSING])
-_ROW_FIELDS = [
-    pa.field("image_id", pa.string(), nullable=False),
-    pa.field("sha256", pa.string(), nullable=False),
-    pa.field("bytes", pa.int64(), nullable=False),
-    pa.field("width", pa.int32(), nullable=False),
-    pa.field("height", pa.int32(), nullable=False),
-    pa.field("format", pa.string(), nullable=False),
-    pa.field("modified", MODIFIED_TYPE),
-]
-_VIEW_FIELD = pa.field(VIEW, pa.int16(), nullable=False)
 _RUN_FIELDS: dict[str, Any] = {  # of a run's record, those that are read again
     "when": str,
     "status": str,
@@ -73,37 +47,6 @@ _RUN_FIELDS: dict[str, Any] = {  # of a run's record, those that are read again
     "bottleneck": str,
 }
 _WHERE = ("weights_source", "head_source")  # of the recipe: where this machine finds its parts
-
-
-def row_schema(
-    recipe: Recipe, types: dict[str, pa.DataType], extra_fields: Iterable[pa.Field] = ()
-) -> pa.Schema:
-    """Schema of `embeddings/`: who, which bytes, the manifest's columns, then the vectors.
-
-    Where the recipe has several views, `view` follows `image_id`.
-    """
-    vectors = [pa.field(name, types[name], nullable=False) for name in recipe.columns]
-    fields = [*_row_fields(recipe), *extra_fields, *vectors]
-    return pa.schema(fields, metadata=shard_file.metadata_of(recipe))
-
-
-def _row_fields(recipe: Recipe) -> list[pa.Field]:
-    """What the store itself has to say of each row."""
-    views = [_VIEW_FIELD] if recipe.views > 1 else []
-    return [*_ROW_FIELDS[:1], *views, *_ROW_FIELDS[1:]]
-
-
-def extra_columns(names: Iterable[str]) -> list[str]:
-    """The columns that came from a manifest, among those of refs or of rows."""
-    own = {f.name for f in _ROW_FIELDS} | {
-        "path",
-        "embedding",
-        "shard",
-        "stage",
-        "error",
-        "same_file",
-    }
-    return [name for name in names if name not in own]
 
 
 @dataclass(frozen=True)
@@ -235,7 +178,7 @@ class Store:
         """Read columns of all rows, views too, in the order of `ids` and `vectors`."""
         tables = [self.read_shard(name, kind, columns) for name in self.shard_names(kind)]
         if not tables:
-            schema = FAILURE_SCHEMA if kind == FAILURES else pa.schema(_row_fields(self.recipe))
+            schema = FAILURE_SCHEMA if kind == FAILURES else pa.schema(own_fields(self.recipe))
             return schema.empty_table().select(columns or schema.names)
         return pa.concat_tables(tables, promote_options="default")
 
@@ -252,8 +195,8 @@ class Store:
 
     def _expected(self, kind: str) -> Columns:
         if kind == FAILURES:
-            return Columns(self.recipe, _OLDEST_FAILURE_SCHEMA)
-        return Columns(self.recipe, pa.schema(_row_fields(self.recipe)), self.recipe.columns)
+            return Columns(self.recipe, OLDEST_FAILURE_SCHEMA)
+        return Columns(self.recipe, pa.schema(own_fields(self.recipe)), self.recipe.columns)
 
     def num_rows_of(self, name: str) -> int:
         """Number of a shard's rows, views too, without reading them."""
@@ -269,7 +212,7 @@ class Store:
         names: dict[str, None] = {}
         for schema in self._schemas():
             names |= dict.fromkeys(schema.names)
-        return list(names) or [field.name for field in _row_fields(self.recipe)]
+        return list(names) or [field.name for field in own_fields(self.recipe)]
 
     def dim(self, column: str) -> int:
         """Length of the vectors of a feature, of a feature map all its values; 0 of an empty store.
@@ -525,25 +468,6 @@ def check_place(folder: Path) -> None:
             f"A new store must be an empty folder, or one that does not exist. "
             f"Received: {folder}, which holds something else, such as {min(others)}"
         )
-
-
-def shard_name(
-    recipe: Recipe, ids: Iterable[str], replaced: Mapping[str, str] | None = None
-) -> str:
-    """File name of a shard: the same recipe and refs always give the same.
-
-    Args:
-        recipe: What is computed.
-        ids: Of the shard's images.
-        replaced: sha256 of the rows that the images have in other shards, by id: until the new
-            ones are written, the old ones must not be written over.
-    """
-    digest = hashlib.sha256(recipe.fingerprint.encode())
-    for image_id in ids:
-        digest.update(b"\0" + image_id.encode())
-        if replaced and image_id in replaced:
-            digest.update(b"\0\0" + replaced[image_id].encode())
-    return f"{digest.hexdigest()[:20]}.parquet"
 
 
 def _read_run(file: Path) -> dict[str, Any] | None:

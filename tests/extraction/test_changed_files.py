@@ -14,7 +14,7 @@ from embedder.checks.verify import verify
 from embedder.errors import RecipeError, Unfinished
 from embedder.extraction.shard import Job, extract_shard, worker_state_of
 from embedder.sources.listing import list_images
-from embedder.store.store import FAILURES
+from embedder.store.schema import FAILURES
 from tests.cli.test_app import run
 from tests.extraction.test_extract import SMALL, assert_same, counts, vectors_by_id
 from tests.support import WebServer, body, make_archive, status

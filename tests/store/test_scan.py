@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from embedder.errors import RecipeError, StoreError
 from embedder.recipe import VIEW, Recipe
 from embedder.store.scan import scan, shard_groups, shuffled_batches
+from embedder.store.schema import FAILURE_SCHEMA
 from embedder.store.shard_file import vectors_of
-from embedder.store.store import FAILURE_SCHEMA, Store
+from embedder.store.store import Store
 from tests.support import ANIMALS, rows_of
 
 IMAGES = [f"{n:02d}" for n in range(30)]

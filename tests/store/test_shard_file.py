@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from embedder.errors import DamagedShard, StoreError
 from embedder.recipe import Recipe
 from embedder.store import shard_file
+from embedder.store.schema import FAILURES, shard_name
 from embedder.store.shard_file import digest_of, vector_array
-from embedder.store.store import FAILURES, Store, shard_name
+from embedder.store.store import Store
 from tests.support import rows_of
 
 DIM = 4

@@ -17,7 +17,8 @@ import pytest
 
 from embedder.errors import EmbedderError, RecipeMismatch, StoreError
 from embedder.recipe import Recipe
-from embedder.store.store import FAILURE_SCHEMA, FAILURES, Store, shard_name
+from embedder.store.schema import FAILURE_SCHEMA, FAILURES, shard_name
+from embedder.store.store import Store
 from tests.support import ROOT, rows_of
 
 DIM = 6

@@ -19,7 +19,9 @@ from embedder.heads.table import HEADS
 from embedder.inference.predict import predict
 from embedder.recipe import Recipe
 from embedder.report.model_report import notes_of, report_of, write_head_report
-from embedder.store.store import FAILURE_SCHEMA, Store, vector_array, vectors_of
+from embedder.store.schema import FAILURE_SCHEMA
+from embedder.store.shard_file import vector_array, vectors_of
+from embedder.store.store import Store
 from embedder.training import out_of_core
 from embedder.training.cross_validation import evaluate_model
 from embedder.training.out_of_core import make_out_of_core_split, parts_of, read_features

@@ -17,7 +17,8 @@ from embedder.evaluation.evaluation import Evaluation
 from embedder.heads.model import logits_of
 from embedder.heads.table import make_estimator
 from embedder.recipe import Recipe
-from embedder.store.store import FAILURE_SCHEMA, Store, shard_name
+from embedder.store.schema import FAILURE_SCHEMA, shard_name
+from embedder.store.store import Store
 from embedder.training import semi_supervised as unlabelled
 from embedder.training.train import train
 from embedder.training.trained_head import TrainedHead, TrainOptions
