@@ -15,6 +15,7 @@ from PIL import Image
 
 from embedder.datasets.training_set import TrainingSet
 from embedder.engines.engine import Features
+from embedder.heads.model_folder import Provenance, Record, RecordedOptions
 from embedder.recipe import Recipe
 from embedder.store.schema import FAILURE_SCHEMA, row_schema, shard_name
 from embedder.store.shard_file import vector_array
@@ -181,3 +182,10 @@ def body(content: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler], N
         handler.wfile.write(content)
 
     return answer
+
+
+def make_record(**provenance: Any) -> Record:
+    """How a model was trained, in the fewest words."""
+    made = {"store": "features", "when": "now", "versions": {}, "num_trained_on": 0} | provenance
+    options = RecordedOptions(split="0.2")
+    return Record(labels="folder", options=options, provenance=Provenance(**made))

@@ -50,7 +50,7 @@ DOORS = {
     "onnxruntime": {"inference"},
     "openvino": {"engines"},
     "psutil": {"cli"},
-    "pydantic": {"recipe"},
+    "pydantic": {"recipe", "heads"},
     "pickle": {"backbones"},
     "rich": {"cli"},
     "skops": {"heads"},

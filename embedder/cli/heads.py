@@ -65,11 +65,10 @@ def train(
 ) -> None:
     """Train a head on STORE, test it on images it has not seen, and write it to MODEL."""
     with console.exit_status():
-        from embedder.files import local_path
-        from embedder.heads import REPORT_FILE
+        from embedder.heads import REPORT_FILE, ModelFolder
         from embedder.neighbours import DEFAULT_THRESHOLD
         from embedder.report import notes_of, write_head_report
-        from embedder.training import TrainOptions, check_model_folder, train as train_head
+        from embedder.training import TrainOptions, train as train_head
 
         options = TrainOptions(
             split=split,
@@ -82,7 +81,7 @@ def train(
             unlabelled_method=unlabelled_method,
             seed=seed,
         )
-        check_model_folder(local_path(model))
+        ModelFolder(model).check_free()
         trained = train_head(Store(store), labels, head, options)
 
         def write_report(folder: Path, metrics: dict[str, Any]) -> None:

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from embedder.datasets import TEST
 from embedder.errors import ModelError, RecipeError
-from embedder.files import local_path
-from embedder.heads import PREDICTIONS_FILE, columns_of, read_kind, read_metrics, read_table
+from embedder.heads import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class TestedModel:
     @property
     def tuning(self) -> dict[str, Any]:
         """What `metrics.json` says of the fine-tuning; empty for a head on frozen features."""
-        return dict(self.metrics.get("tuning", {}))
+        return dict(self.metrics.get("tuning") or {})
 
     @property
     def seconds(self) -> float:
@@ -52,21 +51,21 @@ def read_tested(path: str | os.PathLike[str]) -> TestedModel:
     Raises:
         ModelError: The folder holds no model, or one that was not tested on images of its own.
     """
-    folder = local_path(path)
-    columns = columns_of("image_id", "sha256", "label", "part", "predicted")
-    table = read_table(folder / PREDICTIONS_FILE, columns)
-    metrics, head = read_metrics(folder), read_kind(folder)
-    table = table.filter(pc.equal(table["part"], TEST)).sort_by("image_id")
+    folder = ModelFolder(path)
+    table = folder.read_predictions("sha256", "label", "part", "predicted")
+    metrics, (said, _) = folder.read_metrics(), folder.read_description()
+    table = table.filter(pc.equal(table["part"], TEST))
     if not table.num_rows:
         raise ModelError(
             f"A model must have been tested on images that it was not trained on. Received: "
-            f"{folder}, trained with cross-validation; train it with --split 0.2 or official lists"
+            f"{folder.path}, trained with cross-validation; train it with --split 0.2 or official "
+            f"lists"
         )
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     tuning = metrics.get("tuning")
     return TestedModel(
-        path=folder,
-        kind=tuning["strategy"] if tuning else f"frozen + {head}",
+        path=folder.path,
+        kind=tuning["strategy"] if tuning else f"frozen + {said.head.kind}",
         ids=columns["image_id"],
         sha256=columns["sha256"],
         is_right=columns["label"] == columns["predicted"],

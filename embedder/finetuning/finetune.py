@@ -49,19 +49,16 @@ from embedder.finetuning.tuned_model import (
 )
 from embedder.heads import (
     BACKBONE_FILES,
-    PSEUDO_LABELS_FILE,
-    PSEUDO_LABELS_SCHEMA,
     Model,
+    ModelFolder,
     as_keras_layers,
     classifier_layers,
-    read_table,
-    recorded,
 )
 from embedder.libraries import import_keras
 from embedder.recipe import EMBEDDING
 from embedder.sources import Listing, list_images
 from embedder.store import Store
-from embedder.training import Stopwatch, TrainedHead, check_model_folder
+from embedder.training import Stopwatch, TrainedHead
 
 if TYPE_CHECKING:
     import keras
@@ -187,21 +184,24 @@ def finetune(
 def _in_its_place(model: Model, weights: Path, features: Path) -> Model:
     """The model as it is once its weights and its features are where they belong."""
     recipe = model.recipe.model_copy(update={"weights_source": str(weights)})
-    provenance = recorded(model.record, "provenance") | {"store": str(features)}
-    return replace(model, recipe=recipe, record=model.record | {"provenance": provenance})
+    record = model.recorded()
+    provenance = record.provenance.model_copy(update={"store": str(features)})
+    record = record.model_copy(update={"provenance": provenance})
+    return replace(model, recipe=recipe, record=record)
 
 
 def _pseudo_labels(model: Model, path: Path, more: PseudoLabelledImages | None) -> pa.Table | None:
     """Pseudo-labels that the weights have learned from, so that `evaluate` knows of them."""
-    tables = [] if more is None else [more.head.pseudo_labels()]
-    if "tuning" in model.record and (path / PSEUDO_LABELS_FILE).exists():
-        tables.append(read_table(path / PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA))
+    is_tuned = model.recorded().tuning is not None
+    older = ModelFolder(path).read_pseudo_labels() if is_tuned else None
+    newer = None if more is None else more.head.pseudo_labels()
+    tables = [table for table in (newer, older) if table is not None]
     return pa.concat_tables(tables) if tables else None
 
 
 def _check(model: Model, path: Path, folder: Path, features: Path, options: TuneOptions) -> None:
     """Refuse what cannot be done before anything is made."""
-    check_model_folder(folder)
+    ModelFolder(folder).check_free()
     if is_preset(model.recipe.backbone):
         raise RecipeError(
             f"Backbones of `embedder backbones` and `.keras` files can be fine-tuned, presets of "
@@ -211,7 +211,7 @@ def _check(model: Model, path: Path, folder: Path, features: Path, options: Tune
         raise RecipeError(f"OUT must be another folder than MODEL. Received: {folder} for both")
     weights, own = (
         Path(model.recipe.weights_source),
-        [Path(recorded(model.record, "provenance", "store"))],
+        [Path(model.recorded().provenance.store)],
     )
     if weights.name in BACKBONE_FILES:
         own.append(weights.parent)
@@ -266,7 +266,8 @@ class _Job:
     def find_start(self, listing: Listing) -> PseudoLabelledImages | None:
         """The head that training starts from, and what it makes of images without labels."""
         options, model = self.options, self.model
-        is_clean = "tuning" in model.record  # a tuned model has not seen its validation images
+        # A tuned model has not seen its validation images.
+        is_clean = model.recorded().tuning is not None
         needs_head = options.kind.keeps_head and not is_clean
         if options.unlabelled is None and not needs_head:
             return None

@@ -10,7 +10,7 @@ from embedder.errors import Unfinished
 from embedder.extraction import RunOptions, run_extraction
 from embedder.finetuning.labelled_images import in_store, targets_of
 from embedder.finetuning.network import FEATURES, TrainableNetwork
-from embedder.heads import Model, probabilities_of, recorded
+from embedder.heads import Model, probabilities_of
 from embedder.libraries import logger
 from embedder.sources import Listing
 from embedder.store import RECIPE_FILE, Store
@@ -21,7 +21,7 @@ _TOLERANCE = 1e-3  # of a probability: float32 sums in another order
 
 def head_spec(model: Model) -> HeadSpec:
     """What kind of head a model's is."""
-    return HeadSpec(model.head, recorded(model.record, "options", "class_weight"))
+    return HeadSpec(model.head, model.recorded().options.class_weight)
 
 
 def with_head_features(
@@ -42,7 +42,7 @@ def with_head_features(
     Raises:
         Unfinished: The features are of other bytes.
     """
-    own = Path(recorded(model.record, "provenance", "store"))
+    own = Path(model.recorded().provenance.store)
     if (own / RECIPE_FILE).is_file() and Store(own).recipe.fingerprint == model.recipe.fingerprint:
         try:
             return in_store(images, Store(own)).with_features(Store(own), model.column)

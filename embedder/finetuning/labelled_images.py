@@ -19,7 +19,7 @@ from embedder.datasets import (
     share_of,
 )
 from embedder.errors import ModelError, RecipeError, Unfinished
-from embedder.heads import PREDICTIONS_FILE, PREDICTIONS_SCHEMA, Model, read_table, recorded
+from embedder.heads import PREDICTIONS_FILE, Model, ModelFolder
 from embedder.sources import Listing
 from embedder.store import Store
 
@@ -42,13 +42,13 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Trai
         RecipeError: It was not tested on images of its own.
     """
     try:
-        table = read_table(Path(path) / PREDICTIONS_FILE, PREDICTIONS_SCHEMA).sort_by("image_id")
+        table = ModelFolder(path).read_predictions()
     except ModelError as error:
         raise ModelError(f"The model must tell what it was trained on: {error}") from error
     columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     classes, codes = codes_of(columns["label"], model.is_multilabel, model.classes)
     parts = columns["part"]
-    name = recorded(model.record, "options", "split")
+    name = model.recorded().options.split
     test = np.flatnonzero(parts == TEST)
     if not len(test):
         raise RecipeError(

@@ -11,7 +11,7 @@ from embedder.datasets import TrainingSet
 from embedder.errors import EmbedderError, RecipeError
 from embedder.files import remove_abandoned, remove_folder, replace_folder
 from embedder.finetuning.parameter_groups import TuneOptions
-from embedder.heads import Model, read_description, read_metrics, recorded
+from embedder.heads import Model, ModelFolder
 from embedder.libraries import logger
 from embedder.store import Store
 
@@ -36,11 +36,12 @@ def request_of(model: Model, labelled: TrainingSet, options: TuneOptions) -> dic
 def done_before(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """Metrics of a model that the same request made."""
     try:
-        metrics, record = read_metrics(folder, is_tuned=True), Model.load(folder).record
-        made_by = recorded(record, "tuning", "request")
+        metrics = ModelFolder(folder).read_metrics(is_tuned=True)
+        tuning = Model.load(folder).recorded().tuning
     except EmbedderError:
         return None
-    return metrics if made_by == json.loads(json.dumps(request)) else None
+    is_same = tuning is not None and tuning.request == json.loads(json.dumps(request))
+    return metrics if is_same else None
 
 
 def open_work(work: Path, request: dict[str, Any]) -> None:
@@ -69,9 +70,9 @@ def finish(work: Path, request: dict[str, Any], folder: Path, features: Path) ->
     if not _is_of(work, request):
         return
     if (work / TUNED_FEATURES).exists():
-        store, content = Store(work / TUNED_FEATURES), read_description(folder)
-        if store.recipe.fingerprint == content["fingerprint"]:  # else the older ones, swapped
-            place = {"weights_source": str(folder.absolute() / content["weights_source"])}
+        store, (said, _) = Store(work / TUNED_FEATURES), ModelFolder(folder).read_description()
+        if store.recipe.fingerprint == said.fingerprint:  # else the older ones, swapped
+            place = {"weights_source": str(folder.absolute() / said.weights_source)}
             recipe = store.recipe.model_copy(update=place)
             Store.open_or_create(store.path, recipe, engines.versions())
             replace_folder(store.path, features)

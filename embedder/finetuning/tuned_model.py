@@ -17,7 +17,7 @@ from embedder.finetuning.labelled_images import in_store, targets_of
 from embedder.finetuning.network import FEATURES
 from embedder.finetuning.parameter_groups import SCRATCH, TuneOptions
 from embedder.finetuning.trainer import Epoch
-from embedder.heads import BACKBONE_FILES, KerasHead, Model, calibrate, recorded
+from embedder.heads import BACKBONE_FILES, KerasHead, Model, Record, RecordedTuning, calibrate
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store import Store
 from embedder.training import Fitted, TrainedHead, TrainOptions, read_logits
@@ -144,11 +144,11 @@ def judge_tuned(
         thresholds=calibration.thresholds,
         head="mlp" if estimator.hidden else "linear",
         settings={},
-        record=model.record | _record(model, store, tuning, len(images.split.trained_on)),
+        record=_record(model, store, tuning, len(images.split.trained_on)),
     )
     logits = read_logits(estimator, store, EMBEDDING, images.rows[test])
     evaluation = Evaluation.of_logits(tuned, logits, images, test)
-    coarse_of = model.record.get("coarse_of")  # models made before have none
+    coarse_of = model.recorded().coarse_of
     return TrainedHead(
         model=tuned,
         store=store,
@@ -171,8 +171,8 @@ def judge_tuned(
 
 def _train_options(model: Model) -> TrainOptions:
     known = {field.name for field in fields(TrainOptions)}
-    options = recorded(model.record, "options")
-    return TrainOptions(**{name: options[name] for name in known & options.keys()})
+    options = model.recorded().options
+    return TrainOptions(**options.model_dump(include=known))
 
 
 def _estimator(head: "keras.Sequential", model: Model, seed: int) -> KerasHead:
@@ -189,16 +189,19 @@ def _estimator(head: "keras.Sequential", model: Model, seed: int) -> KerasHead:
     return estimator
 
 
-def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> dict[str, Any]:
-    return {
-        "provenance": recorded(model.record, "provenance")
-        | {
-            "store": str(store.path.absolute()),
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "num_trained_on": num_trained_on,
-        },
-        "tuning": {"model": str(tuning.model), "request": tuning.request},
+def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> Record:
+    record = model.recorded()
+    changes = {
+        "store": str(store.path.absolute()),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_trained_on": num_trained_on,
     }
+    return record.model_copy(
+        update={
+            "provenance": record.provenance.model_copy(update=changes),
+            "tuning": RecordedTuning(model=str(tuning.model), request=tuning.request),
+        }
+    )
 
 
 def _facts(test: Evaluation, ids: NDArray[np.object_], tuning: Tuning) -> dict[str, Any]:

@@ -10,25 +10,16 @@ from .keras_head import (
     classifier_layers as classifier_layers,
 )
 from .keras_layers import as_keras_layers as as_keras_layers
-from .model import (
-    BACKBONE_FILES as BACKBONE_FILES,
-    REPORT_FILE as REPORT_FILE,
-    Model as Model,
-    logits_of as logits_of,
-)
+from .model import Model as Model, logits_of as logits_of
 from .model_folder import (
-    METRICS_FILE as METRICS_FILE,
-    MODEL_FILE as MODEL_FILE,
+    BACKBONE_FILES as BACKBONE_FILES,
     PREDICTIONS_FILE as PREDICTIONS_FILE,
-    PREDICTIONS_SCHEMA as PREDICTIONS_SCHEMA,
-    PSEUDO_LABELS_FILE as PSEUDO_LABELS_FILE,
-    PSEUDO_LABELS_SCHEMA as PSEUDO_LABELS_SCHEMA,
-    columns_of as columns_of,
-    read_description as read_description,
-    read_kind as read_kind,
-    read_metrics as read_metrics,
-    read_table as read_table,
-    recorded as recorded,
+    REPORT_FILE as REPORT_FILE,
+    ModelFolder as ModelFolder,
+    Provenance as Provenance,
+    Record as Record,
+    RecordedOptions as RecordedOptions,
+    RecordedTuning as RecordedTuning,
 )
 from .ridge_head import (
     NUM_FOLDS as NUM_FOLDS,

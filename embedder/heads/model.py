@@ -1,9 +1,8 @@
 """A model: a trained head, with the recipe of the features it wants; saved without pickle."""
 
 import hashlib
-import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,16 @@ from embedder.errors import ModelError, RecipeError, RecipeMismatch
 from embedder.files import local_path, regular
 from embedder.heads.calibration import probabilities_of
 from embedder.heads.keras_head import KerasHead
-from embedder.heads.model_folder import CHECKSUM, FORMAT, MODEL_FILE, checksum_of, read_description
+from embedder.heads.model_folder import (
+    KERAS_FILE,
+    MODEL_FILE,
+    SKOPS_FILE,
+    HeadFile,
+    ModelFolder,
+    Record,
+)
 from embedder.recipe import Recipe
 
-REPORT_FILE = "report.html"
-BACKBONE_FILES = ("backbone.weights.h5", "backbone.keras")  # of a backbone that was tuned
 _LEAST_PROBABILITY = 1e-4  # of a class that none of the nearest neighbours has
 # What a head may hold besides what skops trusts of scikit-learn and NumPy: our own estimators.
 TRUSTED_TYPES = (
@@ -51,7 +55,7 @@ class Model:
         head: Its kind, as in `heads.HEADS`.
         settings: What was chosen for it.
         head_sha256: Of the head's file; empty before it is saved.
-        record: Where it comes from: labels, split, seed, versions; JSON values.
+        record: How it was trained; None of one that `train` did not make.
     """
 
     estimator: Any
@@ -63,12 +67,25 @@ class Model:
     head: str
     settings: dict[str, Any]
     head_sha256: str = ""
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record | None = None
 
     @property
     def is_multilabel(self) -> bool:
         """Whether an image can have several labels."""
         return self.thresholds is not None
+
+    def recorded(self) -> Record:
+        """How it was trained.
+
+        Raises:
+            ModelError: Nobody knows.
+        """
+        if self.record is None:
+            raise ModelError(
+                f"{MODEL_FILE} must say how the model was trained, as of one that `embedder train` "
+                f"made. Train it again"
+            )
+        return self.record
 
     def logits(self, features: NDArray[np.floating]) -> NDArray[np.float32]:
         """Logits (n, n_classes), not yet calibrated, of features (n, dim)."""
@@ -134,15 +151,14 @@ class Model:
             path.mkdir(parents=True, exist_ok=True)
             head: dict[str, Any] = {"kind": self.head, "settings": self.settings}
             if isinstance(self.estimator, KerasHead):
-                file = path / "head.keras"
+                file = path / KERAS_FILE
                 self.estimator.save(file)
                 head["keras"] = self.estimator.to_json()
             else:
-                file = path / "head.skops"
+                file = path / SKOPS_FILE
                 skops.io.dump(self.estimator, file)
             head |= {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
             content = {
-                "format": FORMAT,
                 "recipe": self.recipe.model_dump(mode="json"),
                 "fingerprint": self.recipe.fingerprint,
                 "weights_source": self._weights_source_in(place),
@@ -151,10 +167,8 @@ class Model:
                 "classes": self.classes.tolist(),
                 "temperature": self.temperature,
                 "thresholds": None if self.thresholds is None else self.thresholds.tolist(),
-                **self.record,
             }
-            content[CHECKSUM] = checksum_of(content)
-            (path / MODEL_FILE).write_text(json.dumps(content, indent=2))
+            ModelFolder(path).write_description(content, self.record)
         except OSError as error:
             raise ModelError(
                 f"The model {place} cannot be written: {error.strerror or error}"
@@ -174,49 +188,46 @@ class Model:
                 are not trusted.
         """
         path = local_path(folder)
-        content = read_description(path)
-        head, thresholds = content.pop("head"), content.pop("thresholds")
-        source = content.pop("weights_source")
+        said, record = ModelFolder(path).read_description()
+        source = said.weights_source
         if source and (path / source).is_file():
             source = str((path / source).absolute())
         try:
-            recipe = Recipe(**content.pop("recipe") | {"weights_source": source})
+            recipe = Recipe(**said.recipe | {"weights_source": source})
         except (RecipeError, TypeError) as error:
             raise ModelError(f"`recipe` of {path / MODEL_FILE}: {error}") from error
-        fingerprint, column = content.pop("fingerprint"), content.pop("column")
-        if fingerprint != recipe.fingerprint or column not in recipe.columns:
+        if said.fingerprint != recipe.fingerprint or said.column not in recipe.columns:
             raise ModelError(
                 f"`fingerprint` and `column` of {path / MODEL_FILE} must be of its recipe: "
-                f"{recipe.fingerprint} and {', '.join(recipe.columns)}. Received: {fingerprint} "
-                f"and {column}"
+                f"{recipe.fingerprint} and {', '.join(recipe.columns)}. Received: "
+                f"{said.fingerprint} and {said.column}"
             )
-        classes = np.array(content.pop("classes"), dtype=np.str_)
         return cls(
-            estimator=_load_head(path, head, len(classes)),
+            estimator=_load_head(path, said.head, len(said.classes)),
             recipe=recipe,
-            column=column,
-            classes=classes,
-            temperature=float(content.pop("temperature")),
-            thresholds=None if thresholds is None else np.array(thresholds, np.float64),
-            head=head["kind"],
-            settings=head["settings"],
-            head_sha256=head["sha256"],
-            record={k: v for k, v in content.items() if k not in ("format", CHECKSUM)},
+            column=said.column,
+            classes=np.array(said.classes, dtype=np.str_),
+            temperature=said.temperature,
+            thresholds=None if said.thresholds is None else np.array(said.thresholds, np.float64),
+            head=said.head.kind,
+            settings=said.head.settings,
+            head_sha256=said.head.sha256,
+            record=record,
         )
 
 
-def _load_head(folder: Path, head: dict[str, Any], num_classes: int) -> Any:
-    file = folder / head["file"]
+def _load_head(folder: Path, head: HeadFile, num_classes: int) -> Any:
+    file = folder / head.file
     try:
         content = regular(file).read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a model: it has no {file.name}") from None
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
-    if hashlib.sha256(content).hexdigest() != head["sha256"]:
+    if hashlib.sha256(content).hexdigest() != head.sha256:
         raise ModelError(f"{file} is not the head that {MODEL_FILE} names: its sha256 is another")
     if file.suffix == ".keras":
-        estimator = KerasHead.load(file, head.get("keras"))
+        estimator = KerasHead.load(file, head.keras)
     else:
         check_arrays_of_archive(content, file)
         estimator = _loaded(content, file)

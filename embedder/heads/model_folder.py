@@ -1,4 +1,4 @@
-"""What the files of a model say of it, checked: `model.json`, `metrics.json`, its tables.
+"""The folder of a model: its files, what they say of it, and that it is so.
 
 Anybody can edit them. Whoever reads them gets what is described here, or a `ModelError`.
 """
@@ -7,21 +7,40 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+import re
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    InstanceOf,
+    NonNegativeInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from embedder.backbones import read_json
 from embedder.errors import ModelError
-from embedder.files import regular
+from embedder.files import is_temporary, local_path, regular
 
 MODEL_FILE = "model.json"
 METRICS_FILE = "metrics.json"
 PREDICTIONS_FILE = "predictions.parquet"
 PSEUDO_LABELS_FILE = "pseudo_labels.parquet"
+REPORT_FILE = "report.html"
+SKOPS_FILE, KERAS_FILE = "head.skops", "head.keras"  # one of them holds the head
+BACKBONE_FILES = ("backbone.weights.h5", "backbone.keras")  # of a backbone that was tuned
+_FILES = {MODEL_FILE, METRICS_FILE, PREDICTIONS_FILE, PSEUDO_LABELS_FILE, REPORT_FILE}
+_FILES |= {SKOPS_FILE, KERAS_FILE, *BACKBONE_FILES}
+
 PREDICTIONS_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -42,281 +61,411 @@ PSEUDO_LABELS_SCHEMA = pa.schema(
         pa.field("round", pa.int64()),
     ]
 )
-CHECKSUM = "checksum"
 FORMAT = 1
 _TOGETHER = ("fingerprint", "column", "head", "classes", "temperature", "thresholds")
 
-_Rule: TypeAlias = tuple[str, Callable[[Any], bool]]
+
+# What `model.json` says. --------------------------------------------------------------------
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    for value in settings.values():
+        is_infinite = isinstance(value, float) and not math.isfinite(value)
+        if is_infinite or isinstance(value, (dict, list, bool)):
+            raise ValueError("must be an object of texts and numbers")
+    return settings
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _different(names: list[str]) -> list[str]:
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError("must be a list of two or more different texts")
+    return names
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+_Path = InstanceOf[str]  # which need not be UTF-8, as pydantic's own texts
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+class _Said(BaseModel):
+    """What a file says; members that are not known are kept."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, strict=True, extra="allow", allow_inf_nan=False, defer_build=True
+    )
 
 
-def _is_text_or_null(value: Any) -> bool:
-    return value is None or isinstance(value, str)
+class HeadFile(_Said):
+    """The head of a model.
 
-
-def _are_classes(value: Any) -> bool:
-    are_texts = isinstance(value, list) and all(map(_is_text, value))
-    return are_texts and len(value) > 1 and len(set(value)) == len(value)
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_count, value))
-
-
-def _is_any_number(value: Any) -> bool:
-    """Whether it is a number, which may be NaN: a metric of what there was none of."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_interval(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_any_number, value)) and len(value) == 2
-
-
-_TEXT: _Rule = ("a text", _is_text)
-_TEXT_OR_NULL: _Rule = ("a text or null", _is_text_or_null)
-_COUNT: _Rule = ("a whole number, 0 or more", _is_count)
-_NUMBER: _Rule = ("a finite number", _is_number)
-_OBJECT: _Rule = ("an object", _is_object)
-_SETTINGS: _Rule = (
-    "an object of texts and numbers",
-    lambda x: _is_object(x) and all(_is_text_or_null(v) or _is_number(v) for v in x.values()),
-)
-_HASH: _Rule = ("64 hexadecimal digits", lambda x: _is_text(x) and len(x) == 64 and int(x, 16) >= 0)
-
-_MODEL: dict[str, _Rule] = {
-    "recipe": _OBJECT,
-    "fingerprint": _TEXT,
-    "weights_source": _TEXT,
-    "column": _TEXT,
-    "head": _OBJECT,
-    "classes": ("a list of two or more different texts", _are_classes),
-    "temperature": ("a finite number above 0", lambda x: _is_number(x) and x > 0),
-    "thresholds": ("null or a list of finite numbers", lambda x: x is None or _are_numbers(x)),
-}
-_HEAD: dict[str, _Rule] = {
-    "kind": _TEXT,
-    "settings": _SETTINGS,
-    "file": ("head.skops or head.keras", lambda x: x in ("head.skops", "head.keras")),
-    "sha256": _HASH,
-}
-# What is recorded besides; models that were not made by `train` need not have it.
-_RECORD: dict[str, _Rule] = {
-    "labels": _TEXT,
-    "options": _OBJECT,
-    "provenance": _OBJECT,
-    "tuning": _OBJECT,
-    "coarse_of": ("null or a list of whole numbers", lambda x: x is None or _are_counts(x)),
-}
-_OPTIONS: dict[str, _Rule] = {
-    "split": _TEXT,
-    "duplicates": ("null or a number", lambda x: x is None or _is_number(x)),
-    **dict.fromkeys(("class_weight", "separator", "column", "coarse", "unlabelled"), _TEXT_OR_NULL),
-    "unlabelled_method": _TEXT,
-    "seed": _COUNT,
-}
-_PROVENANCE: dict[str, _Rule] = {
-    "store": _TEXT,
-    "source": _TEXT_OR_NULL,
-    "when": _TEXT,
-    "versions": _OBJECT,
-    "num_trained_on": _COUNT,
-    "num_unlabelled": _COUNT,
-}
-_METRICS: dict[str, _Rule] = {"test": _OBJECT, "intervals": _OBJECT, "seconds": _OBJECT}
-_TEST: dict[str, _Rule] = {"accuracy": _NUMBER, "log_loss": _NUMBER}
-_TUNING: dict[str, _Rule] = {"strategy": _TEXT, "num_tuned": _COUNT, "num_weights": _COUNT}
-_TUNED: dict[str, _Rule] = {
-    "verdict": _TEXT,
-    "accuracy_before": _NUMBER,
-    "against_before": _OBJECT,
-}
-_AGAINST: dict[str, _Rule] = {"num_better": _COUNT, "num_worse": _COUNT, "p_value": _NUMBER}
-
-
-def columns_of(*names: str) -> pa.Schema:
-    """Some of the columns of `predictions.parquet`."""
-    return pa.schema([PREDICTIONS_SCHEMA.field(name) for name in names])
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """Read `model.json`, with the members that a model needs.
-
-    What must go together, such as the classes in their order and the head, has a checksum. Models
-    that were made before there was one are taken without.
-
-    Raises:
-        ModelError: There is none, or it is not what `Model.save` wrote.
+    Attributes:
+        kind: As in `heads.HEADS`.
+        settings: What was chosen for it.
+        file: Its name.
+        sha256: Of its bytes.
+        keras: Of a `KerasHead`, what it is made of.
     """
-    path = folder / MODEL_FILE
-    content = _read_object(folder, MODEL_FILE)
-    if content.get("format") != FORMAT:
-        raise ModelError(
-            f"A model must be of format {FORMAT}. Received: {folder}, of format "
-            f"{content.get('format')}"
-        )
-    _check(path, "", content, _MODEL)
-    _check(path, "head.", content["head"], _HEAD)
-    _check(path, "", content, _RECORD, are_needed=False)
-    _check(path, "options.", content.get("options", {}), _OPTIONS, are_needed=False)
-    _check(path, "provenance.", content.get("provenance", {}), _PROVENANCE, are_needed=False)
-    thresholds, classes = content["thresholds"], content["classes"]
-    if thresholds is not None and len(thresholds) != len(classes):
-        raise ModelError(
-            f"`thresholds` of {path} must be one for each of {len(classes)} classes. "
-            f"Received: {len(thresholds)}"
-        )
-    if CHECKSUM in content and content[CHECKSUM] != checksum_of(content):
-        raise ModelError(
-            f"{path} has been changed: {', '.join(_TOGETHER)} are no longer those that were saved. "
-            f"Take it from where it came from, or train the model again"
-        )
-    return content
+
+    kind: str
+    settings: Annotated[dict[str, Any], AfterValidator(_plain)]
+    file: Literal["head.skops", "head.keras"]
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    keras: Any = None
 
 
-def read_kind(folder: Path) -> str:
-    """The kind of a model's head.
+class Description(_Said):
+    """What a model is, as `model.json` says it.
 
-    Raises:
-        ModelError: `model.json` does not tell.
+    Attributes:
+        recipe: Values of the recipe of its features.
+        fingerprint: Of the recipe.
+        weights_source: Where the weights of its backbone are; a name within the folder, or a path.
+        column: Which feature, where a store has several.
+        head: Its head.
+        classes: In the order of the probabilities.
+        temperature: As in `Model`.
+        thresholds: As in `Model`.
+        tables: sha256 of the bytes of the tables in the folder, by file name; none of models that
+            were made before they were kept.
+        checksum: Of what must go together; as with `tables`.
     """
-    content = _read_object(folder, MODEL_FILE)
-    _check(folder / MODEL_FILE, "", content, {"head": _OBJECT})
-    _check(folder / MODEL_FILE, "head.", content["head"], {"kind": _TEXT})
-    return str(content["head"]["kind"])
+
+    recipe: dict[str, Any]
+    fingerprint: str
+    weights_source: _Path
+    column: str
+    head: HeadFile
+    classes: Annotated[list[str], AfterValidator(_different)]
+    temperature: float = Field(gt=0)
+    thresholds: list[float] | None
+    tables: dict[str, str] = {}
+    checksum: str | None = None
+
+    @field_validator("thresholds")
+    @classmethod
+    def _check_thresholds(
+        cls, thresholds: list[float] | None, info: ValidationInfo
+    ) -> list[float] | None:
+        classes = info.data.get("classes", [])
+        if thresholds is not None and len(thresholds) != len(classes):
+            raise ValueError(f"must be one for each of {len(classes)} classes")
+        return thresholds
 
 
-def checksum_of(content: dict[str, Any]) -> str:
+class RecordedOptions(_Said):
+    """How a head was trained; see `training.TrainOptions`."""
+
+    split: str
+    duplicates: float | None = None
+    class_weight: str | None = None
+    separator: str | None = None
+    column: str | None = None
+    coarse: _Path | None = None
+    unlabelled: _Path | None = None
+    unlabelled_method: str = "self-training"
+    seed: NonNegativeInt = 0
+
+
+class Provenance(_Said):
+    """Where a model comes from.
+
+    Attributes:
+        store: Folder of its features.
+        source: Where the images are, as the store's last run had it.
+        when: In ISO 8601.
+        versions: Of libraries, by name.
+        num_trained_on: Images with a label that it has learned from.
+        num_unlabelled: Rows of the store that have no label.
+    """
+
+    store: _Path
+    source: _Path | None = None
+    when: str
+    versions: dict[str, Any]
+    num_trained_on: NonNegativeInt
+    num_unlabelled: NonNegativeInt = 0
+
+
+class RecordedTuning(_Said):
+    """What a model was fine-tuned from, and what decided the result."""
+
+    model: _Path
+    request: dict[str, Any]
+
+
+class Record(_Said):
+    """How a model was trained, as `model.json` says it.
+
+    Attributes:
+        labels: As in `datasets.read_targets`.
+        options: How.
+        coarse_of: (n_classes,) the coarse class of each class of the labels, if there are any.
+        provenance: On what.
+        tuning: How it was fine-tuned; None of a head on frozen features.
+    """
+
+    labels: _Path
+    options: RecordedOptions
+    coarse_of: list[NonNegativeInt] | None = None
+    provenance: Provenance
+    tuning: RecordedTuning | None = None
+
+
+# What `metrics.json` says, as far as it is shown. -------------------------------------------
+
+_Number = Annotated[float, AllowInfNan(True)]  # NaN: a metric of what there was none of
+_Bounds = Annotated[list[_Number], Field(min_length=2, max_length=2)]
+
+
+class _Scores(_Said):
+    __pydantic_extra__: dict[str, _Number]
+    accuracy: FiniteFloat
+    log_loss: FiniteFloat
+
+
+class _IntervalsOfScores(_Said):
+    __pydantic_extra__: dict[str, _Bounds]
+    accuracy: _Bounds
+
+
+class _Intervals(_Said):
+    test: _IntervalsOfScores
+
+
+class _Tuning(_Said):
+    strategy: str
+    num_tuned: NonNegativeInt
+    num_weights: NonNegativeInt
+
+
+class _Metrics(_Said):
+    test: _Scores
+    intervals: _Intervals
+    seconds: dict[str, FiniteFloat]
+    tuning: _Tuning | None = None
+
+
+class _TunedScores(_Scores):
+    num_images: NonNegativeInt
+
+
+class _PairedTest(_Said):
+    num_better: NonNegativeInt
+    num_worse: NonNegativeInt
+    p_value: FiniteFloat
+
+
+class _WholeTuning(_Tuning):
+    verdict: str
+    accuracy_before: FiniteFloat
+    against_before: _PairedTest
+
+
+class _TunedMetrics(_Metrics):
+    test: _TunedScores
+    tuning: _WholeTuning
+
+
+_SaidT = TypeVar("_SaidT", bound=_Said)
+
+
+class ModelFolder:
+    """The folder of a model, whose files are checked as they are read.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Nothing is read yet.
+
+        Raises:
+            EmbedderError: It cannot be a folder of this machine.
+        """
+        self.path = local_path(path)
+
+    def check_free(self) -> None:
+        """Refuse a folder that holds anything but a model, or what is left of one.
+
+        Raises:
+            ModelError: It does.
+        """
+        is_there, is_folder = self.path.exists(), self.path.is_dir()
+        held = [x.name for x in self.path.iterdir() if not is_temporary(x)] if is_folder else []
+        if (is_there and not is_folder) or not set(held) <= _FILES:
+            raise ModelError(
+                f"A model must be written to an empty folder, over an older model, or to one that "
+                f"does not exist. Received: {self.path}, which holds something else"
+            )
+
+    # model.json
+
+    def read_description(self) -> tuple[Description, Record | None]:
+        """What the model is, and how it was trained; None of one that `train` did not make.
+
+        What must go together, such as the classes in their order and the head, has a checksum.
+        Models that were made before there was one are taken without.
+
+        Raises:
+            ModelError: There is none, or it is not what `write_description` wrote.
+        """
+        path, content = self.path / MODEL_FILE, self._read_object(MODEL_FILE)
+        if content.get("format") != FORMAT:
+            raise ModelError(
+                f"A model must be of format {FORMAT}. Received: {self.path}, of format "
+                f"{content.get('format')}"
+            )
+        description = _validated(Description, content, path)
+        if description.checksum not in (None, _checksum_of(content)):
+            raise ModelError(
+                f"{path} has been changed: {', '.join(_TOGETHER)} are no longer those that were "
+                f"saved. Take it from where it came from, or train the model again"
+            )
+        if not content.keys() & Record.model_fields.keys():
+            return description, None
+        others = content.keys() - Description.model_fields.keys() - {"format"}
+        return description, _validated(Record, {name: content[name] for name in others}, path)
+
+    def write_description(self, content: dict[str, Any], record: Record | None) -> None:
+        """Write `model.json`, after the tables.
+
+        Args:
+            content: Members of a `Description`, but for `tables` and `checksum`.
+            record: How the model was trained.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        content = {"format": FORMAT, **content}
+        if record is not None:
+            content |= record.model_dump(exclude_unset=True)
+        files = [self.path / name for name in (PREDICTIONS_FILE, PSEUDO_LABELS_FILE)]
+        if tables := {file.name: _digest_of(file) for file in files if file.is_file()}:
+            content["tables"] = tables
+        content["checksum"] = _checksum_of(content)
+        (self.path / MODEL_FILE).write_text(json.dumps(content, indent=2))
+
+    # metrics.json
+
+    def read_metrics(self, is_tuned: bool = False) -> dict[str, Any]:
+        """Read `metrics.json`, with the members that are shown of it.
+
+        Args:
+            is_tuned: Whether it must say all of how the model was fine-tuned.
+
+        Raises:
+            ModelError: There is none, or it is not what `TrainedHead.save` wrote.
+        """
+        metrics = self._read_object(METRICS_FILE)
+        _validated(_TunedMetrics if is_tuned else _Metrics, metrics, self.path / METRICS_FILE)
+        return metrics
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write `metrics.json`.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        (self.path / METRICS_FILE).write_text(json.dumps(metrics, indent=2))
+
+    # Tables
+
+    def read_predictions(self, *columns: str) -> pa.Table:
+        """Read columns of `predictions.parquet`, or all; sorted by image.
+
+        Raises:
+            ModelError: It cannot be read, lacks one of them, or is not what was written.
+        """
+        schema = PREDICTIONS_SCHEMA
+        if columns:
+            schema = pa.schema([schema.field(name) for name in ("image_id", *columns)])
+        return self._read_table(PREDICTIONS_FILE, schema).sort_by("image_id")
+
+    def read_pseudo_labels(self) -> pa.Table | None:
+        """Read `pseudo_labels.parquet`; None where the model has not learned from any.
+
+        Raises:
+            ModelError: As in `read_predictions`.
+        """
+        if not (self.path / PSEUDO_LABELS_FILE).exists():
+            return None
+        return self._read_table(PSEUDO_LABELS_FILE, PSEUDO_LABELS_SCHEMA)
+
+    def write_tables(self, predictions: pa.Table, pseudo_labels: pa.Table | None) -> None:
+        """Write what was predicted for each image, and pseudo-labels that were learned from.
+
+        Args:
+            predictions: As `PREDICTIONS_SCHEMA`.
+            pseudo_labels: As `PSEUDO_LABELS_SCHEMA`, if there were any.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        pq.write_table(predictions, self.path / PREDICTIONS_FILE)
+        if pseudo_labels is not None:
+            pq.write_table(pseudo_labels, self.path / PSEUDO_LABELS_FILE)
+
+    def _read_table(self, name: str, schema: pa.Schema) -> pa.Table:
+        """Columns of a Parquet file; those that are not nullable must have no nulls."""
+        path = self.path / name
+        try:
+            with pa.OSFile(os.fsencode(regular(path))) as file:  # a text must be UTF-8
+                content = file.read_buffer()
+            table = pq.read_table(pa.BufferReader(content))
+            table.validate(full=True)  # such as that texts are UTF-8
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        tables = self.read_description()[0].tables
+        if name in tables and hashlib.sha256(content).hexdigest() != tables[name]:
+            raise ModelError(
+                f"{path} is not the one that {MODEL_FILE} names: its sha256 is another"
+            )
+        for field in schema:
+            places = table.schema.get_all_field_indices(field.name)
+            if len(places) != 1 or table.schema.field(places[0]).type != field.type:
+                found = ", ".join(f"{x.name} ({x.type})" for x in table.schema) or "nothing"
+                raise ModelError(
+                    f"{path} must have one column {field.name} ({field.type}). Received: {found}"
+                )
+            if not field.nullable and table[field.name].null_count:
+                raise ModelError(f"The column {field.name} of {path} must have no nulls")
+        return table.select(schema.names)
+
+    def _read_object(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            content = read_json(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ModelError(f"{self.path} is not a model: it has no {name}") from None
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise ModelError(f"{path} must hold an object. Received: {_shown(content)}")
+        return content
+
+
+def _digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _checksum_of(content: dict[str, Any]) -> str:
     """The sha256 of those members of `model.json` that must go together."""
     together = {name: content[name] for name in _TOGETHER}
     return hashlib.sha256(json.dumps(together, sort_keys=True).encode()).hexdigest()
 
 
-def read_metrics(folder: Path, is_tuned: bool = False) -> dict[str, Any]:
-    """Read `metrics.json`, with the members that are shown of it.
-
-    Args:
-        folder: Of the model.
-        is_tuned: Whether it must say all of how the model was fine-tuned.
-
-    Raises:
-        ModelError: There is none, or it is not what `Head.save` wrote.
-    """
-    path = folder / METRICS_FILE
-    metrics = _read_object(folder, METRICS_FILE)
-    _check(path, "", metrics, _METRICS)
-    _check(path, "test.", metrics["test"], _TEST)
-    number: _Rule = ("a number", _is_any_number)
-    _check(path, "test.", metrics["test"], dict.fromkeys(metrics["test"], number))
-    _check(path, "intervals.", metrics["intervals"], {"test": _OBJECT})
-    intervals = metrics["intervals"]["test"]
-    bounds: _Rule = ("the two bounds of an interval", _is_interval)
-    _check(path, "intervals.test.", intervals, dict.fromkeys(["accuracy", *intervals], bounds))
-    _check(path, "seconds.", metrics["seconds"], dict.fromkeys(metrics["seconds"], _NUMBER))
-    if is_tuned or "tuning" in metrics:
-        _check(path, "", metrics, {"tuning": _OBJECT})
-        _check(path, "tuning.", metrics["tuning"], _TUNING)
-    if is_tuned:
-        _check(path, "test.", metrics["test"], {"num_images": _COUNT})
-        _check(path, "tuning.", metrics["tuning"], _TUNED)
-        _check(path, "tuning.against_before.", metrics["tuning"]["against_before"], _AGAINST)
-    return metrics
-
-
-def recorded(record: dict[str, Any], *names: str) -> Any:
-    """A value of a model's record, by the names that lead to it.
-
-    Raises:
-        ModelError: It is not there.
-    """
-    value: Any = record
-    for name in names:
-        if not isinstance(value, dict) or name not in value:
-            raise ModelError(
-                f"{MODEL_FILE} must say `{'.'.join(names)}`, as of a model that `embedder train` "
-                f"made. Train it again"
-            )
-        value = value[name]
-    return value
-
-
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read columns of a Parquet file of a model.
-
-    Args:
-        path: The file.
-        schema: Names and types of what is wanted; fields that are not nullable must have no nulls.
-
-    Raises:
-        ModelError: It cannot be read, or lacks a column of that type.
-    """
+def _validated(kind: type[_SaidT], content: dict[str, Any], path: Path) -> _SaidT:
     try:
-        with pa.OSFile(os.fsencode(regular(path))) as file:  # a text must be UTF-8
-            table = pq.read_table(file)
-        table.validate(full=True)  # such as that texts are UTF-8
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    for field in schema:
-        places = table.schema.get_all_field_indices(field.name)
-        if len(places) != 1 or table.schema.field(places[0]).type != field.type:
-            found = ", ".join(f"{x.name} ({x.type})" for x in table.schema) or "nothing"
-            raise ModelError(
-                f"{path} must have one column {field.name} ({field.type}). Received: {found}"
-            )
-        if not field.nullable and table[field.name].null_count:
-            raise ModelError(f"The column {field.name} of {path} must have no nulls")
-    return table.select(schema.names)
-
-
-def _read_object(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        content = read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(f"{folder} is not a model: it has no {name}") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold an object. Received: {_shown(content)}")
-    return content
-
-
-def _check(
-    path: Path, within: str, content: Any, rules: dict[str, _Rule], are_needed: bool = True
-) -> None:
-    for name, (rule, is_kept) in rules.items():
-        if name not in content:
-            if not are_needed:
-                continue
-            raise ModelError(f"`{within}{name}` of {path} must be {rule}. Received: nothing")
-        try:
-            is_right = is_kept(content[name])
-        except (ValueError, TypeError, OverflowError):  # such as digits that are none
-            is_right = False
-        if not is_right:
-            raise ModelError(
-                f"`{within}{name}` of {path} must be {rule}. Received: {_shown(content[name])}"
-            )
+        return kind.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    # "Input should be a valid string" is told as "must be a valid string".
+    rule = problem["msg"].removeprefix("Value error, ").replace("Field required", "must be there")
+    rule = re.sub(r"^\w+ should ", "must ", rule)
+    rule = re.sub(r"a valid dictionary( or instance of \w+)?", "an object", rule)
+    received = "nothing" if problem["type"] == "missing" else _shown(problem["input"])
+    raise ModelError(f"`{name}` of {path} {rule}. Received: {received}")
 
 
 def _shown(value: Any) -> str:

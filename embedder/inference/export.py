@@ -161,7 +161,8 @@ def _sample(
     model: Model, source: str | os.PathLike[str] | None, num_images: int, folder: Path
 ) -> NDArray[np.uint8]:
     """Copy images that can be decoded into a folder; their pixels, in the order of their names."""
-    source = source or model.record.get("provenance", {}).get("source")
+    if source is None and model.record is not None:
+        source = model.record.provenance.source
     if source is None:
         raise RecipeError(f"The model does not say where its images are. {_ADVICE}")
     try:

@@ -8,7 +8,7 @@ import numpy as np
 
 from embedder.errors import EmbedderError
 from embedder.evaluation import confusion_matrix
-from embedder.heads import REPORT_FILE, recorded
+from embedder.heads import REPORT_FILE
 from embedder.libraries import logger
 from embedder.report.page import (
     MapPoint,
@@ -40,7 +40,7 @@ def write_head_report(
     write_report(
         path,
         report_of(head, metrics),
-        _thumbnails(source or recorded(head.model.record, "provenance", "source")),
+        _thumbnails(source or head.model.recorded().provenance.source),
     )
     return path
 
@@ -81,7 +81,7 @@ def _title(head: TrainedHead) -> str:
 def notes_of(head: TrainedHead, metrics: dict[str, Any]) -> list[str]:
     """What a reader must know to believe the figures, a sentence each."""
     split, leak, test = head.images.split, metrics["near_duplicates"], head.test
-    num_unlabelled = recorded(head.model.record, "provenance", "num_unlabelled")
+    num_unlabelled = head.model.recorded().provenance.num_unlabelled
     notes = [_split_note(head)]
     if head.tuning is not None:
         tuning = head.tuning
@@ -240,20 +240,19 @@ def _setting_texts(settings: dict[str, Any]) -> list[str]:
 
 
 def _provenance(head: TrainedHead) -> dict[str, str]:
-    record = head.model.record
-    names = ("store", "source", "when", "versions")
-    store, source, when, versions = (recorded(record, "provenance", name) for name in names)
+    record = head.model.recorded()
+    made = record.provenance
     return {
-        "store": store,
-        "source": str(source),
+        "store": made.store,
+        "source": str(made.source),
         "recipe": head.model.recipe.fingerprint,
         "backbone": head.model.recipe.backbone,
         "weights": head.model.recipe.weights,
-        "labels": recorded(record, "labels"),
+        "labels": record.labels,
         "head": ", ".join([head.model.head, *_setting_texts(head.model.settings)]),
         "seed": str(head.options.seed),
-        "when": when,
-        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "when": made.when,
+        "versions": ", ".join(f"{k} {v}" for k, v in made.versions.items()),
     }
 
 

@@ -14,5 +14,4 @@ from .train import train as train
 from .trained_head import (
     TrainedHead as TrainedHead,
     TrainOptions as TrainOptions,
-    check_model_folder as check_model_folder,
 )

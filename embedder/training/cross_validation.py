@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,7 @@ from embedder.datasets import (
 )
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation
-from embedder.heads import (
-    PREDICTIONS_FILE,
-    PSEUDO_LABELS_FILE,
-    PSEUDO_LABELS_SCHEMA,
-    Model,
-    columns_of,
-    read_table,
-    recorded,
-)
+from embedder.heads import PREDICTIONS_FILE, Model, ModelFolder
 from embedder.store import Store
 from embedder.training.fitting import Fitted, HeadSpec, fit, fit_head
 from embedder.training.out_of_core import read_logits
@@ -169,14 +160,13 @@ def evaluate_model(
     """
     model = Model.load(model_path)
     model.check_recipe(store.recipe, f"the store {store.path}")
-    separator = recorded(model.record, "options", "separator")
-    images = read_training_set(store, labels, separator, model.classes)
+    record = model.recorded()
+    images = read_training_set(store, labels, record.options.separator, model.classes)
     indices, notes = np.arange(len(images.ids)), []
     if images.num_unlabelled:
         notes.append(f"{images.num_unlabelled:,} rows have no label.")
     if not include_trained:
-        num_trained_on = model.record.get("provenance", {}).get("num_trained_on", 0)
-        trained = _trained_on(Path(model_path), num_trained_on)
+        trained = _trained_on(ModelFolder(model_path), record.provenance.num_trained_on)
         indices = np.array([i for i in indices if images.sha256[i] not in trained], np.int64)
         if left_out := len(images.ids) - len(indices):
             notes.append(f"{left_out:,} images were trained on, and are left out.")
@@ -195,20 +185,18 @@ def evaluate_model(
     return EvaluationResult(metrics_of(test, coarse_of), notes)
 
 
-def _trained_on(model_path: Path, num_trained_on: int) -> set[str]:
+def _trained_on(folder: ModelFolder, num_trained_on: int) -> set[str]:
     """Checksums of the images that a model has learned from, with a label or a pseudo-label.
 
     Args:
-        model_path: Folder of the model.
+        folder: Of the model.
         num_trained_on: Images with a label that its record says it has learned from.
 
     Raises:
         ModelError: The model does not tell.
     """
-    file, pseudo = model_path / PREDICTIONS_FILE, model_path / PSEUDO_LABELS_FILE
     try:
-        table = read_table(file, columns_of("sha256", "part"))
-        also = read_table(pseudo, PSEUDO_LABELS_SCHEMA) if pseudo.exists() else None
+        table, pseudo = folder.read_predictions("sha256", "part"), folder.read_pseudo_labels()
     except ModelError as error:
         raise ModelError(
             f"A model must tell what it was trained on. {error}. --include-trained tests on all "
@@ -218,7 +206,8 @@ def _trained_on(model_path: Path, num_trained_on: int) -> set[str]:
     trained = [sha256 for sha256, part in rows if part in (TRAIN, VALIDATION, CROSS_VALIDATED)]
     if len(trained) < num_trained_on:
         raise ModelError(
-            f"A model must tell what it was trained on. Received: {file} with {len(trained):,} "
-            f"of the {num_trained_on:,} images. --include-trained tests on all images"
+            f"A model must tell what it was trained on. Received: "
+            f"{folder.path / PREDICTIONS_FILE} with {len(trained):,} of the {num_trained_on:,} "
+            f"images. --include-trained tests on all images"
         )
-    return set(trained) | set(also["sha256"].to_pylist() if also is not None else [])
+    return set(trained) | set([] if pseudo is None else pseudo["sha256"].to_pylist())

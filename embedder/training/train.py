@@ -1,9 +1,8 @@
 """Heads: classifiers trained on cached features, and tested on images they have not seen."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from embedder import engines
 from embedder.datasets import TrainingSet, make_split, read_training_set
 from embedder.errors import RecipeError
 from embedder.evaluation import Evaluation
-from embedder.heads import Model, find_head
+from embedder.heads import Model, Provenance, Record, RecordedOptions, find_head
 from embedder.neighbours import near_duplicate_groups
 from embedder.store import Store
 from embedder.training.cross_validation import coarse_classes, judge
@@ -144,19 +143,19 @@ def _record(
     options: TrainOptions,
     images: TrainingSet,
     coarse_of: NDArray[np.int64] | None,
-) -> dict[str, Any]:
+) -> Record:
     sources = [run["source"] for run in store.runs()]
-    return {
-        "labels": labels,
-        "options": {field.name: getattr(options, field.name) for field in fields(options)},
-        "coarse_of": None if coarse_of is None else coarse_of.tolist(),
-        "provenance": {
-            "store": str(store.path.absolute()),
-            "source": sources[-1] if sources else None,
-            "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": engines.versions()
+    return Record(
+        labels=labels,
+        options=RecordedOptions(**asdict(options)),
+        coarse_of=None if coarse_of is None else coarse_of.tolist(),
+        provenance=Provenance(
+            store=str(store.path.absolute()),
+            source=sources[-1] if sources else None,
+            when=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=engines.versions()
             | {name: version(name) for name in ("scikit-learn", "skops")},
-            "num_trained_on": len(images.split.trained_on),
-            "num_unlabelled": images.num_unlabelled,
-        },
-    }
+            num_trained_on=len(images.split.trained_on),
+            num_unlabelled=images.num_unlabelled,
+        ),
+    )

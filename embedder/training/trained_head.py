@@ -1,6 +1,5 @@
 """A trained head: what it was trained and tested on, what that says of it, and its files."""
 
-import json
 import os
 import shutil
 import warnings
@@ -11,22 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder.datasets import TrainingSet, make_split
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation, Scores, paired_difference
-from embedder.files import is_temporary, local_path, whole_folder
-from embedder.heads import (
-    BACKBONE_FILES,
-    METRICS_FILE,
-    MODEL_FILE,
-    PREDICTIONS_FILE,
-    PSEUDO_LABELS_FILE,
-    REPORT_FILE,
-    Model,
-)
+from embedder.files import whole_folder
+from embedder.heads import BACKBONE_FILES, Model, ModelFolder
 from embedder.neighbours import DEFAULT_THRESHOLD
 from embedder.store import Store
 from embedder.training.cross_validation import judge, metrics_of, refit
@@ -34,8 +24,6 @@ from embedder.training.fitting import Fitted, HeadSpec, explain_fit_errors
 from embedder.training.out_of_core import read_features
 from embedder.training.semi_supervised import SemiSupervisedFit
 
-_FILES = {MODEL_FILE, METRICS_FILE, REPORT_FILE, PREDICTIONS_FILE, PSEUDO_LABELS_FILE}
-_FILES |= {"head.skops", "head.keras", *BACKBONE_FILES}
 _CURVE = (1, 2, 5, 10, 20, 50, 100)  # labels per class of the learning curve
 
 
@@ -291,8 +279,8 @@ class TrainedHead:
         Raises:
             ModelError: The folder holds something else, or cannot be written.
         """
-        path = local_path(folder)
-        check_model_folder(path)
+        path = ModelFolder(folder).path
+        ModelFolder(folder).check_free()
         metrics = self.metrics()
         source = Path(self.model.recipe.weights_source)
         if source.name in BACKBONE_FILES and source.parent == path.absolute():
@@ -301,11 +289,10 @@ class TrainedHead:
             with whole_folder(path) as new:
                 if backbone is not None:
                     _link(backbone, new / backbone.name)
+                files = ModelFolder(new)
+                files.write_tables(self.predictions(), self.pseudo_labels)
+                files.write_metrics(metrics)
                 self.model.save(new, path)
-                pq.write_table(self.predictions(), new / PREDICTIONS_FILE)
-                if self.pseudo_labels is not None:
-                    pq.write_table(self.pseudo_labels, new / PSEUDO_LABELS_FILE)
-                (new / METRICS_FILE).write_text(json.dumps(metrics, indent=2))
                 write_more(new, metrics)
         except OSError as error:
             raise ModelError(
@@ -350,20 +337,6 @@ def compare(ours: TrainedHead, theirs: TrainedHead) -> dict[str, float]:
     if next(tested) != next(tested):
         raise RecipeError("Heads must be tested on the same images to be compared")
     return paired_difference(ours.test.is_right, theirs.test.is_right)
-
-
-def check_model_folder(path: Path) -> None:
-    """Refuse a folder that holds anything but a model, or what is left of one.
-
-    Raises:
-        ModelError: It does.
-    """
-    held = [entry for entry in path.iterdir() if not is_temporary(entry)] if path.is_dir() else []
-    if (path.exists() and not path.is_dir()) or not {entry.name for entry in held} <= _FILES:
-        raise ModelError(
-            f"A model must be written to an empty folder, over an older model, or to one that "
-            f"does not exist. Received: {path}, which holds something else"
-        )
 
 
 def _link(file: Path, place: Path) -> None:

@@ -15,6 +15,7 @@ from embedder.cli.app import app
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation.paired_test import judge
 from embedder.evaluation.tested_model import read_tested
+from embedder.heads.model_folder import ModelFolder
 from embedder.store.store import Store
 from embedder.training.train import train
 from embedder.training.trained_head import TrainOptions
@@ -58,6 +59,10 @@ def write_model(
 ) -> Path:
     """What `compare` reads of a model."""
     folder.mkdir()
+    head = {"kind": "<i>svm", "settings": {}, "file": "head.skops", "sha256": "0" * 64}
+    said = {"recipe": {}, "fingerprint": "", "weights_source": "", "column": "embedding"}
+    said |= {"head": head, "classes": ["cat", "dog"], "temperature": 1.0, "thresholds": None}
+    ModelFolder(folder).write_description(said, None)
     ids = ids or [f"<b>{number}.jpg" for number in range(len(right))]
     columns = {
         "image_id": ids,
@@ -74,7 +79,6 @@ def write_model(
         "seconds": {"fit": 1.5, "test": 0.5},
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "model.json").write_text(json.dumps({"head": {"kind": "<i>svm"}}))
     return folder
 
 

@@ -101,8 +101,8 @@ def test_train_prints_what_is_in_the_model(zoo: Store, tmp_path: Path) -> None:
     assert fact(shown, "model") == str(model)
     assert fact(shown, "report") == str(model / "report.html")
     assert fact(shown, "next") == f"embedder predict '{model}' SOURCE predictions.parquet"
-    record = Model.load(model).record
-    assert (record["labels"], record["options"]["duplicates"]) == ("parent", None)
+    record = Model.load(model).recorded()
+    assert (record.labels, record.options.duplicates) == ("parent", None)
 
 
 def test_every_option_reaches_the_head(zoo: Store, tmp_path: Path) -> None:
@@ -110,17 +110,17 @@ def test_every_option_reaches_the_head(zoo: Store, tmp_path: Path) -> None:
     done("train", zoo.path, tmp_path / "m", *words.split(), "--seed", "7", "--no-report")
     assert names_in(tmp_path / "m") == FILES
     model = Model.load(tmp_path / "m")
-    options = model.record["options"]
+    options = model.recorded().options
     assert model.head == "svm"
-    assert options["split"] == "kfold:3"
-    assert options["duplicates"] == 0.97
-    assert options["class_weight"] == "balanced"
-    assert options["seed"] == 7
+    assert options.split == "kfold:3"
+    assert options.duplicates == 0.97
+    assert options.class_weight == "balanced"
+    assert options.seed == 7
     words = "--labels parent --layer embedding --coarse parent --no-report"
     shown = done("train", zoo.path, tmp_path / "n", *words.split())
-    options = Model.load(tmp_path / "n").record["options"]
-    assert options["column"] == "embedding"
-    assert options["duplicates"] == 0.9  # auto
+    options = Model.load(tmp_path / "n").recorded().options
+    assert options.column == "embedding"
+    assert options.duplicates == 0.9  # auto
     assert fact(shown, "coarse_accuracy").startswith("1.000")
 
 
@@ -189,14 +189,14 @@ def test_the_report_says_what_is_printed(
 ) -> None:
     parts = {"cats": "train-test-val-train", "dogs": "train-val-test-train", "owls": "test"}
     options = {"split": "0.2", "duplicates": "0.999"} | options
-    if options["split"] == "official":
-        options["split"] = split_file(zoo, tmp_path, **parts)
-    words = ["--split", str(options["split"]), "--duplicates", str(options["duplicates"]).lower()]
+    if options.split == "official":
+        options.split = split_file(zoo, tmp_path, **parts)
+    words = ["--split", str(options.split), "--duplicates", str(options.duplicates).lower()]
     words += ["--head", "svm"]
     shown = done("train", zoo.path, tmp_path / "m", "--labels", "parent", *words)
-    duplicates = float(options["duplicates"]) if options["duplicates"] else None
+    duplicates = float(options.duplicates) if options.duplicates else None
     head = train(
-        zoo, "parent", "svm", TrainOptions(split=str(options["split"]), duplicates=duplicates)
+        zoo, "parent", "svm", TrainOptions(split=str(options.split), duplicates=duplicates)
     )
     expected = notes_of(head)
     assert shown.splitlines()[: len(expected)] == expected

@@ -54,7 +54,7 @@ from embedder.training.self_training import PseudoLabels
 from embedder.training.semi_supervised import Unlabelled
 from embedder.training.train import train
 from embedder.training.trained_head import TrainOptions
-from tests.support import TESTS, make_archive, picture
+from tests.support import TESTS, make_archive, make_record, picture
 
 SIZE = (64, 96)
 NUM_IMAGES = 40
@@ -173,7 +173,7 @@ def test_features_that_are_gone_or_of_other_weights_or_images_are_made_again(
     photos = list_images(world / "photos")
     there = with_head_features(model, labelled, photos, tmp_path, SHARDS)
     assert not (tmp_path / "features").exists()
-    model.record["provenance"]["store"] = str(norm.path.parent / where)
+    model = replace(model, record=make_record(store=str(norm.path.parent / where)))
     again = with_head_features(model, labelled, photos, tmp_path, SHARDS)
     assert (tmp_path / "features").exists()
     assert np.array_equal(again.in_memory, there.in_memory)
@@ -245,7 +245,7 @@ def test_the_same_again_does_nothing(world: Path, norm: Tuned) -> None:
     before = {path: path.stat().st_mtime_ns for path in norm.path.iterdir()}
     work = world / "norm.tuning"  # as if it had been killed at its very end
     work.mkdir()
-    request = Model.load(norm.path).record["tuning"]["request"]
+    request = Model.load(norm.path).recorded().tuning.request
     (work / "request.json").write_text(json.dumps(request))
     again = tune(world, world / "norm", "norm", seed=1)
     assert not work.exists()
@@ -453,9 +453,9 @@ def test_a_kill_leaves_the_older_model_and_its_features_until_the_newer_are_whol
     features = Store(tmp_path / "out.features")
     assert features.recipe == newer.recipe
     assert features.recipe.weights_source == str(out / "backbone.keras")
-    assert newer.record["provenance"]["store"] == str(features.path)
+    assert newer.recorded().provenance.store == str(features.path)
     (tmp_path / "out.tuning").mkdir()  # as if it had been killed while this was deleted
-    request = newer.record["tuning"]["request"]
+    request = newer.recorded().tuning.request
     (tmp_path / "out.tuning" / "request.json").write_text(json.dumps(request))
     killed(command, "request.json", 1)
     subprocess.run([sys.executable, "-m", "embedder", *command], check=True)

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedder.errors import EmbedderError, ModelError
+from embedder.errors import ModelError
 from embedder.evaluation.tested_model import read_tested
 from embedder.finetuning.labelled_images import read_labelled
 from embedder.heads.model import Model
-from embedder.heads.model_folder import read_metrics, recorded
+from embedder.heads.model_folder import ModelFolder
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model, refit
 from embedder.training.fitting import Task
@@ -28,6 +28,13 @@ def model(zoo: Store, tmp_path: Path) -> Path:
     """A saved model of a centroid head."""
     train(zoo, "parent", "centroid", TrainOptions(duplicates=None)).save(tmp_path / "model")
     return tmp_path / "model"
+
+
+def without_digests(model: Path) -> None:
+    """As a model that was made before its tables' digests were kept."""
+    content = json.loads((model / "model.json").read_text())
+    del content["tables"]
+    (model / "model.json").write_text(json.dumps(content))
 
 
 def drop(name: str) -> Callable[[pa.Table], pa.Table]:
@@ -80,6 +87,7 @@ def test_predictions_that_somebody_edited_are_refused(
     zoo: Store, model: Path, reader: str, change: Callable[[pa.Table], pa.Table]
 ) -> None:
     file = model / "predictions.parquet"
+    without_digests(model)
     READERS[reader](model, zoo)
     pq.write_table(change(pq.read_table(file)), file)
     with pytest.raises(ModelError, match=r"predictions\.parquet"):
@@ -116,7 +124,7 @@ def test_pseudo_labels_that_somebody_edited_are_refused(
         ("test.balanced_accuracy", "1"),
         *(("intervals.test", x) for x in (None, {}, {"accuracy": [1]}, {"accuracy": ["a", "b"]})),
         ("seconds.fit", "1"),
-        *(("tuning", x) for x in (None, [], {}, {"strategy": "norm", "num_tuned": "1"})),
+        *(("tuning", x) for x in ([], {}, {"strategy": "norm", "num_tuned": "1"})),
     ],
 )
 def test_metrics_that_somebody_edited_are_refused(model: Path, member: str, value: object) -> None:
@@ -124,7 +132,7 @@ def test_metrics_that_somebody_edited_are_refused(model: Path, member: str, valu
     outer, _, inner = member.partition(".")
     metrics[outer] = metrics[outer] | {inner: value} if inner else value
     (model / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(ModelError, match=r"metrics\.json must be"):
+    with pytest.raises(ModelError, match=r"metrics\.json must "):
         read_tested(model)
 
 
@@ -132,7 +140,7 @@ def test_metrics_that_somebody_edited_are_refused(model: Path, member: str, valu
 def test_metrics_that_are_no_object_are_refused(model: Path, text: str) -> None:
     (model / "metrics.json").write_text(text)
     with pytest.raises(ModelError, match=r"metrics\.json (cannot be read|must hold an object)"):
-        read_metrics(model)
+        ModelFolder(model).read_metrics()
 
 
 @pytest.mark.parametrize(
@@ -147,14 +155,25 @@ def test_settings_that_there_are_not_are_refused(
         refit(task, replace(head.model, **change), head.targets, np.arange(30))
 
 
-def test_what_a_model_does_not_say_is_asked_for() -> None:
-    with pytest.raises(ModelError, match=r"must say `options\.split`.*Train it again"):
-        recorded({"options": {}}, "options", "split")
-    with pytest.raises(ModelError, match=r"must say `provenance\.store`"):
-        recorded({}, "provenance", "store")
+@pytest.mark.parametrize("name", ["predictions.parquet", "pseudo_labels.parquet"])
+def test_a_table_that_is_another_than_was_written_is_refused(
+    zoo: Store, model: Path, name: str
+) -> None:
+    pseudo = pa.table({"image_id": ["a"], "sha256": ["b"], "label": ["cats"]})
+    pseudo = pseudo.append_column("confidence", pa.array([1.0]))
+    pseudo = pseudo.append_column("round", pa.array([1]))
+    pq.write_table(pseudo, model / "pseudo_labels.parquet")
+    Model.load(model).save(model)
+    evaluate_model(model, zoo, "parent")
+    table = pq.read_table(model / name)
+    pq.write_table(table.slice(0, table.num_rows - 1), model / name)
+    with pytest.raises(ModelError, match=rf"{name} is not the one that model\.json names: its sha"):
+        evaluate_model(model, zoo, "parent")
+    without_digests(model)
+    assert ModelFolder(model).read_pseudo_labels() is not None
 
 
 def test_a_model_without_a_record_is_refused_where_it_is_needed(zoo: Store, model: Path) -> None:
-    replace(Model.load(model), record={}).save(model)
-    with pytest.raises(EmbedderError, match=r"must say `options\.separator`"):
+    replace(Model.load(model), record=None).save(model)
+    with pytest.raises(ModelError, match=r"must say how the model was trained.*Train it again"):
         evaluate_model(model, zoo, "parent")

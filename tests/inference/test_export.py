@@ -22,13 +22,14 @@ from embedder.cli import heads as cli_heads
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.heads.model import Model
+from embedder.heads.model_folder import Record
 from embedder.heads.table import make_estimator
 from embedder.inference.export import export
 from embedder.inference.formats import FORMATS, write_and_run
 from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 from embedder.store.store import Store
-from tests.support import TESTS, make_archive
+from tests.support import TESTS, make_archive, make_record
 
 SIZE = (48, 64)  # unlike sides, so that swapped axes show
 CLASSES = np.array(["cats", "do\ngs"])  # the name of a folder can hold a line break
@@ -57,7 +58,7 @@ def make_model(store: Store, head: str, settings: dict[str, Any], **changes: Any
         thresholds=None,
         head=head,
         settings=settings,
-        record={"provenance": {"source": store.runs()[-1]["source"]}},
+        record=make_record(source=store.runs()[-1]["source"]),
     )
     return replace(model, **changes)
 
@@ -257,13 +258,13 @@ def test_the_images_are_spread_over_the_source_and_those_that_cannot_be_read_lef
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({}, "does not say where its images are"),
-        ({"provenance": {"source": None}}, "does not say where its images are"),
-        ({"provenance": {"source": "no/such/folder"}}, "no/such/folder, which does not exist"),
+        (None, "does not say where its images are"),
+        (make_record(source=None), "does not say where its images are"),
+        (make_record(source="no/such/folder"), "no/such/folder, which does not exist"),
     ],
 )
 def test_a_model_whose_images_are_not_at_hand_asks_for_a_source(
-    world: World, tmp_path: Path, record: dict[str, Any], reason: str
+    world: World, tmp_path: Path, record: Record | None, reason: str
 ) -> None:
     replace(Model.load(world.model), record=record).save(tmp_path / "model")
     with pytest.raises(RecipeError, match=rf"{reason}\. Name images with --source"):

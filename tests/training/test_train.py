@@ -72,7 +72,7 @@ def test_every_label_stays_with_its_own_vector(zoo: Store, tmp_path: Path) -> No
     lines = [f"{image_id},{animal_of(image_id)}" for image_id in reversed(ids[1::2])]
     (tmp_path / "labels.csv").write_text("\n".join(["path,animal", *lines, "nowhere.jpg,cats"]))
     head = train(zoo, f"{tmp_path}/labels.csv:animal", "centroid", ALONE)
-    assert head.model.record["provenance"]["num_unlabelled"] == 30
+    assert head.model.recorded().provenance.num_unlabelled == 30
     assert head.images.ids.tolist() == ids[1::2]
     np.testing.assert_array_equal(head.images.unaugmented, zoo.vectors()[1::2])
     assert head.images.texts().tolist() == [animal_of(image_id) for image_id in head.images.ids]
