@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.backbones.resolve import load_network
-from embedder.extraction.extract import RunOptions
+from embedder.extraction.options import RunOptions
 from embedder.finetuning.finetune import finetune
-from embedder.finetuning.parameter_groups import TuneOptions
+from embedder.finetuning.options import TuneOptions
 from embedder.heads.model import Model
 
 CACHED: dict[str, Any] = {"views": 1}

@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from embedder.backbones.resolve import DEFAULT_BACKBONE, build, make_recipe
+from embedder.backbones.resolve import build, make_recipe
 from embedder.engines import engine as engines
 from embedder.machine import num_cores
+from embedder.recipe import DEFAULT_BACKBONE
 
 GEMM_SIDE = 2048
 BATCH_SIZES = {"openvino": 4, "tensorflow": 32}

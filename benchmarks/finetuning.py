@@ -13,7 +13,7 @@ from pathlib import Path
 from embedder.analysis.compare import compare, row_of
 from embedder.finetuning.augmentation import AUGMENTATIONS
 from embedder.finetuning.finetune import Watcher, finetune
-from embedder.finetuning.parameter_groups import STRATEGIES, TuneOptions
+from embedder.finetuning.options import STRATEGIES, TuneOptions
 
 
 def main() -> None:

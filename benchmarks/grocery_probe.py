@@ -16,8 +16,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import embedder
-from embedder.backbones.resolve import DEFAULT_BACKBONE
 from embedder.backbones.table import BACKBONES
+from embedder.recipe import DEFAULT_BACKBONE
 
 
 def read_list(file: Path) -> dict[str, tuple[str, str]]:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedder.extraction.extract import DEFAULT_SHARD_SIZE
+from embedder.extraction.options import DEFAULT_SHARD_SIZE
 from embedder.extraction.plan import drop_repeated, make_plan
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.sources.listing import REF_SCHEMA

@@ -26,7 +26,7 @@ from planning import make_listing
 
 import embedder
 from embedder.extraction.cluster import connect
-from embedder.extraction.extract import DEFAULT_SHARD_SIZE
+from embedder.extraction.options import DEFAULT_SHARD_SIZE
 from embedder.heads.ridge_head import NUM_FOLDS, RidgeHead
 from embedder.recipe import EMBEDDING, Recipe
 from embedder.store.schema import row_schema

@@ -26,7 +26,8 @@ from sklearn.preprocessing import normalize
 
 import embedder
 from embedder.evaluation.metrics import paired_difference
-from embedder.training.self_training import SelfTrainOptions, self_train
+from embedder.training.options import SelfTrainOptions
+from embedder.training.self_training import self_train
 
 # With one label a class scikit-learn asks whether this is a regression.
 warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from embedder.backbones.resolve import make_recipe
 from embedder.engines import engine as engines
-from embedder.extraction.extract import RunOptions, run_extraction
+from embedder.extraction.extract import run_extraction
+from embedder.extraction.options import RunOptions
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images

@@ -1,7 +1,7 @@
 """Errors a caller may want to catch.
 
 EmbedderError
-├── RecipeError        the recipe makes no sense
+├── RecipeError        the request makes no sense; nothing was started
 ├── SourceError        the source is missing, empty or unreadable
 ├── WeightsError       the weights are missing, corrupt or not of this backbone
 ├── EngineError        the engine cannot run here
@@ -22,6 +22,19 @@ EmbedderError
 started; 1, the job ran but did not finish.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
+# How a rule of pydantic's reads, by the type of its error.
+_RULES = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+    "literal_error": "{expected}",
+    "missing": "given",
+}
+
 
 class EmbedderError(Exception):
     """Base of every error this package raises on purpose."""
@@ -30,7 +43,31 @@ class EmbedderError(Exception):
 
 
 class RecipeError(EmbedderError):
-    """The recipe makes no sense; nothing was started."""
+    """The request makes no sense; nothing was started."""
+
+    @classmethod
+    def of(cls, problems: list[Any], known: Iterable[str]) -> "RecipeError":
+        """Say of each value that pydantic refused the rule, and what was received.
+
+        Args:
+            problems: As pydantic's `ValidationError.errors` has them.
+            known: Names of the options there are.
+        """
+        return cls(" ".join(_explain(problem, known) for problem in problems))
+
+
+def _explain(problem: dict[str, Any], known: Iterable[str]) -> str:
+    kind, message = problem["type"], problem["msg"]
+    if not problem["loc"]:
+        return str(message.removeprefix("Value error, "))
+    name = problem["loc"][0]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"Unknown option: {name}. There are: {', '.join(known)}."
+    received = "nothing" if kind == "missing" else f"{name}={problem['input']!r}"
+    if kind not in _RULES:
+        return f"`{name}`: {message}. Received: {received}"
+    rule = _RULES[kind].format(**problem.get("ctx", {})).replace("'", "")
+    return f"`{name}` must be {rule}. Received: {received}"
 
 
 class SourceError(EmbedderError):

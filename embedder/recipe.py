@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from embedder.errors import RecipeError
+from embedder.options import documented
 
+DEFAULT_BACKBONE = "efficientnet-lite0"
 EMBEDDING = "embedding"  # column of the vectors, where there is one feature
 MIN_SIDE = 32  # pixels: below it the last feature map of a stride-32 network is empty
 MAX_SIDE = 4096  # pixels: a batch of 32 at this side is 1.6 GB of uint8
@@ -18,61 +20,131 @@ MAX_VIEWS = 64  # a shard of 1,024 images then holds 65,536 vectors
 _OF_PIXELS = ("image_size", "crop", "crop_fraction", "interpolation", "decode", "views")
 
 
+Layers = Annotated[
+    tuple[str, ...],
+    Field(description="Layers whose output is taken, a column each; the last feature map if none."),
+]
+Pooling = Annotated[
+    Literal["avg", "max", "gem", "flatten", "none"],
+    Field(
+        description="How a feature map becomes one vector: the mean or the largest of each "
+        "channel, their generalised mean of power 3 (gem, arXiv 1711.02512), all values one after "
+        "the other (flatten), or not at all (none)."
+    ),
+]
+ImageSize = Annotated[
+    tuple[int, int], Field(description="What the network sees, as (height, width), in pixels.")
+]
+Crop = Annotated[
+    Literal["center", "squash", "pad"],
+    Field(
+        description="Keep the central part in the image's own proportions (center), resize the "
+        "whole image and change its proportions (squash), or fit it in and fill the rest with "
+        "black (pad)."
+    ),
+]
+CropFraction = Annotated[
+    float,
+    Field(
+        gt=0.0,
+        le=1.0,
+        description="Of center: side of the crop, as a share of the largest crop that fits.",
+    ),
+]
+Interpolation = Annotated[
+    Literal["nearest", "bilinear", "bicubic", "lanczos"],
+    Field(description="Filter of the antialiased resize."),
+]
+Decode = Annotated[
+    Literal["exact", "scaled"],
+    Field(
+        description="Decode large JPEG files at 1/2, 1/4 or 1/8 of their size, but never at less "
+        "than twice the image size, and resize with vector instructions (scaled); or decode every "
+        "pixel and resize with Pillow (exact)."
+    ),
+]
+Precision = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    Field(
+        description="Arithmetic of the network, whose vectors leave it as float32. bfloat16 and "
+        "float16 need a device that has them."
+    ),
+]
+StoreDtype = Annotated[
+    Literal["float32", "float16"], Field(description="Data type of the stored vectors.")
+]
+L2Normalise = Annotated[
+    bool, Field(description="Whether vectors are divided by their Euclidean length.")
+]
+Views = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=MAX_VIEWS,
+        description="Vectors of each image: of the image as it is, and of random parts of it, "
+        "perhaps mirrored, in other colours.",
+    ),
+]
+
+
+@documented
 class Recipe(BaseModel):
     """What is computed for an image: same recipe and same bytes give the same vector.
 
     What only changes the speed (batch size, workers, threads, shard size) is not here: it is an
     argument of the run. Use `backbones.make_recipe` to fill in a backbone's own defaults.
-
-    Attributes:
-        backbone: Name of a row of `backbones.BACKBONES`, or `hub:PRESET`.
-        weights: sha256 of the weights file, 64 hexadecimal digits; or `random:SEED`.
-        layers: Names of the layers whose output is taken; none for the last feature map.
-        pooling: How a feature map (height, width, channels) becomes one vector: the mean or the
-            largest of each channel, their generalised mean of power 3 (`gem`, arXiv 1711.02512),
-            all values one after the other (`flatten`), or not at all (`none`).
-        image_size: What the network sees, as (height, width), in pixels.
-        crop: `center` keeps the central part of the image's own proportions, `squash` resizes the
-            whole image and changes its proportions, `pad` fits the whole image in and fills the
-            rest with black.
-        crop_fraction: For `center`: side of the crop, as a share of the largest crop that fits.
-        interpolation: Filter of the antialiased resize.
-        decode: `scaled` decodes large JPEG files at 1/2, 1/4 or 1/8 of their size, but never at
-            less than twice `image_size`, and resizes with vector instructions; `exact` decodes
-            every pixel and resizes with Pillow.
-        precision: Arithmetic of the network; vectors leave it as float32. `bfloat16` and `float16`
-            need a device that has them.
-        store_dtype: Data type of the stored vector.
-        l2_normalise: Whether vectors are divided by their Euclidean length.
-        views: Vectors of each image: view 0 is of the image as it is, every other one of a random
-            part of it, perhaps mirrored, in other colours; see `decode.draw_augmentation`.
-        head: sha256 of a trained head, whose logits are stored in place of the features they are
-            made of; None for the features.
-        version: Raised when this package changes what a recipe means.
-        weights_source: Where this machine finds the weights: `imagenet`, `random:SEED` or a file's
-            path. It decides nothing, so it is not in the fingerprint.
-        head_source: Where this machine finds the head: its model's folder. Nor does this.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backbone: str = Field(min_length=1)
-    weights: str = Field(pattern=r"^([0-9a-f]{64}|random:[0-9]+)$")
-    layers: tuple[str, ...] = ()
-    pooling: Literal["avg", "max", "gem", "flatten", "none"] = "avg"
-    image_size: tuple[int, int]
-    crop: Literal["center", "squash", "pad"] = "center"
-    crop_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    decode: Literal["exact", "scaled"] = "scaled"
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    store_dtype: Literal["float32", "float16"] = "float32"
-    l2_normalise: bool = False
-    views: int = Field(default=1, ge=1, le=MAX_VIEWS)
-    head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    version: Literal[1] = 1
-    weights_source: str = Field(default="imagenet", exclude=True)
-    head_source: str = Field(default="", exclude=True)
+    backbone: Annotated[
+        str,
+        Field(min_length=1, description="Name of a row of `backbones.BACKBONES`, or `hub:PRESET`."),
+    ]
+    weights: Annotated[
+        str,
+        Field(
+            pattern=r"^([0-9a-f]{64}|random:[0-9]+)$",
+            description="sha256 of the weights file, 64 hexadecimal digits; or `random:SEED`.",
+        ),
+    ]
+    layers: Layers = ()
+    pooling: Pooling = "avg"
+    image_size: ImageSize
+    crop: Crop = "center"
+    crop_fraction: CropFraction = 1.0
+    interpolation: Interpolation = "bicubic"
+    decode: Decode = "scaled"
+    precision: Precision = "float32"
+    store_dtype: StoreDtype = "float32"
+    l2_normalise: L2Normalise = False
+    views: Views = 1
+    head: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[0-9a-f]{64}$",
+            description="sha256 of a trained head, whose logits are stored in place of the "
+            "features they are made of; None for the features.",
+        ),
+    ] = None
+    version: Annotated[
+        Literal[1], Field(description="Raised when this package changes what a recipe means.")
+    ] = 1
+    weights_source: Annotated[
+        str,
+        Field(
+            exclude=True,
+            description="Where this machine finds the weights: `imagenet`, `random:SEED` or a "
+            "file's path. It decides nothing, so it is not in the fingerprint.",
+        ),
+    ] = "imagenet"
+    head_source: Annotated[
+        str,
+        Field(
+            exclude=True,
+            description="Where this machine finds the head: its model's folder. Nor does this.",
+        ),
+    ] = ""
 
     def __init__(self, **values: Any) -> None:
         """Check the values.
@@ -83,7 +155,7 @@ class Recipe(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise RecipeError(_explain(error)) from None
+            raise RecipeError.of(error.errors(), type(self).model_fields) from None
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -167,15 +239,3 @@ class Recipe(BaseModel):
             for name in mine
             if mine[name] != theirs[name]
         ]
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors(include_url=False):
-        name = ".".join(str(part) for part in problem["loc"])
-        if not name:
-            lines.append(problem["msg"].removeprefix("Value error, "))
-        else:
-            received = "nothing" if problem["type"] == "missing" else f"{name}={problem['input']!r}"
-            lines.append(f"`{name}`: {problem['msg']}. Received: {received}")
-    return "The recipe makes no sense. " + " ".join(lines)

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "embedder"
 
 # Packages, and modules beside them, from the bottom up: imports go down, never up or sideways.
 LEVELS = (
-    ("errors", "libraries", "machine"),
+    ("errors",),
+    ("libraries", "machine", "options"),
     ("files", "recipe", "sources", "neighbours"),
     ("decode", "backbones", "store"),
     ("engines", "heads", "datasets"),
@@ -50,7 +51,15 @@ DOORS = {
     "onnxruntime": {"inference"},
     "openvino": {"engines"},
     "psutil": {"cli"},
-    "pydantic": {"recipe", "heads"},
+    "pydantic": {
+        "options",
+        "recipe",
+        "backbones",
+        "extraction",
+        "finetuning",
+        "heads",
+        "training",
+    },
     "pickle": {"backbones"},
     "rich": {"cli"},
     "skops": {"heads"},

@@ -46,7 +46,7 @@ from embedder.evaluation import metrics
 from embedder.training.train import train
 from embedder.heads.model import Model
 from embedder.store.store import Store
-from embedder.training.trained_head import TrainOptions
+from embedder.training.options import TrainOptions
 metrics.NUM_RESAMPLES = 50
 store, out = Store(sys.argv[1]), Path(sys.argv[2])
 options = TrainOptions(duplicates=None)
@@ -83,7 +83,7 @@ from tests.killing import kills
 from embedder.training.train import train
 from embedder.inference.predict import predict
 from embedder.store.store import Store
-from embedder.training.trained_head import TrainOptions
+from embedder.training.options import TrainOptions
 features, model, out = (Path(text) for text in sys.argv[1:])
 head = train(Store(features), "folder", "centroid", TrainOptions(duplicates=None))
 head.model.save(model)

@@ -73,7 +73,7 @@ def test_the_defaults_are_as_documented() -> None:
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_backbone_weights_and_size_have_no_default(name: str) -> None:
-    with pytest.raises(RecipeError, match=rf"`{name}`: Field required"):
+    with pytest.raises(RecipeError, match=rf"`{name}` must be given. Received: nothing"):
         Recipe(**{key: value for key, value in NEEDED.items() if key != name})
 
 
@@ -141,28 +141,37 @@ def test_a_recipe_comes_back_from_json_as_it_was() -> None:
         ({"weights": "abc"}, r"`weights`: .*\[0-9a-f\]\{64\}.* Received: weights='abc'"),
         ({"weights": "F" * 64}, r"`weights`: .*\[0-9a-f\]\{64\}.* Received: weights='FFFF"),
         ({"weights": "0" * 65}, r"`weights`: .*\[0-9a-f\]\{64\}.* Received: weights='0000"),
-        ({"pooling": "sum"}, r"`pooling`: .*'avg', 'max', .* or 'none'. Received: pooling='sum'"),
-        ({"crop": "zoom"}, r"`crop`: .*'center', 'squash' or 'pad'. Received: crop='zoom'"),
-        ({"crop_fraction": 0.0}, r"`crop_fraction`: .*greater than 0. Received: crop_fraction=0.0"),
-        ({"crop_fraction": 1.5}, r"`crop_fraction`: .*less than or equal to 1. .*fraction=1.5"),
-        ({"crop_fraction": float("nan")}, r"`crop_fraction`: .* Received: crop_fraction=nan"),
-        ({"interpolation": "area"}, r"`interpolation`: .*'nearest', .*Received: .*='area'"),
-        ({"decode": "draft"}, r"`decode`: .*'exact' or 'scaled'. Received: decode='draft'"),
+        ({"pooling": "sum"}, r"`pooling` must be .*avg, max, .* or none. Received: pooling='sum'"),
+        ({"crop": "zoom"}, r"`crop` must be .*center, squash or pad. Received: crop='zoom'"),
+        ({"crop_fraction": 0.0}, r"`crop_fraction` must be .*above 0. Received: crop_fraction=0.0"),
+        ({"crop_fraction": 1.5}, r"`crop_fraction` must be .*at most 1. .*fraction=1.5"),
+        (
+            {"crop_fraction": float("nan")},
+            r"`crop_fraction` must .*fraction=nan",
+        ),
+        ({"interpolation": "area"}, r"`interpolation` must be .*nearest, .*Received: .*='area'"),
+        ({"decode": "draft"}, r"`decode` must be .*exact or scaled. Received: decode='draft'"),
         (
             {"precision": "int8"},
-            r"`precision`: .*'float32', 'bfloat16' or 'float16'. Received: precision='int8'",
+            r"`precision` must be .*float32, bfloat16 or float16. Received: precision='int8'",
         ),
-        ({"store_dtype": "int8"}, r"`store_dtype`: .*'float32' or 'float16'. .*dtype='int8'"),
+        ({"store_dtype": "int8"}, r"`store_dtype` must be .*float32 or float16. .*dtype='int8'"),
         ({"l2_normalise": "perhaps"}, r"`l2_normalise`: .*boolean.*l2_normalise='perhaps'"),
-        ({"version": 2}, r"`version`: .*1. Received: version=2"),
+        ({"version": 2}, r"`version` must be .*1. Received: version=2"),
         ({"image_size": 64}, r"`image_size`: .*tuple. Received: image_size=64"),
-        ({"image_size": (48, 64, 3)}, r"`image_size`: .*2 items.* Received: .*\(48, 64, 3\)"),
-        ({"image_size": (48, "wide")}, r"`image_size.1`: .*integer.*Received: .*='wide'"),
-        ({"colour": "red"}, r"`colour`: .*not permitted. Received: colour='red'"),
+        (
+            {"image_size": (48, 64, 3)},
+            r"`image_size`: .*2 items.* .*\(48, 64, 3\)",
+        ),
+        ({"image_size": (48, "wide")}, r"`image_size`: .*integer.*Received: .*='wide'"),
+        (
+            {"colour": "red"},
+            r"Unknown option: colour. There are: backbone, .*, head_source.",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_with_the_rule_and_the_value(bad: dict[str, Any], rule: str) -> None:
-    with pytest.raises(RecipeError, match=r"^The recipe makes no sense\. " + rule):
+    with pytest.raises(RecipeError, match="^" + rule):
         Recipe(**(NEEDED | bad))
 
 

@@ -1,7 +1,7 @@
 from .declared import check_arrays_of_archive as check_arrays_of_archive, read_json as read_json
 from .hub import is_preset as is_preset
+from .options import RecipeOptions as RecipeOptions
 from .resolve import (
-    DEFAULT_BACKBONE as DEFAULT_BACKBONE,
     build as build,
     dtype_policy as dtype_policy,
     find_backbone as find_backbone,

@@ -4,12 +4,14 @@ import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedder.backbones import hub
+from embedder.backbones.options import RecipeOptions
 from embedder.backbones.table import BACKBONES, Backbone
 from embedder.backbones.weight_files import load_keras_model, with_canonical_names
 from embedder.backbones.weights import (
@@ -23,13 +25,12 @@ from embedder.backbones.weights import (
 )
 from embedder.errors import RecipeError, WeightsError
 from embedder.libraries import import_keras, logger
-from embedder.recipe import EMBEDDING, Recipe
+from embedder.recipe import DEFAULT_BACKBONE, EMBEDDING, Recipe
 from embedder.sources import RESERVED_COLUMNS
 
 if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not need it
     import keras
 
-DEFAULT_BACKBONE = "efficientnet-lite0"
 _GEM_POWER = 3.0  # arXiv 1711.02512
 _GEM_MIN = 1e-6
 _PREPROCESSING_LAYERS = ("Rescaling", "Normalization")
@@ -46,18 +47,14 @@ def make_recipe(
         weights: `imagenet` (the published ones), a `.weights.h5`, `.h5` or `.keras` file, or
             `random` or `random:SEED`. A `.keras` file brings a network of its own, whose pixels
             are preprocessed as the backbone's.
-        **options: Attributes of `Recipe` to set; those given as None keep their default.
+        **options: Further attributes of `RecipeOptions`.
 
     Raises:
         RecipeError: The backbone is unknown or an option makes no sense.
         WeightsError: The weights are not at hand, or their file is not the published one.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    if unknown := given.keys() - Recipe.model_fields.keys():
-        raise RecipeError(
-            f"A recipe has no option {', '.join(sorted(unknown))}. "
-            f"It has: {', '.join(Recipe.model_fields)}"
-        )
+    checked = asdict(RecipeOptions(backbone=backbone, weights=weights, **options))
+    given = {name: value for name, value in checked.items() if value is not None}
     name, row, digest, source = _find(backbone, weights or IMAGENET)
     crop = given.get("crop", row.crop)
     defaults = {

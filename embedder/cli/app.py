@@ -16,8 +16,8 @@ from embedder.backbones import BACKBONES, Backbone
 from embedder.cli import console, finetuning as cli_tuning, heads as cli_heads, interrupts
 from embedder.cli.job_file import read_job
 from embedder.errors import JobError
-from embedder.extraction import DEFAULT_SHARD_SIZE, RunOptions, run_extraction
-from embedder.recipe import Recipe
+from embedder.extraction import RunOptions, run_extraction
+from embedder.recipe import DEFAULT_BACKBONE, Recipe
 from embedder.sources import images_folder
 from embedder.store import Store, num_bytes_of
 
@@ -39,7 +39,7 @@ def extract(
     backbone: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"See `embedder backbones`; {backbone_table.DEFAULT_BACKBONE} if absent. "
+            help=f"See `embedder backbones`; {DEFAULT_BACKBONE} if absent. "
             f"Several make a store each, STORE/BACKBONE, and read every image once."
         ),
     ] = None,
@@ -79,7 +79,7 @@ def extract(
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino or tensorflow.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="auto, or images in a batch.")] = "auto",
-    shard_size: Annotated[int, typer.Option(help="Images in a shard.")] = DEFAULT_SHARD_SIZE,
+    shard_size: Annotated[int, typer.Option(help="Images in a shard.")] = RunOptions.shard_size,
     workers: Annotated[
         int | None, typer.Option(help="Local worker processes; one per GPU if absent, else 1.")
     ] = None,
@@ -115,7 +115,7 @@ def extract(
     with console.exit_status(quiet):
         recipes = _make_recipes(
             store,
-            backbone or [backbone_table.DEFAULT_BACKBONE],
+            backbone or [DEFAULT_BACKBONE],
             weights,
             layers=tuple(layer) if layer else None,
             pooling=pooling,
@@ -129,18 +129,20 @@ def extract(
             views=views,
         )
         options = RunOptions(
-            engine=engine,
-            batch_size=_parse_batch_size(batch_size),
-            shard_size=shard_size,
-            workers=workers,
-            scheduler=scheduler,
-            limit=limit,
-            max_failures=max_failures,
-            retry_failed=retry_failed,
-            prune=prune,
-            prune_share=prune_share,
-            repair=repair,
-            wait=wait,
+            **dict[str, Any](
+                engine=engine,
+                batch_size=_parse_batch_size(batch_size),
+                shard_size=shard_size,
+                workers=workers,
+                scheduler=scheduler,
+                limit=limit,
+                max_failures=max_failures,
+                retry_failed=retry_failed,
+                prune=prune,
+                prune_share=prune_share,
+                repair=repair,
+                wait=wait,
+            )
         )
         with console.progress(quiet) as on_progress:
             summaries = run_extraction(source, recipes, options, on_progress, console.started())
@@ -268,9 +270,7 @@ def _print_backbones() -> None:
 
 @app.command()
 def doctor(
-    backbone: Annotated[
-        str, typer.Argument(help="The network to test.")
-    ] = backbone_table.DEFAULT_BACKBONE,
+    backbone: Annotated[str, typer.Argument(help="The network to test.")] = DEFAULT_BACKBONE,
     weights: Annotated[
         str | None, typer.Option(help="As in extract; random where none are at hand.")
     ] = None,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from embedder.cli import console
-from embedder.extraction import DEFAULT_SHARD_SIZE, RunOptions
+from embedder.extraction import RunOptions
 from embedder.store import Store
 
 StorePath = Annotated[str, typer.Argument(help="Folder of the feature store.")]
@@ -71,15 +71,17 @@ def train(
         from embedder.training import TrainOptions, train as train_head
 
         options = TrainOptions(
-            split=split,
-            duplicates=_parse_duplicates(duplicates, DEFAULT_THRESHOLD),
-            class_weight=class_weight,
-            separator=separator,
-            column=layer,
-            coarse=coarse,
-            unlabelled=unlabelled,
-            unlabelled_method=unlabelled_method,
-            seed=seed,
+            **dict[str, Any](
+                split=split,
+                duplicates=_parse_duplicates(duplicates, DEFAULT_THRESHOLD),
+                class_weight=class_weight,
+                separator=separator,
+                column=layer,
+                coarse=coarse,
+                unlabelled=unlabelled,
+                unlabelled_method=unlabelled_method,
+                seed=seed,
+            )
         )
         ModelFolder(model).check_free()
         trained = train_head(Store(store), labels, head, options)
@@ -144,7 +146,7 @@ def predict(
         str | None, typer.Option(help="Keep the features of the images in this store.")
     ] = None,
     engine: Annotated[str, typer.Option(help="auto, openvino or tensorflow.")] = "auto",
-    shard_size: Annotated[int, typer.Option(help="Images in a shard.")] = DEFAULT_SHARD_SIZE,
+    shard_size: Annotated[int, typer.Option(help="Images in a shard.")] = RunOptions.shard_size,
     workers: Annotated[int | None, typer.Option(help="Local worker processes.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
@@ -160,14 +162,16 @@ def predict(
         from embedder.inference import predict as predict_images
 
         options = RunOptions(
-            engine=engine,
-            shard_size=shard_size,
-            workers=workers,
-            scheduler=scheduler,
-            limit=limit,
-            max_failures=max_failures,
-            retry_failed=retry_failed,
-            prune=prune,
+            **dict[str, Any](
+                engine=engine,
+                shard_size=shard_size,
+                workers=workers,
+                scheduler=scheduler,
+                limit=limit,
+                max_failures=max_failures,
+                retry_failed=retry_failed,
+                prune=prune,
+            )
         )
         with console.progress(quiet) as on_progress:
             result = predict_images(

@@ -5,12 +5,11 @@ from .cluster import (
     connect as connect,
 )
 from .extract import (
-    DEFAULT_SHARD_SIZE as DEFAULT_SHARD_SIZE,
     Progress as Progress,
-    RunOptions as RunOptions,
     extract as extract,
     run_extraction as run_extraction,
 )
+from .options import RunOptions as RunOptions
 from .plan import make_plan as make_plan
 from .record import Summary as Summary, grouped_reasons as grouped_reasons
 from .shard import (

@@ -14,86 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedder import engines
-from embedder.backbones import DEFAULT_BACKBONE, make_recipe
+from embedder.backbones import make_recipe
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.changed_files import Refreshed, refresh_shard
 from embedder.extraction.cluster import Pool, WorkerContext
+from embedder.extraction.options import RunOptions
 from embedder.extraction.plan import Plan, drop_repeated, make_plan
 from embedder.extraction.record import Summary, grouped_reasons
 from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, worker_state_of
 from embedder.files import local_path
 from embedder.libraries import logger
-from embedder.recipe import VIEW, Recipe
+from embedder.recipe import DEFAULT_BACKBONE, VIEW, Recipe
 from embedder.sources import Listing, list_images
 from embedder.store import EMBEDDINGS, FAILURES, Store, check_place, lease
-
-# At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few
-# enough files for a million images.
-DEFAULT_SHARD_SIZE = 1024
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is done; nothing here changes a vector.
-
-    Attributes:
-        engine: `auto`, `openvino` or `tensorflow`.
-        batch_size: Images in a batch; None for the smallest at which the engine is as fast as it
-            gets: measured by the first run that is long enough to gain by it, and remembered.
-        shard_size: Images in a shard: the unit of work, of output and of what a crash can lose.
-            Its vectors are in memory until it is written; with several views there are as many
-            more.
-        workers: Local worker processes, where 1 works within this process; None for one per GPU,
-            or 1 where there is none.
-        scheduler: Address of a running Dask scheduler, in place of local workers.
-        limit: Only the first so many images of the source.
-        max_failures: Share of the source's images, 0 to 1, that may fail.
-        retry_failed: Whether all images that failed before are tried again though unchanged; those
-            whose trouble may have passed always are.
-        prune: Whether rows of images that the source no longer has are dropped.
-        prune_share: Share of the store's images, 0 to 1, up to which `prune` drops any: more are
-            gone where a disk is missing than where images were deleted.
-        repair: Whether shards that are damaged are put aside and made again.
-        wait: Whether to wait for another run's end that is writing the store.
-    """
-
-    engine: str = "auto"
-    batch_size: int | None = None
-    shard_size: int = DEFAULT_SHARD_SIZE
-    workers: int | None = None
-    scheduler: str | None = None
-    limit: int | None = None
-    max_failures: float = 0.1
-    retry_failed: bool = False
-    prune: bool = False
-    prune_share: float = 0.1
-    repair: bool = False
-    wait: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            RecipeError: A value makes no sense.
-            EngineError: The engine is unknown.
-        """
-        for name in ("batch_size", "shard_size", "workers", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RecipeError(f"`{name}` must be at least 1. Received: {name}={value}")
-        for name in ("max_failures", "prune_share"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise RecipeError(
-                    f"`{name}` must be a share between 0 and 1. Received: {name}={value}"
-                )
-        engines.choose(self.engine)
-
-    @property
-    def num_workers(self) -> int:
-        """Local worker processes."""
-        return self.workers or len(engines.gpus_of(self.engine)) or 1
 
 
 @dataclass

@@ -1,2 +1,2 @@
 from .finetune import Watcher as Watcher, finetune as finetune
-from .parameter_groups import TuneOptions as TuneOptions
+from .options import TuneOptions as TuneOptions

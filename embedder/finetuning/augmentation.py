@@ -1,33 +1,19 @@
 """Augmentation in the graph: what is done to training batches, on the device, by Keras's layers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from embedder.errors import RecipeError
+from embedder.finetuning.options import Augmentation
 from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras
 
-# Of pictures alone, and of pictures with their labels.
-_OF_PICTURES = ("flip", "vertical-flip", "crop", "rotation", "colour")
-_OF_LABELS = ("mixup", "cutmix")  # arXiv 1710.09412 and 1905.04899
-AUGMENTATIONS = (*_OF_PICTURES, *_OF_LABELS)
+AUGMENTATIONS = get_args(Augmentation)
+_OF_LABELS = ("mixup", "cutmix")  # of pictures with them: arXiv 1710.09412 and 1905.04899
 _SHIFT = 0.1  # share of the side
 _ZOOM = 0.25  # how much of the side is cut away at most
 _TURN = 15 / 360  # of a full turn, to either side
 _JITTER = 0.2  # brightness and contrast, to either side; saturation is halved at most
-
-
-def check_augmentations(names: tuple[str, ...]) -> None:
-    """Check that there are such augmentations.
-
-    Raises:
-        RecipeError: There is none of a name.
-    """
-    if unknown := [name for name in names if name not in AUGMENTATIONS]:
-        raise RecipeError(
-            f"`augment` must be of {', '.join(AUGMENTATIONS)}. Received: {', '.join(unknown)}"
-        )
 
 
 class Augmenter:
@@ -37,14 +23,13 @@ class Augmenter:
         layers: Keras's layers, whose random states belong to the state of a training.
     """
 
-    def __init__(self, names: tuple[str, ...], seed: int) -> None:
+    def __init__(self, names: tuple[Augmentation, ...], seed: int) -> None:
         """Make the layers.
 
         Args:
             names: Of `AUGMENTATIONS`, in any order; they are done in theirs.
             seed: Of all that is random.
         """
-        check_augmentations(names)
         layers = import_keras().layers
         makers: dict[str, list[Any]] = {
             "flip": [lambda **k: layers.RandomFlip("horizontal", **k)],
@@ -63,7 +48,7 @@ class Augmenter:
             "cutmix": [lambda **k: layers.CutMix(factor=(1.0, 1.0), **k)],
         }
         chosen = [name for name in AUGMENTATIONS if name in names]
-        self._of_pictures = self._make(makers, [n for n in chosen if n in _OF_PICTURES], seed)
+        self._of_pictures = self._make(makers, [n for n in chosen if n not in _OF_LABELS], seed)
         self._of_labels = self._make(makers, [n for n in chosen if n in _OF_LABELS], seed)
         self.layers: list[keras.Layer] = self._of_pictures + self._of_labels
 

@@ -1,6 +1,6 @@
 """Output channels of a network by their importance, so that only a few of them are tuned."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 from embedder.errors import RecipeError
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
+from embedder.finetuning.options import Importance
 from embedder.finetuning.trainer import compiled
 from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
     import keras
 
-CRITERIA = ("taylor", "fisher")
+CRITERIA = get_args(Importance)
 _NUM_BATCHES = 8  # more change a few of the chosen channels, at the cost of an epoch
 
 
@@ -23,7 +24,7 @@ def channel_masks(
     layers: "list[keras.Layer]",
     examples: Examples,
     fraction: float,
-    criterion: str,
+    criterion: Importance,
     batch_size: int,
     seed: int,
 ) -> "list[tuple[keras.Variable, NDArray[np.float32]]]":
@@ -44,14 +45,8 @@ def channel_masks(
         Kernels and biases, with 1 where a value belongs to a chosen channel and 0 elsewhere.
 
     Raises:
-        RecipeError: The fraction or the criterion makes no sense, or no layer has channels.
+        RecipeError: No layer has channels.
     """
-    if not 0 < fraction <= 1:
-        raise RecipeError(f"`fraction` must be above 0 and at most 1. Received: {fraction}")
-    if criterion not in CRITERIA:
-        raise RecipeError(
-            f"`importance` must be one of {', '.join(CRITERIA)}. Received: {criterion}"
-        )
     kernels = [(layer, kernel) for layer in layers if (kernel := _kernel_of(layer)) is not None]
     if not kernels:
         raise RecipeError("The blocks must have layers with channels. Received: none that has any")
@@ -91,7 +86,7 @@ def _scores(
     tunable: TrainableNetwork,
     kernels: "list[tuple[keras.Layer, keras.Variable]]",
     examples: Examples,
-    criterion: str,
+    criterion: Importance,
     batch_size: int,
     seed: int,
 ) -> list[NDArray[np.float64]]:

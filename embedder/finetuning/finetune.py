@@ -23,13 +23,8 @@ from embedder.finetuning.initial_head import check_start, starting_model, with_h
 from embedder.finetuning.inputs import Examples, decode_pixels, examples_of, read_activations
 from embedder.finetuning.labelled_images import find_paths, read_labelled
 from embedder.finetuning.network import FEATURES, TrainableNetwork, make_trainable, seed_layers
-from embedder.finetuning.parameter_groups import (
-    SCRATCH,
-    TuneOptions,
-    num_tuned,
-    plan_groups,
-    tuned_blocks,
-)
+from embedder.finetuning.options import SCRATCH, Augmentation, TuneOptions
+from embedder.finetuning.parameter_groups import num_tuned, plan_groups, tuned_blocks
 from embedder.finetuning.pseudo_labels import PseudoLabelledImages, add_pseudo_labels
 from embedder.finetuning.resume import (
     TUNED_FEATURES,
@@ -64,7 +59,7 @@ if TYPE_CHECKING:
     import keras
 
 _DEFAULT_VIEWS = 4
-_DEFAULT_AUGMENT = ("flip",)
+_DEFAULT_AUGMENT: tuple[Augmentation, ...] = ("flip",)
 _NUM_CHECKED = 8  # all of their activations are in memory at once
 
 
@@ -314,7 +309,7 @@ class _Job:
     def _network(self) -> "keras.Model":
         """The backbone that training starts from, in the precision of the training."""
         options, is_scratch = self.options, self.options.strategy == SCRATCH
-        precision = options.precision
+        precision: str = options.precision
         if not is_scratch and self.recipe.weights_source.endswith(".keras"):
             if precision == "bfloat16":
                 raise RecipeError(

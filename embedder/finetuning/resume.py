@@ -10,7 +10,7 @@ from embedder import engines
 from embedder.datasets import TrainingSet
 from embedder.errors import EmbedderError, RecipeError
 from embedder.files import remove_abandoned, remove_folder, replace_folder
-from embedder.finetuning.parameter_groups import TuneOptions
+from embedder.finetuning.options import TuneOptions
 from embedder.heads import Model, ModelFolder
 from embedder.libraries import logger
 from embedder.store import Store

@@ -15,7 +15,7 @@ from embedder.evaluation import Evaluation, judge, read_tested
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.labelled_images import in_store, targets_of
 from embedder.finetuning.network import FEATURES
-from embedder.finetuning.parameter_groups import SCRATCH, TuneOptions
+from embedder.finetuning.options import SCRATCH, TuneOptions
 from embedder.finetuning.trainer import Epoch
 from embedder.heads import BACKBONE_FILES, KerasHead, Model, Record, RecordedTuning, calibrate
 from embedder.recipe import EMBEDDING, Recipe

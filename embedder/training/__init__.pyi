@@ -1,5 +1,11 @@
 from .cross_validation import evaluate_model as evaluate_model, refit as refit
 from .fitting import Fitted as Fitted, HeadSpec as HeadSpec
+from .options import (
+    ClassWeight as ClassWeight,
+    HeadName as HeadName,
+    Seed as Seed,
+    TrainOptions as TrainOptions,
+)
 from .out_of_core import read_logits as read_logits
 from .self_training import PseudoLabels as PseudoLabels
 from .semi_supervised import (
@@ -13,5 +19,4 @@ from .timing import Stopwatch as Stopwatch
 from .train import train as train
 from .trained_head import (
     TrainedHead as TrainedHead,
-    TrainOptions as TrainOptions,
 )

@@ -9,7 +9,7 @@ on decide which round is kept, and round 0, the labelled rows alone, is one of t
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from sklearn.semi_supervised import LabelSpreading
 from embedder.errors import RecipeError
 from embedder.evaluation import paired_difference
 from embedder.heads import fit_temperature
+from embedder.training.options import SelfTrainOptions
 
 _NUM_FOLDS = 5  # of the labelled rows, where they calibrate the threshold or are the guard
 _SMALLEST = 1e-15  # a probability of 0 has no logarithm
@@ -46,49 +47,6 @@ class Classifier(Protocol):
 
 # Features (n, dim), labels (n,), and weights (n,) of mean 1, or None where all rows weigh the same.
 Fit = Callable[[Features, Labels, NDArray[np.float64] | None], Classifier]
-
-
-@dataclass(frozen=True)
-class SelfTrainOptions:
-    """How pseudo-labels are chosen.
-
-    Attributes:
-        method: `self-training` in rounds, or `label-spreading` over a graph of nearest neighbours
-            (Zhou et al., NIPS 2003), which gives pseudo-labels for one refit.
-        num_rounds: Of self-training, 1 or more.
-        growth: In round r a class gets at most `growth**r` pseudo-labels for each of its labels.
-        precision: Share of right labels, above 0 and at most 1, that the threshold aims at: the
-            lowest confidence above which held-out labelled rows are predicted so well in round 0.
-            Classes of one label cannot be held out; where all are such, the threshold is 0.
-        threshold: Confidence, 0 to 1, instead of a calibrated one.
-        seed: Of the folds.
-    """
-
-    method: Literal["self-training", "label-spreading"] = "self-training"
-    num_rounds: int = 5
-    growth: float = 2.0
-    precision: float = 0.95
-    threshold: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            RecipeError: A value is outside what the attribute allows.
-        """
-        if (
-            self.method not in ("self-training", "label-spreading")
-            or self.num_rounds < 1
-            or self.growth <= 0
-            or not 0 < self.precision <= 1
-            or not 0 <= (self.threshold or 0) <= 1
-        ):
-            raise RecipeError(
-                "`method` must be self-training or label-spreading, `num_rounds` at least 1, "
-                "`growth` above 0, `precision` above 0 and at most 1, and `threshold` 0 to 1. "
-                f"Received: {self}"
-            )
 
 
 @dataclass(frozen=True)

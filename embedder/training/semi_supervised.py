@@ -20,7 +20,8 @@ from embedder.heads import (
 )
 from embedder.store import Store
 from embedder.training.fitting import Fitted, HeadSpec
-from embedder.training.self_training import Classifier, SelfTraining, SelfTrainOptions, self_train
+from embedder.training.options import SelfTrainOptions, UnlabelledMethod
+from embedder.training.self_training import Classifier, SelfTraining, self_train
 
 _NUM_FOLDS = 3  # of the labelled rows, to calibrate the head that pseudo-labels were added to
 
@@ -115,7 +116,7 @@ def fit_semi_supervised(
     indices: Indices,
     fitted: Fitted,
     unlabelled: Unlabelled,
-    method: str,
+    method: UnlabelledMethod,
 ) -> SemiSupervisedFit:
     """Add pseudo-labels of unlabelled images to a head, as far as they help.
 
@@ -131,10 +132,10 @@ def fit_semi_supervised(
         method: `self-training` or `label-spreading`.
 
     Raises:
-        RecipeError: The method is unknown, or no class has two labels.
+        RecipeError: No class has two labels.
     """
     features, labels = images.unaugmented[indices], images.classes[images.codes[indices]]
-    options = SelfTrainOptions(method=method, seed=spec.seed)  # type: ignore[arg-type]
+    options = SelfTrainOptions(method=method, seed=spec.seed)
 
     def fit(features: Any, names: Any, weights: Any) -> Classifier:
         return _fit(spec, fitted, features, names, weights)

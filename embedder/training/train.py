@@ -16,6 +16,7 @@ from embedder.neighbours import near_duplicate_groups
 from embedder.store import Store
 from embedder.training.cross_validation import coarse_classes, judge
 from embedder.training.fitting import HeadSpec, fit_head
+from embedder.training.options import TrainOptions
 from embedder.training.out_of_core import (
     fit_out_of_core,
     is_read_in_parts,
@@ -25,7 +26,7 @@ from embedder.training.out_of_core import (
 from embedder.training.ridge_pass import vector_column
 from embedder.training.semi_supervised import check_head, fit_semi_supervised, read_unlabelled
 from embedder.training.timing import Stopwatch
-from embedder.training.trained_head import TrainedHead, TrainOptions
+from embedder.training.trained_head import TrainedHead
 
 
 def train(

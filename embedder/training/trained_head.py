@@ -17,60 +17,14 @@ from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation, Scores, paired_difference
 from embedder.files import whole_folder
 from embedder.heads import BACKBONE_FILES, Model, ModelFolder
-from embedder.neighbours import DEFAULT_THRESHOLD
 from embedder.store import Store
 from embedder.training.cross_validation import judge, metrics_of, refit
 from embedder.training.fitting import Fitted, HeadSpec, explain_fit_errors
+from embedder.training.options import TrainOptions
 from embedder.training.out_of_core import read_features
 from embedder.training.semi_supervised import SemiSupervisedFit
 
 _CURVE = (1, 2, 5, 10, 20, 50, 100)  # labels per class of the learning curve
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How a head is trained and judged.
-
-    Attributes:
-        split: As in `datasets.make_split`.
-        duplicates: Cosine from which two images count as near-duplicates, which never stand on
-            both sides of a split; None to take every image for itself.
-        class_weight: None, or `balanced`: rare classes count as much as frequent ones.
-        separator: What separates several labels of one image; None where each has one.
-        column: Which feature, where the store has several.
-        coarse: Labels of a coarser level, spelled as labels, for a score on both levels.
-        unlabelled: Store whose images help without labels; None for none.
-        unlabelled_method: `self-training` or `label-spreading`; see `self_training`.
-        seed: Of all that is random.
-    """
-
-    split: str = "0.2"
-    duplicates: float | None = DEFAULT_THRESHOLD
-    class_weight: str | None = None
-    separator: str | None = None
-    column: str | None = None
-    coarse: str | None = None
-    unlabelled: str | None = None
-    unlabelled_method: str = "self-training"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            RecipeError: A value makes no sense.
-        """
-        if self.duplicates is not None and not 0.0 < self.duplicates <= 1.0:
-            raise RecipeError(
-                f"`duplicates` must be a cosine above 0 and at most 1. "
-                f"Received: duplicates={self.duplicates}"
-            )
-        if self.seed < 0:
-            raise RecipeError(f"`seed` must be at least 0. Received: seed={self.seed}")
-        if self.class_weight not in (None, "balanced"):
-            raise RecipeError(
-                f"`class_weight` must be balanced. Received: class_weight={self.class_weight!r}"
-            )
 
 
 @dataclass(frozen=True)

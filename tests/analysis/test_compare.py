@@ -17,8 +17,8 @@ from embedder.evaluation.paired_test import judge
 from embedder.evaluation.tested_model import read_tested
 from embedder.heads.model_folder import ModelFolder
 from embedder.store.store import Store
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions
 from tests.support import add_rows, animal_vectors
 
 

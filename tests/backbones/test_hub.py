@@ -13,7 +13,8 @@ from embedder.backbones.resolve import build, find_backbone, load_network, make_
 from embedder.checks.conformance import check_features, check_input_stage
 from embedder.checks.verify import verify
 from embedder.errors import RecipeError, RecipeMismatch, WeightsError
-from embedder.extraction.extract import RunOptions, run_extraction
+from embedder.extraction.extract import run_extraction
+from embedder.extraction.options import RunOptions
 from tests.support import assert_same_vectors
 
 keras_hub = pytest.importorskip("keras_hub", reason="needs KerasHub: pip install 'embedder[hub]'")

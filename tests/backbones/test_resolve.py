@@ -70,7 +70,7 @@ def test_an_unknown_backbone_is_refused_with_those_there_are() -> None:
 
 
 def test_an_unknown_option_is_refused_with_those_there_are() -> None:
-    with pytest.raises(RecipeError, match="no option colour"):
+    with pytest.raises(RecipeError, match="option: colour. There are: backbone, weights"):
         make_recipe(colour="red")
 
 

@@ -18,8 +18,8 @@ from embedder.heads.model import Model
 from embedder.report import model_report as head_report
 from embedder.report.model_report import notes_of, report_of
 from embedder.store.store import Store
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions
 from tests.support import ANIMALS, add_rows, animal_vectors, make_archive, picture
 
 SIZE = (64, 96)
@@ -319,7 +319,7 @@ def test_pictures_with_a_hostile_name_go_the_whole_way(world: Path, tmp_path: Pa
         ("--labels class", "`labels` must be folder, parent"),
         ("--labels column:animal", "a column of the store. Received: animal"),
         ("--labels nowhere.csv:animal", "nowhere.csv cannot be read"),
-        ("--duplicates 1.5", "cosine above 0 and at most 1. Received: duplicates=1.5"),
+        ("--duplicates 1.5", "`duplicates` must be at most 1. Received: duplicates=1.5"),
         ("--class-weight even", "must be balanced. Received: class_weight='even'"),
         ("--class-weight balanced --head knn", "Class weights need one of the heads logistic"),
         ("--separator ; --head lda", "Several labels an image need one of the heads"),

@@ -19,7 +19,8 @@ from embedder.engines import engine as engines
 from embedder.engines.engine import Features, exported_model, load
 from embedder.errors import EngineError, OutOfMemory, WeightsError
 from embedder.extraction import cluster
-from embedder.extraction.extract import RunOptions, extract
+from embedder.extraction.extract import extract
+from embedder.extraction.options import RunOptions
 from embedder.machine import gpus
 from embedder.recipe import Recipe
 from tests.support import picture

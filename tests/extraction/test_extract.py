@@ -21,7 +21,6 @@ from PIL import Image
 import embedder
 from embedder.checks.verify import verify
 from embedder.errors import (
-    EngineError,
     RecipeError,
     RecipeMismatch,
     SourceError,
@@ -395,9 +394,9 @@ def test_too_many_failures_stop_the_run_and_keep_what_is_done(tmp_path: Path) ->
         ({"crop": "round"}, RecipeError, "crop"),
         ({"image_size": (8, 8)}, RecipeError, "32 to 4096 pixels"),
         ({"colour": "red"}, RecipeError, "Unknown option: colour"),
-        ({"engine": "jax"}, EngineError, "auto or one of"),
+        ({"engine": "jax"}, RecipeError, "auto, openvino or tensorflow"),
         ({"batch_size": 0}, RecipeError, "`batch_size` must be at least 1"),
-        ({"max_failures": 2}, RecipeError, "share between 0 and 1"),
+        ({"max_failures": 2}, RecipeError, "`max_failures` must be at most 1"),
     ],
     ids=str,
 )

@@ -9,8 +9,8 @@ import pytest
 
 import embedder
 from embedder.heads.model import Model
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions
 from tests.support import TESTS, make_archive
 
 SIZE = (64, 96)

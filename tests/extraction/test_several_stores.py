@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from embedder.backbones.resolve import make_recipe
-from embedder.extraction.extract import RunOptions, run_extraction
+from embedder.extraction.extract import run_extraction
+from embedder.extraction.options import RunOptions
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from tests.support import assert_same_vectors

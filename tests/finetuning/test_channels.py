@@ -181,19 +181,10 @@ def test_choosing_changes_no_weight_and_the_same_seed_chooses_alike() -> None:
     assert all(np.array_equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("fraction", "criterion", "rule"),
-    [
-        (0.0, "taylor", "`fraction` must be above 0 and at most 1. Received: 0.0"),
-        (1.5, "taylor", "`fraction` must be above 0 and at most 1. Received: 1.5"),
-        (0.5, "size", "`importance` must be one of taylor, fisher. Received: size"),
-        (0.5, "taylor", "must have layers with channels. Received: none"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(fraction: float, criterion: str, rule: str) -> None:
+def test_layers_without_channels_are_refused() -> None:
     relu = import_keras().layers.ReLU()
-    with pytest.raises(RecipeError, match=rule):
-        masks_of(make_tiny([relu], random_kernel(3)), [relu], fraction, criterion)
+    with pytest.raises(RecipeError, match="must have layers with channels. Received: none"):
+        masks_of(make_tiny([relu], random_kernel(3)), [relu], 0.5, "taylor")
 
 
 def test_a_separable_convolutions_channels_are_its_second_kernels() -> None:

@@ -26,7 +26,7 @@ from embedder.backbones.resolve import load_network
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
 from embedder.evaluation.tested_model import read_tested
-from embedder.extraction.extract import RunOptions
+from embedder.extraction.options import RunOptions
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.finetune import Tuned, finetune
@@ -38,7 +38,8 @@ from embedder.finetuning.initial_head import (
 from embedder.finetuning.inputs import Examples, decode_pixels
 from embedder.finetuning.labelled_images import find_paths, read_labelled, targets_of
 from embedder.finetuning.network import make_trainable
-from embedder.finetuning.parameter_groups import TuneOptions, num_tuned, plan_groups
+from embedder.finetuning.options import TuneOptions
+from embedder.finetuning.parameter_groups import num_tuned, plan_groups
 from embedder.finetuning.pseudo_labels import extended
 from embedder.finetuning.trainer import train as train_network
 from embedder.heads.calibration import calibrate
@@ -50,10 +51,10 @@ from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model
+from embedder.training.options import TrainOptions
 from embedder.training.self_training import PseudoLabels
 from embedder.training.semi_supervised import Unlabelled
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions
 from tests.support import TESTS, make_archive, make_record, picture
 
 SIZE = (64, 96)

@@ -17,8 +17,8 @@ from embedder.finetuning.labelled_images import in_store, read_labelled
 from embedder.heads.model import Model
 from embedder.recipe import Recipe
 from embedder.store.store import Store
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, make_archive
 
 UNKNOWN = "0" * 64

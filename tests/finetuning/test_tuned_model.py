@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from embedder.finetuning.network import FEATURES
-from embedder.finetuning.parameter_groups import TuneOptions
+from embedder.finetuning.options import TuneOptions
 from embedder.finetuning.tuned_model import activations_recipe, tuned_recipe
 from embedder.heads.model import Model
 from embedder.recipe import Recipe
 from embedder.store.store import Store
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions
 
 
 @pytest.fixture

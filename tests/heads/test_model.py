@@ -15,8 +15,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from embedder.errors import EmbedderError, ModelError, RecipeMismatch
 from embedder.heads.model import Model, logits_of
 from embedder.store.store import Store
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions
 from tests.support import add_rows, animal_vectors
 
 

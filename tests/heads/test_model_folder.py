@@ -19,8 +19,8 @@ from embedder.heads.model_folder import ModelFolder
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model, refit
 from embedder.training.fitting import Task
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions
 
 
 @pytest.fixture

@@ -17,13 +17,14 @@ from PIL import Image
 import embedder
 from embedder.checks.verify import verify
 from embedder.errors import EmbedderError, RecipeError, RecipeMismatch, StoreError
-from embedder.extraction.extract import RunOptions, run_extraction
+from embedder.extraction.extract import run_extraction
+from embedder.extraction.options import RunOptions
 from embedder.heads.model import Model
 from embedder.inference.predict import SCHEMA, predict, prediction_table
 from embedder.sources.listing import Listing, list_images
 from embedder.store.store import Store
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions
 from tests.support import make_archive, picture
 
 SIZE = (64, 96)

@@ -24,9 +24,10 @@ from embedder.store.shard_file import vector_array, vectors_of
 from embedder.store.store import Store
 from embedder.training import out_of_core
 from embedder.training.cross_validation import evaluate_model
+from embedder.training.options import TrainOptions
 from embedder.training.out_of_core import make_out_of_core_split, parts_of, read_features
 from embedder.training.train import train
-from embedder.training.trained_head import TrainedHead, TrainOptions
+from embedder.training.trained_head import TrainedHead
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, rows_of, training_set
 
 ALONE = TrainOptions(duplicates=None)

@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
 from embedder.errors import RecipeError
-from embedder.training.self_training import Fit, SelfTrainOptions, self_train
+from embedder.training.options import SelfTrainOptions
+from embedder.training.self_training import Fit, self_train
 
 CLASSES = np.array(["cats", "dogs", "owls"])
 METHODS = ["self-training", "label-spreading"]

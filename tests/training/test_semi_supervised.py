@@ -20,8 +20,9 @@ from embedder.recipe import Recipe
 from embedder.store.schema import FAILURE_SCHEMA, shard_name
 from embedder.store.store import Store
 from embedder.training import semi_supervised as unlabelled
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainedHead, TrainOptions
+from embedder.training.trained_head import TrainedHead
 from tests.support import ANIMALS, DIM, animal_vectors, rows_of
 
 NOISE = 0.4  # clusters touch: four labels of each leave every fifth image wrong

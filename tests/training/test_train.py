@@ -21,8 +21,9 @@ from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model, refit
 from embedder.training.fitting import HeadSpec, fit, fit_head
+from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import TrainOptions, compare
+from embedder.training.trained_head import compare
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, training_set
 
 
@@ -396,7 +397,7 @@ def test_a_head_that_cannot_do_what_is_asked_is_refused(zoo: Store, head: str) -
 @pytest.mark.parametrize(
     ("options", "rule"),
     [
-        ({"duplicates": 1.2}, "cosine above 0 and at most 1. Received: duplicates=1.2"),
+        ({"duplicates": 1.2}, "`duplicates` must be at most 1. Received: duplicates=1.2"),
         ({"class_weight": "even"}, "must be balanced. Received: class_weight='even'"),
     ],
 )

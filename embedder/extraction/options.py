@@ -1,0 +1,91 @@
+"""How a run is done."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from embedder import engines
+from embedder.options import Name, checked
+
+# At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few
+# enough files for a million images.
+DEFAULT_SHARD_SIZE = 1024
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+@checked
+class RunOptions:
+    """How a run is done; nothing here changes a vector."""
+
+    engine: Annotated[
+        Literal["auto", "openvino", "tensorflow"],
+        Field(
+            description="What runs the network; auto takes tensorflow where there is a GPU, and "
+            "openvino elsewhere."
+        ),
+    ] = "auto"
+    batch_size: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Images in a batch; if absent, the smallest at which the engine is as fast "
+            "as it gets: measured by the first run that is long enough to gain by it, and "
+            "remembered.",
+        ),
+    ] = None
+    shard_size: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Images in a shard: the unit of work, of output and of what a crash can "
+            "lose. Its vectors are in memory until it is written; with several views there are as "
+            "many more.",
+        ),
+    ] = DEFAULT_SHARD_SIZE
+    workers: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Local worker processes, where 1 works within this process; if absent, one "
+            "per GPU, or 1 where there is none.",
+        ),
+    ] = None
+    scheduler: Annotated[
+        Name | None,
+        Field(description="Address of a running Dask scheduler, in place of local workers."),
+    ] = None
+    limit: Annotated[
+        int | None, Field(ge=1, description="Only the first so many images of the source.")
+    ] = None
+    max_failures: Annotated[
+        Share, Field(description="Share of the source's images, 0 to 1, that may fail.")
+    ] = 0.1
+    retry_failed: Annotated[
+        bool,
+        Field(
+            description="Try all images again that failed before, though unchanged; those whose "
+            "trouble may have passed always are."
+        ),
+    ] = False
+    prune: Annotated[
+        bool, Field(description="Drop rows of images that the source no longer has.")
+    ] = False
+    prune_share: Annotated[
+        Share,
+        Field(
+            description="Share of the store's images, 0 to 1, up to which prune drops any: more "
+            "are gone where a disk is missing than where images were deleted."
+        ),
+    ] = 0.1
+    repair: Annotated[bool, Field(description="Put damaged shards aside and make them again.")] = (
+        False
+    )
+    wait: Annotated[
+        bool,
+        Field(description="Wait until another run that writes the store ends; else 10 seconds."),
+    ] = False
+
+    @property
+    def num_workers(self) -> int:
+        """Local worker processes."""
+        return self.workers or len(engines.gpus_of(self.engine)) or 1

@@ -1,0 +1,65 @@
+"""Classes of options: they check their values, and say of each what it is for."""
+
+import inspect
+import textwrap
+from functools import wraps
+from typing import (
+    Annotated,
+    Any,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from pydantic import ConfigDict, InstanceOf, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
+
+from embedder.errors import RecipeError
+
+Class = TypeVar("Class", bound=type)
+Name = InstanceOf[str]  # of a file, or one that holds it: such names need not be UTF-8
+_DOC_WIDTH = 100  # characters
+
+
+@dataclass_transform(frozen_default=True)
+def checked(cls: Class) -> Class:
+    """Make a class, whose annotations are pydantic's, a frozen dataclass.
+
+    Making one raises a `RecipeError` where a value breaks its rule, or is of no attribute.
+    """
+    made: Any = pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid"))
+    check = made.__init__
+
+    @wraps(check)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            check(self, *args, **values)
+        except ValidationError as error:
+            raise RecipeError.of(error.errors(), made.__dataclass_fields__) from None
+
+    made.__init__ = init
+    result: Class = documented(made)
+    return result
+
+
+def documented(cls: Class) -> Class:
+    """Add the descriptions of a class's attributes to its docstring."""
+    described = [
+        textwrap.fill(f"    {name}: {text}", _DOC_WIDTH, subsequent_indent=" " * 8)
+        for name, annotation in get_type_hints(cls, include_extras=True).items()
+        if (text := description_of(annotation))
+    ]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *described])
+    return cls
+
+
+def description_of(annotation: Any) -> str:
+    """What is said of an attribute in its annotation, or else in a part of that; or ''."""
+    if get_origin(annotation) is Annotated:
+        for note in annotation.__metadata__:
+            if isinstance(note, FieldInfo) and note.description:
+                return note.description
+    return next(filter(None, map(description_of, get_args(annotation))), "")
