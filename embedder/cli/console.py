@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -22,10 +22,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from embedder.checks import Check
 from embedder.errors import EmbedderError
-from embedder.extraction import Progress, Summary, grouped_reasons
 from embedder.files import local_path, whole_file
+
+if TYPE_CHECKING:
+    from embedder.checks import Check
+    from embedder.extraction import Progress, Summary
 
 _PLAIN_LINE_SECONDS = 5.0
 _PLAIN_WIDTH = 160  # characters, where the output is not a terminal
@@ -135,13 +137,13 @@ class _Speed:
     def __init__(self) -> None:
         self.phase, self.began = "", time.monotonic()
 
-    def entered(self, progress: Progress) -> bool:
+    def entered(self, progress: "Progress") -> bool:
         is_new = progress.phase != self.phase
         if is_new:
             self.phase, self.began = progress.phase, time.monotonic()
         return is_new
 
-    def of(self, progress: Progress) -> float:
+    def of(self, progress: "Progress") -> float:
         return progress.num_done / max(time.monotonic() - self.began, 1e-9)
 
 
@@ -150,7 +152,7 @@ class _BarPainter:
         self._bar, self._speed = bar, _Speed()
         self._task = bar.add_task("starting", total=None, speed="", failures="")
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         if self._speed.entered(progress):
             self._bar.reset(self._task, total=progress.num_images or None)
         failures = f"{progress.num_failures:,} failed" if progress.num_failures else ""
@@ -167,7 +169,7 @@ class _LinePrinter:
     def __init__(self) -> None:
         self._speed, self._last = _Speed(), 0.0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: "Progress") -> None:
         if self._speed.entered(progress):
             self._last = time.monotonic()
             count = f" {progress.num_images:,} images" if progress.num_images else ""
@@ -182,7 +184,7 @@ class _LinePrinter:
             )
 
 
-def print_summaries(summaries: list[Summary]) -> None:
+def print_summaries(summaries: "list[Summary]") -> None:
     """Show what became of a run, store by store."""
     for number, summary in enumerate(summaries):
         if number:
@@ -190,7 +192,7 @@ def print_summaries(summaries: list[Summary]) -> None:
         print_summary(summary)
 
 
-def print_summary(summary: Summary) -> None:
+def print_summary(summary: "Summary") -> None:
     """Show what became of one store."""
     new = f"{summary.num_embedded:,} new" if summary.num_embedded else "nothing new"
     facts = {"rows": f"{_total(summary.total_rows)} in the store, {new}"}
@@ -258,6 +260,8 @@ def print_table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
 
 def print_reasons(reasons: Counter[tuple[str, str]]) -> None:
     """Show the most frequent failures, by stage and kind of reason."""
+    from embedder.extraction import grouped_reasons
+
     table = Table("failures", "stage", "reason", box=None, pad_edge=False)
     groups = grouped_reasons(reasons)
     for (stage, error), count in groups.most_common(10):
@@ -268,7 +272,7 @@ def print_reasons(reasons: Counter[tuple[str, str]]) -> None:
         out.print(f"and {len(groups) - 10:,} more reasons, in failures/*.parquet")
 
 
-def print_checks(checks: list[Check]) -> None:
+def print_checks(checks: "list[Check]") -> None:
     """Show checks; end with exit status 1 if one failed."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for check in checks:

@@ -1,12 +1,17 @@
-"""Job files: a TOML file that names the commands of a whole pipeline, one after the other."""
+"""The command `run`: a job file, in TOML, names the commands of a whole pipeline."""
 
+import shlex
 import string
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from embedder.errors import JobError
+import typer
+
+from embedder.cli import console
+from embedder.cli.options import command
+from embedder.errors import EmbedderError, JobError
 from embedder.files import regular
 from embedder.sources import images_folder
 
@@ -14,6 +19,7 @@ MAX_BYTES = 2**20  # of a job
 MAX_CHARACTERS = 2**16  # of a word, which systems take no longer
 _NUM_SHOWN = 200  # characters of what is refused
 _RULE = "In a job {name} must be a variable's name, and {{ is a brace"
+_UsageError: Any = typer.BadParameter.__base__  # Typer gives it no name of its own
 _COMMAND, _ARGUMENTS = "command", "arguments"
 
 
@@ -138,3 +144,50 @@ def _shown(value: Any) -> str:
     """A value as it was written, as far as one wants to read it."""
     text = repr(value)
     return text if len(text) <= _NUM_SHOWN else f"{text[:_NUM_SHOWN]}..."
+
+
+@command
+def run(
+    job: Annotated[str, typer.Argument(help="Job file, in TOML; see jobs/.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE, in place of the job's own; repeatable."),
+    ] = None,
+) -> None:
+    """Run the commands of a job file, one after the other; what is done is not done again."""
+    overrides = {}
+    for text in set_ or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise JobError(f"`--set` must be NAME=VALUE. Received: {text}")
+        overrides[name] = value
+    from embedder.cli.app import app
+
+    steps = read_job(Path(job), overrides)
+    _check_steps(steps)
+    for words in steps:
+        console.out.print(f"$ embedder {shlex.join(words)}\n")
+        if status := app(words, standalone_mode=False):
+            raise typer.Exit(status)
+        console.out.print()
+
+
+def _check_steps(steps: list[list[str]]) -> None:
+    """Refuse a job before anything is started, where a step is no command or has bad options."""
+    from embedder.cli.app import MODULES, load
+
+    for words in steps:
+        if words[0] not in MODULES or words[0] == "run":
+            raise JobError(
+                f"A step's command must be one of embedder's, but run. Received: {words[0]}"
+            )
+        try:
+            step = load(words[0])
+            step.callback.made_of(step.make_context(words[0], words[1:]).params)
+        except (_UsageError, EmbedderError, typer.Exit) as error:
+            reason = error.format_message() if isinstance(error, _UsageError) else str(error)
+            if isinstance(error, typer.Exit):  # --help
+                reason = "it runs nothing"
+            raise JobError(
+                f"A step must be what could be typed. Received: {shlex.join(words)}: {reason}"
+            ) from error

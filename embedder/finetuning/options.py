@@ -107,7 +107,10 @@ class TuneOptions:
     ] = None
     cut: Annotated[
         str | None,
-        Field(description="Of cut: the lowest block that is trained, such as conv5; our choice."),
+        Field(
+            description="Of cut: the lowest block that is trained, such as conv5; found by "
+            "itself if absent."
+        ),
     ] = None
     from_pixels: Annotated[
         bool, Field(description="Of head and cut: compute what is below anew in each epoch.")

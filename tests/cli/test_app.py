@@ -129,7 +129,7 @@ def test_quiet_prints_nothing(archive: Path, tmp_path: Path) -> None:
         (["extract", "{missing}", "{out}"], "which does not exist"),
         (["extract", "{archive}", "{out}", "--backbone", "resnet51"], "must be one of"),
         (["extract", "{archive}", "{out}", "--image-size", "big"], "SIDE or HEIGHTxWIDTH"),
-        (["extract", "{archive}", "{out}", "--batch-size", "many"], "auto or a number"),
+        (["extract", "{archive}", "{out}", "--batch-size", "many"], "must be auto or a number"),
         (["extract", "{archive}", "{out}", "--precision", "float16"], "needs a GPU"),
         (["extract", "{archive}", "{out}", "--max-failures", "7"], "must be at most 1"),
         (["extract", "{archive}", "{out}", "--scheduler", "tcp://127.0.0.1:9"], "not answer"),
