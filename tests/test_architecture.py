@@ -25,7 +25,7 @@ LEVELS = (
     ("training", "inference", "checks"),
     ("finetuning", "analysis"),
     ("report",),
-    ("cli",),
+    ("api", "cli"),
     ("__init__", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -128,8 +128,30 @@ def test_heavy_libraries_have_one_door(module: str) -> None:
     assert [library for library in libraries if own not in DOORS.get(library, {own})] == []
 
 
-def test_importing_the_package_loads_no_network_library() -> None:
-    heavy = "keras", "tensorflow", "openvino", "sklearn"
-    code = f"import sys, embedder.cli.app; print([m for m in {heavy!r} if m in sys.modules])"
+NETWORKS = {"keras", "tensorflow", "openvino", "sklearn"}
+LIBRARIES = NETWORKS | {
+    "bokeh",
+    "dask",
+    "distributed",
+    "pyarrow",
+    "pydantic",
+    "rich",
+    "scipy",
+    "typer",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "unwanted"),
+    [
+        ("import embedder; embedder.__version__", LIBRARIES | {"numpy", "PIL"}),
+        ("import embedder; embedder.EmbedderError", LIBRARIES | {"numpy", "PIL"}),
+        ("import embedder.decode; embedder.decode.decode_rgb", LIBRARIES),
+        ("import embedder; embedder.extract", NETWORKS),
+        ("import embedder.cli.app", NETWORKS),
+    ],
+)
+def test_what_an_import_costs(code: str, unwanted: set[str]) -> None:
+    code = f"{code}; import sys; print(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert unwanted.isdisjoint(done.stdout.split())

@@ -6,7 +6,6 @@ from .cluster import (
 )
 from .extract import (
     Progress as Progress,
-    extract as extract,
     run_extraction as run_extraction,
 )
 from .options import RunOptions as RunOptions

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedder import engines
-from embedder.backbones import make_recipe
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.changed_files import Refreshed, refresh_shard
@@ -47,34 +46,6 @@ class Progress:
     num_failures: int = 0
 
 
-def extract(source: str | os.PathLike[str], store: str | os.PathLike[str], **options: Any) -> Store:
-    """Embed the images of a source into a store; what the store has already is not done again.
-
-    Args:
-        source: A folder, a glob, a manifest or a URL; see `sources.list_images`.
-        store: Folder of the store; made if it does not exist.
-        **options: Attributes of `Recipe` (first of all `backbone`) and of `RunOptions`.
-
-    Returns:
-        The store, of which every image of the source is now a row or a failure.
-
-    Raises:
-        RecipeError: The request makes no sense.
-        SourceError: The source is missing, empty or unreadable.
-        StoreError: The store cannot be written, was made with another recipe, or is being written
-            by another run.
-        Unfinished: Too many images failed, or the disk is full; what is done is kept.
-    """
-    run_names = {field.name for field in fields(RunOptions)}
-    run_options = {name: options.pop(name) for name in run_names & options.keys()}
-    if unknown := options.keys() - Recipe.model_fields.keys():
-        known = ", ".join(sorted({*run_names, *Recipe.model_fields}))
-        raise RecipeError(f"Unknown option: {', '.join(sorted(unknown))}. There are: {known}")
-    recipe = make_recipe(options.pop("backbone", DEFAULT_BACKBONE), **options)
-    run_extraction(source, {os.fspath(store): recipe}, RunOptions(**run_options))
-    return Store(store)
-
-
 def run_extraction(
     source: str | os.PathLike[str] | Listing,
     recipes: dict[str, Recipe],
@@ -85,7 +56,8 @@ def run_extraction(
     """Do one run of the job, keep its record in the store, and tell what became of it.
 
     Args:
-        source: As in `extract`; or what it holds, where that is listed already.
+        source: A folder, a glob, a manifest or a URL, as `sources.list_images` takes it; or what it
+            holds, where that is listed already.
         recipes: What to compute, by folder of the store. With several, an image that more than
             one of them lacks is read and decoded once for all those that want the same pixels.
         options: How.
@@ -96,7 +68,12 @@ def run_extraction(
         A summary for each store.
 
     Raises:
-        EmbedderError: As in `extract`. A run that was not finished leaves its record too.
+        SourceError: The source is missing, empty or unreadable.
+        RecipeError: The request makes no sense.
+        StoreError: A store cannot be written, was made with another recipe, or is being written
+            by another run.
+        Unfinished: Too many images failed, or the disk is full; what is done is kept, and so is
+            the record of a run that was not finished.
     """
     watch = _Watch(on_progress or (lambda _: None))
     if options.scheduler is None:  # workers elsewhere have other devices, and check them there

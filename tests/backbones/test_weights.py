@@ -13,11 +13,11 @@ import keras
 import numpy as np
 import pytest
 
+from embedder.api import extract
 from embedder.backbones.resolve import build, load_network, make_recipe
 from embedder.backbones.weights import PublishedWeights
 from embedder.checks.verify import verify
 from embedder.errors import RecipeError, WeightsError
-from embedder.extraction.extract import extract
 from embedder.machine import cache_folder
 from tests.backbones.test_table import save_legacy
 from tests.support import assert_same_vectors

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from embedder.api import extract
 from embedder.backbones import resolve as backbones
 from embedder.backbones.weights import leaf_layers
 from embedder.engines import engine as engines
 from embedder.engines.engine import Features, exported_model, load
 from embedder.errors import EngineError, OutOfMemory, WeightsError
 from embedder.extraction import cluster
-from embedder.extraction.extract import extract
 from embedder.extraction.options import RunOptions
 from embedder.machine import gpus
 from embedder.recipe import Recipe

@@ -1,0 +1,63 @@
+"""The package's functions: each does what the command of its name does."""
+
+import os
+from dataclasses import fields
+from typing import Any
+
+from embedder import training
+from embedder.backbones import DEFAULT_BACKBONE, make_recipe
+from embedder.errors import RecipeError
+from embedder.extraction import RunOptions, run_extraction
+from embedder.recipe import Recipe
+from embedder.store import Store
+
+
+def extract(source: str | os.PathLike[str], store: str | os.PathLike[str], **options: Any) -> Store:
+    """Embed the images of a source into a store; what the store has already is not done again.
+
+    Args:
+        source: A folder, a glob, a manifest or a URL; see `sources.list_images`.
+        store: Folder of the store; made if it does not exist.
+        **options: Attributes of `Recipe` (first of all `backbone`) and of `RunOptions`.
+
+    Returns:
+        The store, of which every image of the source is now a row or a failure.
+
+    Raises:
+        RecipeError: The request makes no sense.
+        SourceError: The source is missing, empty or unreadable.
+        StoreError: The store cannot be written, was made with another recipe, or is being written
+            by another run.
+        Unfinished: Too many images failed, or the disk is full; what is done is kept.
+    """
+    run_names = {field.name for field in fields(RunOptions)}
+    run_options = {name: options.pop(name) for name in run_names & options.keys()}
+    if unknown := options.keys() - Recipe.model_fields.keys():
+        known = ", ".join(sorted({*run_names, *Recipe.model_fields}))
+        raise RecipeError(f"Unknown option: {', '.join(sorted(unknown))}. There are: {known}")
+    recipe = make_recipe(options.pop("backbone", DEFAULT_BACKBONE), **options)
+    run_extraction(source, {os.fspath(store): recipe}, RunOptions(**run_options))
+    return Store(store)
+
+
+def train(
+    store: Store, labels: str = "folder", head: str = "logistic", **options: Any
+) -> "training.TrainedHead":
+    """Train a head on a store's features, and test it on images it has not seen.
+
+    Args:
+        store: Features.
+        labels: `folder`, `parent`, `FILE.csv:COLUMN`, `LIST.txt:NUMBER` or `column:NAME`; see
+            `datasets.read_targets`.
+        head: `logistic`, `svm`, `ridge`, `lda`, `knn`, `centroid`, `linear` or `mlp`.
+        **options: Attributes of `training.TrainOptions`, first of all `split`.
+
+    Raises:
+        EmbedderError: As in `heads.train`; also where an option is unknown.
+    """
+    known = [field.name for field in fields(training.TrainOptions)]
+    if unknown := options.keys() - set(known):
+        raise RecipeError(
+            f"Unknown option: {', '.join(sorted(unknown))}. There are: {', '.join(known)}"
+        )
+    return training.train(store, labels, head, training.TrainOptions(**options))
