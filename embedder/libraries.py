@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger("embedder")
+# What `pip install` knows this package by; PyPI has an unrelated project `embedder`.
+DISTRIBUTION = "image-embedder"
 
 
 def import_keras() -> Any:

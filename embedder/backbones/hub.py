@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from embedder.backbones.weight_files import check_configuration
 from embedder.errors import RecipeError, WeightsError
-from embedder.libraries import import_keras
+from embedder.libraries import DISTRIBUTION, import_keras
 
 if TYPE_CHECKING:
     import keras
@@ -88,7 +88,7 @@ def open_preset(name: str, dtype_policy: str = "float32") -> Preset:
     if importlib.util.find_spec("keras_hub") is None:
         raise RecipeError(
             f"`backbone` {PREFIX}{name} needs KerasHub. Install it with: "
-            f"pip install 'embedder[hub]'"
+            f"pip install '{DISTRIBUTION}[hub]'"
         )
     if Path(name).is_dir():
         _check_folder(Path(name))

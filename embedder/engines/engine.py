@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder import backbones
+from embedder import __version__, backbones
 from embedder.errors import EngineError, OutOfMemory
 from embedder.libraries import import_keras
 from embedder.machine import cache_folder, gpus
@@ -454,7 +454,7 @@ def gpus_of(name: str) -> list[str]:
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide a vector's last digits."""
     libraries = ("keras", "tensorflow", "openvino", "pillow", "cykooz-resizer", "numpy", "pyarrow")
-    return dict(_installed(("embedder", *libraries)))
+    return {"embedder": __version__, **dict(_installed(libraries))}
 
 
 def _installed(packages: tuple[str, ...]) -> Iterator[tuple[str, str]]:

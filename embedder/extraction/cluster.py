@@ -1,7 +1,6 @@
 """Many tasks on Dask: a local cluster by default, any scheduler by address, one code path."""
 
 import asyncio
-import importlib.metadata
 import logging
 import os
 import queue
@@ -17,6 +16,7 @@ import dask
 import distributed
 from distributed.client import ClosedClientError
 
+from embedder import __version__
 from embedder.errors import ClusterError, Unfinished
 from embedder.libraries import logger
 from embedder.machine import gpus, num_cores
@@ -354,7 +354,7 @@ def _client_of(scheduler: str) -> Iterator[distributed.Client]:
 
 
 def _version() -> str:
-    return importlib.metadata.version("embedder")
+    return __version__
 
 
 def _check_versions(client: distributed.Client, scheduler: str) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from embedder.backbones import load_keras_model, save_network
 from embedder.engines import import_openvino
 from embedder.errors import RecipeError, Unfinished
+from embedder.libraries import DISTRIBUTION
 
 if TYPE_CHECKING:
     import keras
@@ -132,7 +133,7 @@ def find_format(name: str) -> Format:
     if absent := [package for package in row.packages if not importlib.util.find_spec(package)]:
         raise RecipeError(
             f"The format {name} needs {' and '.join(absent)}. Install with: "
-            f"pip install 'embedder[{name}]'"
+            f"pip install '{DISTRIBUTION}[{name}]'"
         )
     return row
 

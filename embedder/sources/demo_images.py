@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from embedder.errors import SourceError
+from embedder.libraries import DISTRIBUTION
 
 _PACKAGE = "conformal_clip_data"
 _FOLDER = "data/textile_images/simulated"
@@ -18,6 +19,7 @@ def images_folder() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise SourceError(
-            "The demo images are not installed. Install them with: pip install 'embedder[demo]'"
+            f"The demo images are not installed. Install them with: "
+            f"pip install '{DISTRIBUTION}[demo]'"
         )
     return Path(spec.submodule_search_locations[0]) / _FOLDER

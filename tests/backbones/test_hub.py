@@ -17,7 +17,9 @@ from embedder.extraction.extract import run_extraction
 from embedder.extraction.options import RunOptions
 from tests.support import assert_same_vectors
 
-keras_hub = pytest.importorskip("keras_hub", reason="needs KerasHub: pip install 'embedder[hub]'")
+keras_hub = pytest.importorskip(
+    "keras_hub", reason="needs KerasHub: pip install 'image-embedder[hub]'"
+)
 
 TOWER = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "intermediate_dim": 32}
 TEXT = TOWER | {"vocabulary_size": 30, "embedding_dim": 16, "max_sequence_length": 8}

@@ -92,7 +92,9 @@ def weights_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     shutil.copyfile(weights_file("efficientnet-lite0"), target)
     (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    weights = PackagedWeights("copied_weights", row.weights.file, row.weights.sha256, "embedder")
+    weights = PackagedWeights(
+        "copied_weights", row.weights.file, row.weights.sha256, "image-embedder"
+    )
     changed = networks.Backbone(**{**vars(row), "weights": weights})
     monkeypatch.setitem(BACKBONES, "efficientnet-lite0", changed)
     return target
@@ -108,7 +110,7 @@ def test_corrupt_weights_are_refused(weights_in: Path) -> None:
 
 def test_missing_weights_say_what_to_install(weights_in: Path) -> None:
     weights_in.unlink()
-    with pytest.raises(WeightsError, match="pip install 'embedder'"):
+    with pytest.raises(WeightsError, match="pip install 'image-embedder'"):
         make_recipe()
 
 

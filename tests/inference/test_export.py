@@ -280,7 +280,9 @@ def test_a_request_that_makes_no_sense_is_refused(
     with pytest.raises(RecipeError, match=r"at least 1\. Received: num_images=0"):
         export(world.model, tmp_path, "keras", num_images=0)
     monkeypatch.setitem(sys.modules, "tf2onnx", None)  # as if it were not installed
-    with pytest.raises(RecipeError, match=r"needs tf2onnx\. .*pip install 'embedder\[onnx\]'"):
+    with pytest.raises(
+        RecipeError, match=r"needs tf2onnx\. .*pip install 'image-embedder\[onnx\]'"
+    ):
         export(world.model, tmp_path, "onnx")
     make_model(world.store, "knn", {"n_neighbors": 3}).save(tmp_path / "model")
     with pytest.raises(RecipeError, match="The head must be linear or a network"):
