@@ -1,23 +1,34 @@
 """The package's functions: each does what the command of its name does."""
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
 from embedder import training
 from embedder.backbones import DEFAULT_BACKBONE, make_recipe
 from embedder.errors import RecipeError
-from embedder.extraction import RunOptions, run_extraction
+from embedder.extraction import Progress, RunOptions, run_extraction
 from embedder.recipe import Recipe
 from embedder.store import Store
 
 
-def extract(source: str | os.PathLike[str], store: str | os.PathLike[str], **options: Any) -> Store:
+def extract(
+    source: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    quiet: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> Store:
     """Embed the images of a source into a store; what the store has already is not done again.
 
     Args:
         source: A folder, a glob, a manifest or a URL; see `sources.list_images`.
         store: Folder of the store; made if it does not exist.
+        quiet: Whether nothing is shown of how far it is, on a terminal and in a notebook too.
+        on_progress: Called with how far it is, instead of that being shown: often, from several
+            threads, with the same object.
         **options: Attributes of `Recipe` (first of all `backbone`) and of `RunOptions`.
 
     Returns:
@@ -36,7 +47,8 @@ def extract(source: str | os.PathLike[str], store: str | os.PathLike[str], **opt
         known = ", ".join(sorted({*run_names, *Recipe.model_fields}))
         raise RecipeError(f"Unknown option: {', '.join(sorted(unknown))}. There are: {known}")
     recipe = make_recipe(options.pop("backbone", DEFAULT_BACKBONE), **options)
-    run_extraction(source, {os.fspath(store): recipe}, RunOptions(**run_options))
+    with _watching(quiet, on_progress) as watch:
+        run_extraction(source, {os.fspath(store): recipe}, RunOptions(**run_options), watch)
     return Store(store)
 
 
@@ -61,3 +73,14 @@ def train(
             f"Unknown option: {', '.join(sorted(unknown))}. There are: {', '.join(known)}"
         )
     return training.train(store, labels, head, training.TrainOptions(**options))
+
+
+def _watching(
+    quiet: bool, on_progress: Callable[[Progress], None] | None
+) -> AbstractContextManager[Callable[[Progress], None]]:
+    """What a run is to call with its progress."""
+    from embedder.progress import ignore, show_progress  # rich is for those who look
+
+    if on_progress is not None:
+        return nullcontext(on_progress)
+    return nullcontext(ignore) if quiet else show_progress()

@@ -24,7 +24,7 @@ LEVELS = (
     ("extraction", "evaluation"),
     ("training", "inference", "checks"),
     ("finetuning", "analysis"),
-    ("report",),
+    ("report", "progress"),
     ("api", "cli"),
     ("__init__", "__main__"),
 )
@@ -43,6 +43,7 @@ DOORS = {
     "distributed": {"extraction"},
     "faiss": {"neighbours"},
     "fsspec": {"sources"},
+    "IPython": {"progress"},
     "h5py": {"backbones"},
     "jinja2": {"report"},
     "keras_hub": {"backbones"},
@@ -61,7 +62,7 @@ DOORS = {
         "training",
     },
     "pickle": {"backbones"},
-    "rich": {"cli"},
+    "rich": {"cli", "progress"},
     "skops": {"heads"},
     # Estimators are written where they belong: scikit-learn is a contract as much as a library.
     "sklearn": {"heads", "datasets", "evaluation", "training", "finetuning", "report"},

@@ -4,32 +4,24 @@ import logging
 import os
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress as ProgressBar,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from embedder.errors import EmbedderError
 from embedder.files import local_path, whole_file
+from embedder.progress import LinePrinter, ignore, show_progress
 
 if TYPE_CHECKING:
     from embedder.checks import Check
-    from embedder.extraction import Progress, Summary
+    from embedder.extraction import OnProgress, Summary
 
-_PLAIN_LINE_SECONDS = 5.0
 _PLAIN_WIDTH = 160  # characters, where the output is not a terminal
 # File names hold anything: they must never be read as markup.
 out = Console(
@@ -109,79 +101,9 @@ def started() -> float:
     return float(psutil.Process().create_time())
 
 
-@contextmanager
-def progress(quiet: bool) -> Iterator[Any]:
+def progress(quiet: bool) -> "AbstractContextManager[OnProgress]":
     """What to call with a run's `Progress`: a bar on a terminal, plain lines elsewhere."""
-    if quiet:
-        yield lambda _: None
-    elif err.is_terminal:
-        bar = ProgressBar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}", markup=False),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[failures]}", markup=False),
-            console=err,
-            transient=True,
-        )
-        with bar:
-            yield _BarPainter(bar)
-    else:
-        yield _LinePrinter()
-
-
-class _Speed:
-    """Images per second since a phase began."""
-
-    def __init__(self) -> None:
-        self.phase, self.began = "", time.monotonic()
-
-    def entered(self, progress: "Progress") -> bool:
-        is_new = progress.phase != self.phase
-        if is_new:
-            self.phase, self.began = progress.phase, time.monotonic()
-        return is_new
-
-    def of(self, progress: "Progress") -> float:
-        return progress.num_done / max(time.monotonic() - self.began, 1e-9)
-
-
-class _BarPainter:
-    def __init__(self, bar: ProgressBar) -> None:
-        self._bar, self._speed = bar, _Speed()
-        self._task = bar.add_task("starting", total=None, speed="", failures="")
-
-    def __call__(self, progress: "Progress") -> None:
-        if self._speed.entered(progress):
-            self._bar.reset(self._task, total=progress.num_images or None)
-        failures = f"{progress.num_failures:,} failed" if progress.num_failures else ""
-        self._bar.update(
-            self._task,
-            description=progress.phase,
-            completed=progress.num_done,
-            speed=f"{self._speed.of(progress):,.0f} images/s" if progress.num_done else "",
-            failures=failures,
-        )
-
-
-class _LinePrinter:
-    def __init__(self) -> None:
-        self._speed, self._last = _Speed(), 0.0
-
-    def __call__(self, progress: "Progress") -> None:
-        if self._speed.entered(progress):
-            self._last = time.monotonic()
-            count = f" {progress.num_images:,} images" if progress.num_images else ""
-            err.print(f"{progress.phase}{count}")
-        elif time.monotonic() - self._last > _PLAIN_LINE_SECONDS:
-            self._last = time.monotonic()
-            speed = self._speed.of(progress)
-            left = (progress.num_images - progress.num_done) / max(speed, 1e-9)
-            err.print(
-                f"{progress.num_done:,} of {progress.num_images:,}, {speed:,.0f} images/s, "
-                f"{left:,.0f} s left, {progress.num_failures:,} failed"
-            )
+    return nullcontext(ignore) if quiet else show_progress(err, LinePrinter(err))
 
 
 def print_summaries(summaries: "list[Summary]") -> None:

@@ -36,7 +36,7 @@ def finetune(
             write_head_report(head, metrics, folder, listing)
 
     with console.progress(quiet) as on_progress:
-        on_epoch = _ignore if quiet else _print_epoch
+        on_epoch = _ignore if quiet else console.err.print
         watch = Watcher(on_progress, on_epoch, write_report)
         tuned = tune(model, source, out, options, run, activations, watch)
     if not quiet:
@@ -45,17 +45,6 @@ def finetune(
 
 def _ignore(_: Any) -> None:
     pass
-
-
-def _print_epoch(epoch: Any) -> None:
-    loss = "" if epoch.loss is None else f"loss {epoch.loss:.3f}, "
-    validation = (
-        ""
-        if epoch.validation_loss is None
-        else f"validation log-loss {epoch.validation_loss:.3f}, "
-        f"accuracy {epoch.validation_accuracy:.3f}, "
-    )
-    console.err.print(f"epoch {epoch.number}: {loss}{validation}{epoch.seconds:.1f} s")
 
 
 def _print_tuned(metrics: dict[str, Any], path: Path, is_new: bool) -> None:

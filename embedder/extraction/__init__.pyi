@@ -5,6 +5,7 @@ from .cluster import (
     connect as connect,
 )
 from .extract import (
+    OnProgress as OnProgress,
     Progress as Progress,
     run_extraction as run_extraction,
 )

@@ -46,11 +46,14 @@ class Progress:
     num_failures: int = 0
 
 
+OnProgress = Callable[[Progress], None]  # called often, from several threads, with the same object
+
+
 def run_extraction(
     source: str | os.PathLike[str] | Listing,
     recipes: dict[str, Recipe],
     options: RunOptions,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: OnProgress | None = None,
     started: float | None = None,
 ) -> list[Summary]:
     """Do one run of the job, keep its record in the store, and tell what became of it.
@@ -173,7 +176,7 @@ def _check_columns(refs: pa.Table, recipe: Recipe) -> None:
 class _Watch:
     """Passes on how far the run is."""
 
-    def __init__(self, on_progress: Callable[[Progress], None]) -> None:
+    def __init__(self, on_progress: OnProgress) -> None:
         self.progress = Progress()
         self._on_progress = on_progress
 

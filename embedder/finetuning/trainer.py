@@ -41,6 +41,16 @@ class Epoch:
     validation_accuracy: float | None
     seconds: float
 
+    def __str__(self) -> str:
+        """In a line."""
+        facts = [f"{self.seconds:.1f} s"]
+        if self.validation_loss is not None:
+            facts.insert(0, f"accuracy {self.validation_accuracy:.3f}")
+            facts.insert(0, f"validation log-loss {self.validation_loss:.3f}")
+        if self.loss is not None:
+            facts.insert(0, f"loss {self.loss:.3f}")
+        return f"epoch {self.number}: {', '.join(facts)}"
+
 
 def train(
     tunable: TrainableNetwork,
