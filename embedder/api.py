@@ -60,7 +60,7 @@ def train(
     Args:
         store: Features.
         labels: `folder`, `parent`, `FILE.csv:COLUMN`, `LIST.txt:NUMBER` or `column:NAME`; see
-            `datasets.read_targets`.
+            `datasets.read_training_set`.
         head: `logistic`, `svm`, `ridge`, `lda`, `knn`, `centroid`, `linear` or `mlp`.
         **options: Attributes of `training.TrainOptions`, first of all `split`.
 

@@ -1,6 +1,7 @@
 from .evaluation import Evaluation as Evaluation, expand_logits as expand_logits
 from .metrics import (
     Scores as Scores,
+    accuracy_in_words as accuracy_in_words,
     confusion_matrix as confusion_matrix,
     paired_difference as paired_difference,
 )

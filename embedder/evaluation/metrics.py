@@ -106,6 +106,12 @@ def with_intervals(metrics: dict[str, _Metric], num_images: int) -> Scores:
     return result
 
 
+def accuracy_in_words(metrics: dict[str, Any]) -> str:
+    """The accuracy and its interval, of metrics as `metrics.json` has them."""
+    low, high = metrics["intervals"]["test"]["accuracy"]
+    return f"accuracy {metrics['test']['accuracy']:.3f} ({low:.3f} to {high:.3f})"
+
+
 def resamples(num_images: int) -> Iterator[NDArray[np.float64]]:
     """How often each image is drawn: (k, num_images) at a time, `NUM_RESAMPLES` in all."""
     random = np.random.default_rng(_SEED)

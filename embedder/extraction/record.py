@@ -137,6 +137,13 @@ class Summary:
     total_failures: int | None = None
     seconds_total: float = 0.0
 
+    def __repr__(self) -> str:
+        """Where, how many, and how it ended."""
+        return (
+            f"<Summary of a run into {self.store}: {self.num_embedded:,} new, "
+            f"{self.num_failures:,} failed, {self.status}>"
+        )
+
     @classmethod
     def begin(
         cls,

@@ -14,6 +14,7 @@ from embedder.backbones import dtype_policy, is_preset, load_network, tapped_ten
 from embedder.datasets import TrainingSet
 from embedder.engines import best_training_precision
 from embedder.errors import RecipeError
+from embedder.evaluation import accuracy_in_words
 from embedder.extraction import Progress, RunOptions, run_extraction
 from embedder.files import local_path
 from embedder.finetuning import scratch_network as scratch
@@ -76,6 +77,14 @@ class Tuned:
     path: Path
     metrics: dict[str, Any]
     head: TrainedHead | None
+
+    def __repr__(self) -> str:
+        """Where it is, how it was tuned, and how good it is and was before."""
+        tuning = self.metrics["tuning"]
+        return (
+            f"<Tuned {self.path}: {tuning['strategy']}, {accuracy_in_words(self.metrics)}, "
+            f"{tuning['accuracy_before']:.3f} before>"
+        )
 
 
 @dataclass(frozen=True)

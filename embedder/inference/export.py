@@ -73,6 +73,13 @@ class Exported:
     num_images: int
     differences: dict[str, float]
 
+    def __repr__(self) -> str:
+        """Where it is, and how large."""
+        return (
+            f"<Exported {self.path / self.file}: {self.num_bytes / 1e6:,.1f} MB, "
+            f"compared on {self.num_images:,} images>"
+        )
+
 
 def export(
     model_path: str | os.PathLike[str],

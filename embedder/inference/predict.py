@@ -60,6 +60,12 @@ class Predictions:
     store: Path
     summary: Summary | None = None
 
+    def __repr__(self) -> str:
+        """Where they are, and how many."""
+        return (
+            f"<Predictions {self.path}: {self.num_predicted:,} images, {self.num_failed:,} failed>"
+        )
+
 
 def predict(
     model_path: str | os.PathLike[str],

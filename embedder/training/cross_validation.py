@@ -17,7 +17,7 @@ from embedder.datasets import (
     read_training_set,
 )
 from embedder.errors import ModelError, RecipeError
-from embedder.evaluation import Evaluation
+from embedder.evaluation import Evaluation, accuracy_in_words
 from embedder.heads import PREDICTIONS_FILE, Model, ModelFolder
 from embedder.store import Store
 from embedder.training.fitting import Fitted, HeadSpec, fit, fit_head
@@ -132,6 +132,11 @@ class EvaluationResult:
 
     metrics: dict[str, Any]
     notes: list[str]
+
+    def __repr__(self) -> str:
+        """How many images, and how good it is on them."""
+        num_images = self.metrics["test"]["num_images"]
+        return f"<EvaluationResult {num_images:,} images: {accuracy_in_words(self.metrics)}>"
 
 
 def evaluate_model(

@@ -62,6 +62,14 @@ class TrainedHead:
     pseudo_labels: pa.Table | None = None
     tuning: dict[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        """Head, classes, and how good it is."""
+        found = self.test.scores["accuracy"]
+        return (
+            f"<TrainedHead {self.model.head}: {len(self.model.classes):,} classes, "
+            f"accuracy {found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})>"
+        )
+
     @property
     def estimator(self) -> Any:
         """The fitted scikit-learn estimator."""
