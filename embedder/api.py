@@ -7,10 +7,10 @@ from dataclasses import fields
 from typing import Any
 
 from embedder import training
-from embedder.backbones import DEFAULT_BACKBONE, make_recipe
+from embedder.backbones import make_recipe
 from embedder.errors import RecipeError
 from embedder.extraction import Progress, RunOptions, run_extraction
-from embedder.recipe import Recipe
+from embedder.recipe import DEFAULT_BACKBONE, Recipe
 from embedder.store import Store
 
 

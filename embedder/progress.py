@@ -27,7 +27,9 @@ def ignore(_: "Progress") -> None:
 
 
 @contextmanager
-def show_progress(console: Console | None = None, elsewhere: "OnProgress" = ignore) -> "Iterator[OnProgress]":
+def show_progress(
+    console: Console | None = None, elsewhere: "OnProgress" = ignore
+) -> "Iterator[OnProgress]":
     """What to call with a run's `Progress`, so that it is seen.
 
     Args:

@@ -24,7 +24,7 @@ from embedder.extraction.record import Summary, grouped_reasons
 from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, worker_state_of
 from embedder.files import local_path
 from embedder.libraries import logger
-from embedder.recipe import DEFAULT_BACKBONE, VIEW, Recipe
+from embedder.recipe import VIEW, Recipe
 from embedder.sources import Listing, list_images
 from embedder.store import EMBEDDINGS, FAILURES, Store, check_place, lease
 
