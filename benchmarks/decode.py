@@ -29,10 +29,11 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, features
 
 from embedder.backbones.resolve import make_recipe
+from embedder.columns import EMBEDDING
 from embedder.decode.decode import decode_rgb, prepare_decoders
 from embedder.engines import engine as engines
 from embedder.machine import num_cores
-from embedder.recipe import EMBEDDING, Recipe
+from embedder.recipe import Recipe
 from embedder.sources.listing import list_images, read_bytes
 
 Pixels = NDArray[np.uint8]

@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from embedder.columns import EMBEDDING
 from embedder.extraction.options import DEFAULT_SHARD_SIZE
 from embedder.extraction.plan import drop_repeated, make_plan
-from embedder.recipe import EMBEDDING, Recipe
+from embedder.recipe import Recipe
 from embedder.sources.listing import REF_SCHEMA
 from embedder.store.schema import row_schema
 from embedder.store.shard_file import vector_array

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from planning import make_listing
 
 import embedder
+from embedder.columns import EMBEDDING
 from embedder.extraction.cluster import connect
 from embedder.extraction.options import DEFAULT_SHARD_SIZE
 from embedder.heads.ridge_head import NUM_FOLDS, RidgeHead
-from embedder.recipe import EMBEDDING, Recipe
+from embedder.recipe import Recipe
 from embedder.store.schema import row_schema
 from embedder.store.shard_file import vector_array, vectors_of
 from embedder.store.store import Store

@@ -34,7 +34,8 @@ from typing import Any
 import numpy as np
 
 import embedder
-from embedder.backbones.resolve import EMBEDDING, build, import_keras, make_recipe
+from embedder.backbones.resolve import build, import_keras, make_recipe
+from embedder.columns import EMBEDDING
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
 from embedder.machine import num_cores

@@ -7,15 +7,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from embedder.columns import EMBEDDING, LOGITS, VIEW
 from embedder.errors import RecipeError
 from embedder.options import documented
 
 DEFAULT_BACKBONE = "efficientnet-lite0"
-EMBEDDING = "embedding"  # column of the vectors, where there is one feature
 MIN_SIDE = 32  # pixels: below it the last feature map of a stride-32 network is empty
 MAX_SIDE = 4096  # pixels: a batch of 32 at this side is 1.6 GB of uint8
-LOGITS = "logits"  # column of what a head makes of the vectors, where there is one
-VIEW = "view"  # column of the views' numbers, where there are several
 MAX_VIEWS = 64  # a shard of 1,024 images then holds 65,536 vectors
 _OF_PIXELS = ("image_size", "crop", "crop_fraction", "interpolation", "decode", "views")
 

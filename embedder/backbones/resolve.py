@@ -23,10 +23,10 @@ from embedder.backbones.weights import (
     randomise,
     seed_of,
 )
+from embedder.columns import EMBEDDING, RESERVED_COLUMNS
 from embedder.errors import RecipeError, WeightsError
 from embedder.libraries import import_keras, logger
-from embedder.recipe import DEFAULT_BACKBONE, EMBEDDING, Recipe
-from embedder.sources import RESERVED_COLUMNS
+from embedder.recipe import DEFAULT_BACKBONE, Recipe
 
 if TYPE_CHECKING:  # Keras takes seconds to import, and most commands do not need it
     import keras

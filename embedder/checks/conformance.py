@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from embedder import engines
 from embedder.backbones import load_network, row_of
 from embedder.checks.check import Check
+from embedder.columns import EMBEDDING
 from embedder.decode import decode_rgb
 from embedder.libraries import import_keras
 from embedder.machine import num_cores
-from embedder.recipe import EMBEDDING, Recipe
+from embedder.recipe import Recipe
 
 MIN_COSINE = 0.9999  # between engines, and to plain Keras
 _MAX_BATCH_DIFFERENCE = 1e-5  # alone and in a batch, as a share of the largest value

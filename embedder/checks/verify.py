@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from embedder import engines
 from embedder.checks.check import Check
+from embedder.columns import VIEW
 from embedder.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError
 from embedder.extraction import finished_vectors, hash_of, load_head, make_plan
 from embedder.machine import num_cores
-from embedder.recipe import VIEW, Recipe
+from embedder.recipe import Recipe
 from embedder.sources import list_images, read_bytes
 from embedder.store import EMBEDDINGS, FAILURES, Store, scan, vectors_of
 

@@ -1,9 +1,5 @@
 from .labels import codes_of as codes_of, read_labels as read_labels, texts_of as texts_of
 from .splits import (
-    CROSS_VALIDATED as CROSS_VALIDATED,
-    TEST as TEST,
-    TRAIN as TRAIN,
-    VALIDATION as VALIDATION,
     Folds as Folds,
     Split as Split,
     grouped_folds as grouped_folds,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from embedder.columns import TEST, TRAIN, UNUSED, VALIDATION
 from embedder.datasets.labels import read_fields, read_labels
 from embedder.errors import RecipeError, SourceError
 from embedder.store import Store
@@ -16,9 +17,6 @@ from embedder.store import Store
 if TYPE_CHECKING:
     from embedder.datasets.training_set import TrainingSet
 
-# What a row is for; those of cross-validation are tested on in one round, and trained on at last.
-TRAIN, VALIDATION, TEST, UNUSED = "train", "validation", "test", ""
-CROSS_VALIDATED = "cross-validated"
 _NAMES = {"train": TRAIN, "training": TRAIN, "val": VALIDATION, "validation": VALIDATION}
 _NAMES |= {"valid": VALIDATION, "dev": VALIDATION, "test": TEST, "testing": TEST}
 _FINE_FOLDS = 20

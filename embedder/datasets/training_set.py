@@ -6,8 +6,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.columns import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION
 from embedder.datasets.labels import check_joinable, encoded, read_labels, texts_of
-from embedder.datasets.splits import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION, Split
+from embedder.datasets.splits import Split
 from embedder.errors import RecipeError, StoreError
 from embedder.store import Store
 

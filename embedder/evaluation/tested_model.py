@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedder.datasets import TEST
+from embedder.columns import TEST
 from embedder.errors import ModelError, RecipeError
 from embedder.heads import ModelFolder
 

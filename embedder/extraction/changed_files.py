@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embedder.columns import extra_columns
 from embedder.errors import ReadError
 from embedder.extraction.shard import Stopped
 from embedder.sources import read_bytes
-from embedder.store import Store, extra_columns
+from embedder.store import Store
 
 
 @dataclass(frozen=True)

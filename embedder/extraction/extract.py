@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedder import engines
+from embedder.columns import VIEW
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.changed_files import Refreshed, refresh_shard
@@ -24,7 +25,7 @@ from embedder.extraction.record import Summary, grouped_reasons
 from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, worker_state_of
 from embedder.files import local_path
 from embedder.libraries import logger
-from embedder.recipe import VIEW, Recipe
+from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images
 from embedder.store import EMBEDDINGS, FAILURES, Store, check_place, lease
 

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedder.store import EMBEDDINGS, FAILURES, PASSING, Store, extra_columns
+from embedder.columns import PASSING, extra_columns
+from embedder.store import EMBEDDINGS, FAILURES, Store
 
 
 @dataclass(frozen=True)

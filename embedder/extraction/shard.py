@@ -24,6 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from embedder import engines
+from embedder.columns import LOGITS
 from embedder.decode import DecodedImage, decode_rgb, prepare_decoders
 from embedder.engines import Engine, Features
 from embedder.errors import (
@@ -34,7 +35,7 @@ from embedder.errors import (
     ReadError,
     Unfinished,
 )
-from embedder.recipe import LOGITS, Recipe
+from embedder.recipe import Recipe
 from embedder.sources import read_bytes
 from embedder.store import Failure, Row, Store, failures_table, places_of, rows_table, shard_name
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from embedder.backbones import dtype_policy, is_preset, load_network, tapped_tensors
+from embedder.columns import EMBEDDING
 from embedder.datasets import TrainingSet
 from embedder.engines import best_training_precision
 from embedder.errors import RecipeError
@@ -51,7 +52,6 @@ from embedder.heads import (
     classifier_layers,
 )
 from embedder.libraries import import_keras
-from embedder.recipe import EMBEDDING
 from embedder.sources import Listing, list_images
 from embedder.store import Store
 from embedder.training import Stopwatch, TrainedHead

@@ -8,16 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
 
-from embedder.datasets import (
-    TEST,
-    TRAIN,
-    VALIDATION,
-    Split,
-    TrainingSet,
-    codes_of,
-    grouped_folds,
-    share_of,
-)
+from embedder.columns import TEST, TRAIN, VALIDATION
+from embedder.datasets import Split, TrainingSet, codes_of, grouped_folds, share_of
 from embedder.errors import ModelError, RecipeError, Unfinished
 from embedder.heads import PREDICTIONS_FILE, Model, ModelFolder
 from embedder.sources import Listing

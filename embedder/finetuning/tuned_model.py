@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.backbones import digest_of, load_network, save_network
+from embedder.columns import EMBEDDING
 from embedder.datasets import TrainingSet
 from embedder.errors import Unfinished
 from embedder.evaluation import Evaluation, judge, read_tested
@@ -18,7 +19,7 @@ from embedder.finetuning.network import FEATURES
 from embedder.finetuning.options import SCRATCH, TuneOptions
 from embedder.finetuning.trainer import Epoch
 from embedder.heads import BACKBONE_FILES, KerasHead, Model, Record, RecordedTuning, calibrate
-from embedder.recipe import EMBEDDING, Recipe
+from embedder.recipe import Recipe
 from embedder.store import Store
 from embedder.training import Fitted, TrainedHead, TrainOptions, read_logits
 

@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from embedder.columns import LOGITS
 from embedder.errors import RecipeError, StoreBusy, Unfinished
 from embedder.extraction import Progress, RunOptions, Summary, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
 from embedder.heads import Model
-from embedder.recipe import LOGITS, Recipe
+from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images
 from embedder.store import RECIPE_FILE, Store, lease, scan, vectors_of
 

@@ -23,6 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from fsspec.utils import glob_translate
 
+from embedder.columns import RESERVED_COLUMNS
 from embedder.errors import ReadError, SourceError
 
 # File extensions of `decode.FORMATS`, held equal by a test: listing must not import Pillow.
@@ -62,13 +63,6 @@ REF_SCHEMA = pa.schema(
         pa.field("bytes", pa.int64()),  # null where unknown
         pa.field("modified", MODIFIED_TYPE),  # null where unknown
     ]
-)
-# Names that the store keeps for itself; a manifest cannot bring columns of these names.
-RESERVED_COLUMNS = frozenset(
-    (
-        *("image_id", "path", "sha256", "bytes", "width", "height", "format", "modified"),
-        *("embedding", "stage", "error", "shard", "same_file"),
-    )
 )
 
 

@@ -7,10 +7,8 @@ from .scan import (
 from .schema import (
     EMBEDDINGS as EMBEDDINGS,
     FAILURES as FAILURES,
-    PASSING as PASSING,
     Failure as Failure,
     Row as Row,
-    extra_columns as extra_columns,
     failures_table as failures_table,
     places_of as places_of,
     rows_table as rows_table,

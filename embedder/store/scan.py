@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from embedder.columns import VIEW
 from embedder.errors import RecipeError
-from embedder.recipe import VIEW
 from embedder.store.shard_file import vectors_of
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from embedder.recipe import VIEW, Recipe
+from embedder.columns import PASSING, VIEW, extra_columns
+from embedder.recipe import Recipe
 from embedder.sources import MODIFIED_TYPE
 from embedder.store.shard_file import metadata_of, vector_array
 
 EMBEDDINGS = "embeddings"
 FAILURES = "failures"
-PASSING = "passing"
 
 FAILURE_SCHEMA = pa.schema(
     [
@@ -78,19 +78,6 @@ def own_fields(recipe: Recipe) -> list[pa.Field]:
     """What the store itself has to say of each row."""
     views = [_VIEW_FIELD] if recipe.views > 1 else []
     return [*_ROW_FIELDS[:1], *views, *_ROW_FIELDS[1:]]
-
-
-def extra_columns(names: Iterable[str]) -> list[str]:
-    """The columns that came from a manifest, among those of refs or of rows."""
-    own = {f.name for f in _ROW_FIELDS} | {
-        "path",
-        "embedding",
-        "shard",
-        "stage",
-        "error",
-        "same_file",
-    }
-    return [name for name in names if name not in own]
 
 
 def shard_name(

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from embedder.columns import PASSING, VIEW, extra_columns
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
 from embedder.files import is_temporary, local_path, regular, remove_abandoned, whole_file
-from embedder.recipe import VIEW, Recipe
+from embedder.recipe import Recipe
 from embedder.store import shard_file
 from embedder.store.lease import LOCK_FILE
 from embedder.store.scan import scan
@@ -28,8 +29,6 @@ from embedder.store.schema import (
     FAILURE_SCHEMA,
     FAILURES,
     OLDEST_FAILURE_SCHEMA,
-    PASSING,
-    extra_columns,
     own_fields,
 )
 from embedder.store.shard_file import Columns, has_digests, vectors_of

@@ -7,15 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.datasets import (
-    CROSS_VALIDATED,
-    TRAIN,
-    VALIDATION,
-    Indices,
-    TrainingSet,
-    read_labels,
-    read_training_set,
-)
+from embedder.columns import CROSS_VALIDATED, TRAIN, VALIDATION
+from embedder.datasets import Indices, TrainingSet, read_labels, read_training_set
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation, accuracy_in_words
 from embedder.heads import PREDICTIONS_FILE, Model, ModelFolder

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
-from embedder.datasets.splits import TRAIN, VALIDATION
+from embedder.columns import TRAIN, VALIDATION
 from embedder.errors import RecipeError
 from embedder.evaluation import metrics
 from embedder.heads.calibration import fit_temperature
