@@ -34,7 +34,8 @@ from embedder.decode.decode import decode_rgb, prepare_decoders
 from embedder.engines import engine as engines
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
-from embedder.sources.listing import list_images, read_bytes
+from embedder.sources.listing import list_images
+from embedder.sources.reading import read_bytes
 
 Pixels = NDArray[np.uint8]
 Decoder = Callable[[bytes], Pixels]

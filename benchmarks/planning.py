@@ -25,7 +25,7 @@ from embedder.columns import EMBEDDING
 from embedder.extraction.options import DEFAULT_SHARD_SIZE
 from embedder.extraction.plan import drop_repeated, make_plan
 from embedder.recipe import Recipe
-from embedder.sources.listing import REF_SCHEMA
+from embedder.sources.refs import REF_SCHEMA
 from embedder.store.schema import row_schema
 from embedder.store.shard_file import vector_array
 from embedder.store.store import Store

@@ -40,7 +40,8 @@ from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
-from embedder.sources.listing import list_images, read_bytes
+from embedder.sources.listing import list_images
+from embedder.sources.reading import read_bytes
 
 PIPELINES = ("keras", "timm float32", "timm bfloat16", "embedder float32", "embedder bfloat16")
 NUM_WARM_UP = 64

@@ -17,6 +17,8 @@ from embedder.datasets.training_set import TrainingSet
 from embedder.engines.engine import Features
 from embedder.heads.model_folder import Provenance, Record, RecordedOptions
 from embedder.recipe import Recipe
+from embedder.sources.listing import Listing
+from embedder.sources.reading import read_bytes
 from embedder.store.schema import FAILURE_SCHEMA, row_schema, shard_name
 from embedder.store.shard_file import vector_array
 from embedder.store.store import Store
@@ -189,3 +191,36 @@ def make_record(**provenance: Any) -> Record:
     made = {"store": "features", "when": "now", "versions": {}, "num_trained_on": 0} | provenance
     options = RecordedOptions(split="0.2")
     return Record(labels="folder", options=options, provenance=Provenance(**made))
+
+
+def touch(folder: Path, *names: str) -> Path:
+    """Make files that hold their own names."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return folder
+
+
+def ids(listing: Listing) -> list[str]:
+    """What the images of a listing are called."""
+    found: list[str] = listing.refs["image_id"].to_pylist()
+    return found
+
+
+def contents(listing: Listing) -> dict[str, bytes]:
+    """What `read_bytes` gives for every ref, by id."""
+    paths = listing.refs["path"].to_pylist()
+    return dict(zip(ids(listing), map(read_bytes, paths), strict=True))
+
+
+def holding(*names: str) -> dict[str, bytes]:
+    """What `contents` gives of files that `touch` made."""
+    return {name: name.encode() for name in names}
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    """Write a file; a text as UTF-8."""
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path

@@ -4,7 +4,7 @@ import pyarrow as pa
 
 from embedder.columns import RESERVED_COLUMNS
 from embedder.recipe import Recipe
-from embedder.sources.listing import REF_SCHEMA
+from embedder.sources.refs import REF_SCHEMA
 from embedder.store.schema import row_schema
 
 

@@ -1,25 +1,17 @@
 """Inputs at the edges, each of which once ended in a wrong result or a raw exception."""
 
-import os
-from pathlib import Path
-
-import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from embedder.datasets.labels import read_labels
 from embedder.decode.decode import decode_rgb
-from embedder.errors import ReadError, SourceError, WeightsError
+from embedder.errors import SourceError, WeightsError
 from embedder.evaluation.metrics import scores
 from embedder.recipe import Recipe
-from embedder.sources import listing as sources
-from embedder.sources.listing import list_images, read_bytes
 from tests.backbones.test_torch_weights import FLOATS, SOUND, read, state_dict, tensor, torch_file
 from tests.decode.test_decode import encode, make_recipe
-from tests.sources.test_listing import contents, ids, touch, write
+from tests.support import write
 
 
 # decode
@@ -84,44 +76,6 @@ def test_a_storage_that_declares_too_much_is_refused(tmp_path, count) -> None:
     start = len(SOUND) - 6 * 4 - 8
     with pytest.raises(WeightsError):
         read(tmp_path, SOUND[:start] + count.to_bytes(8, "little") + SOUND[start + 8 :])
-
-
-# sources
-@pytest.mark.parametrize("target", ["loop.jpg", "a.jpg/beyond.jpg", "x" * 300])
-def test_a_link_that_cannot_be_followed_is_listed_like_one_that_leads_nowhere(
-    tmp_path, target
-) -> None:
-    touch(tmp_path, "a.jpg")
-    (tmp_path / "loop.jpg").symlink_to(target)
-    assert ids(list_images(tmp_path)) == ["a.jpg", "loop.jpg"]
-
-
-def test_ids_that_would_not_be_unique_are_refused(tmp_path) -> None:
-    for name in (b"\xff.jpg", rb"\xff.jpg"):
-        (Path(tmp_path) / os.fsdecode(name)).touch()
-    with pytest.raises(SourceError, match=r"names read the same.*/\\xff.jpg' and b.*/\\\\xff.jpg'"):
-        list_images(tmp_path)
-
-
-@pytest.mark.parametrize("paths", [pa.array([b"\xff.jpg"]), pa.array([["a.jpg"]])], ids=str)
-def test_paths_that_are_no_text_are_refused(tmp_path, paths) -> None:
-    pq.write_table(pa.table({"path": paths}), tmp_path / "l.parquet")
-    with pytest.raises(SourceError):
-        list_images(tmp_path / "l.parquet")
-
-
-def test_an_enormous_object_is_refused_too(monkeypatch) -> None:
-    fsspec.filesystem("memory").pipe("/p/a.jpg", b"x" * 100)
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 10)
-    with pytest.raises(ReadError):
-        read_bytes(b"memory://p/a.jpg")
-
-
-def test_a_key_with_two_colons_can_be_read() -> None:
-    memory = fsspec.filesystem("memory")
-    memory.store.clear()
-    memory.pipe("/p/a::b.jpg", b"x")
-    assert contents(list_images("memory://p")) == {"a::b.jpg": b"x"}
 
 
 # recipe

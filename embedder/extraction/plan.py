@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedder.columns import PASSING, extra_columns
+from embedder.sources import are_urls
 from embedder.store import EMBEDDINGS, FAILURES, Store
 
 
@@ -147,8 +148,7 @@ def _entries(index: pa.Table, kind: str, refs: pa.Table) -> pa.Table:
 
 def _same_file(refs: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
     """Whether size and time of change are as they were; nothing is known of a URL's."""
-    is_url = pc.match_substring(refs["path"], "://")
-    unknown = pc.and_(is_url, pc.is_null(refs["bytes"]))
+    unknown = pc.and_(are_urls(refs), pc.is_null(refs["bytes"]))
     same = pc.and_(_equal(refs["bytes"], rows["bytes"]), _equal(refs["modified"], rows["modified"]))
     return pc.or_(unknown, same)
 

@@ -20,7 +20,7 @@ from embedder.extraction import Progress, RunOptions, Summary, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
 from embedder.heads import Model
 from embedder.recipe import Recipe
-from embedder.sources import Listing, list_images
+from embedder.sources import Listing, list_images, scheme_of
 from embedder.store import RECIPE_FILE, Store, lease, scan, vectors_of
 
 DEFAULT_TOP_K = 5
@@ -139,8 +139,9 @@ def _hidden_stores(path: Path) -> Path:
 
 def _store_of(folder: Path, listing: Listing, recipe: Recipe) -> Path:
     """Where the logits of a source are: images of two can have the same names and sizes."""
-    is_url = "://" in listing.source
-    source = listing.source if is_url else os.fspath(Path(listing.source).absolute())
+    source = listing.source
+    if scheme_of(source) is None:
+        source = os.fspath(Path(source).absolute())
     name = hashlib.sha256(f"{recipe.fingerprint} ".encode() + os.fsencode(source))
     return folder / name.hexdigest()[:16]
 

@@ -1,7 +1,4 @@
 from .demo_images import images_folder as images_folder
-from .listing import (
-    MODIFIED_TYPE as MODIFIED_TYPE,
-    Listing as Listing,
-    list_images as list_images,
-    read_bytes as read_bytes,
-)
+from .listing import Listing as Listing, list_images as list_images
+from .reading import read_bytes as read_bytes
+from .refs import MODIFIED_TYPE as MODIFIED_TYPE, are_urls as are_urls, scheme_of as scheme_of

@@ -14,7 +14,8 @@ from embedder.backbones.weights import PackagedWeights
 from embedder.decode.decode import decode_rgb
 from embedder.engines.engine import load
 from embedder.errors import RecipeError, WeightsError
-from embedder.sources.listing import list_images, read_bytes
+from embedder.sources.listing import list_images
+from embedder.sources.reading import read_bytes
 from tests.support import picture
 
 LITE = [name for name in BACKBONES if "lite" in name]

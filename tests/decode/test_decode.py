@@ -22,7 +22,7 @@ from embedder.decode.decode import FORMATS, MAX_PIXELS, decode_rgb, prepare_deco
 from embedder.decode.pixel_budget import PixelBudget
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
-from embedder.sources.listing import IMAGE_EXTENSIONS
+from embedder.sources.refs import IMAGE_EXTENSIONS
 from tests.support import picture
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

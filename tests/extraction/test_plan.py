@@ -9,7 +9,7 @@ import pytest
 
 from embedder.extraction.plan import Plan, drop_repeated, make_plan
 from embedder.recipe import Recipe
-from embedder.sources.listing import REF_SCHEMA
+from embedder.sources.refs import REF_SCHEMA
 from embedder.store.schema import FAILURES
 from embedder.store.store import Store
 from tests.store.test_store import make_failures, make_rows

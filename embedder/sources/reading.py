@@ -1,0 +1,86 @@
+"""From a ref to its bytes."""
+
+import errno
+import os
+import stat
+
+from embedder.errors import ReadError
+from embedder.sources.refs import scheme_of
+
+MAX_FILE_BYTES = 2**30  # no image file is larger; reading one would fill the memory
+# What lasts until somebody mends it, and then shows in the listing.
+LASTING_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def read_bytes(path: bytes) -> bytes:
+    """Read one image file whole.
+
+    Args:
+        path: The `path` of a ref.
+
+    Raises:
+        ReadError: The file is missing, is no regular file, cannot be read, or is larger than
+            `MAX_FILE_BYTES`. It says whether that may pass.
+    """
+    try:
+        scheme = scheme_of(path)
+        if scheme is None or scheme == "file":
+            return _read_file(path.removeprefix(b"file://"))
+        from embedder.sources.remote import read_url
+
+        return read_url(path.decode(), scheme)
+    except ReadError:
+        raise
+    except OSError as error:
+        # Without the path: it is the row's image_id, and the root may differ between workers.
+        reason = f"{type(error).__name__}: {error.strerror or error}"
+        is_lasting = isinstance(error, FileNotFoundError) or error.errno in LASTING_ERRORS
+        raise ReadError(reason, is_passing=not is_lasting) from error
+    except ValueError as error:  # a name with a NUL
+        raise ReadError(f"{type(error).__name__}: {error}") from error
+    except MemoryError as error:
+        raise ReadError("not enough memory to read it", is_passing=True) from error
+    # Every remote file system has exceptions of its own.
+    except Exception as error:
+        raise ReadError(f"{type(error).__name__}: {error}", is_passing=True) from error
+
+
+def _read_file(path: bytes) -> bytes:
+    # Opening a FIFO waits for its writer, and opening a device can do anything.
+    _check_regular(os.stat(path))
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        _check_regular(status)
+        check_size(status.st_size)
+        content = file.read(status.st_size + 1)
+        if len(content) > status.st_size:  # it grows, or it is a file of /proc, which say 0
+            content += file.read(MAX_FILE_BYTES + 1 - len(content))
+            check_size(len(content))
+    return content
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ReadError(f"not a regular file, but {kind_of_file(status.st_mode)}")
+
+
+def kind_of_file(mode: int) -> str:
+    """What a file that is no regular one is called."""
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
+
+
+def check_size(num_bytes: int) -> None:
+    """Refuse what is larger than an image.
+
+    Raises:
+        ReadError: It is.
+    """
+    if num_bytes > MAX_FILE_BYTES:
+        raise ReadError(f"larger than {MAX_FILE_BYTES:,} bytes: {num_bytes:,}")
