@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.backbones.resolve import load_network
+from embedder.backbones.graph import load_network
 from embedder.extraction.options import RunOptions
 from embedder.finetuning.finetune import finetune
 from embedder.finetuning.options import TuneOptions

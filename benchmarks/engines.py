@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from embedder.backbones.resolve import build, make_recipe
+from embedder.backbones.graph import build
+from embedder.backbones.resolve import make_recipe
 from embedder.engines import engine as engines
 from embedder.machine import num_cores
 from embedder.recipe import DEFAULT_BACKBONE

@@ -34,10 +34,12 @@ from typing import Any
 import numpy as np
 
 import embedder
-from embedder.backbones.resolve import build, import_keras, make_recipe
+from embedder.backbones.graph import build
+from embedder.backbones.resolve import make_recipe
 from embedder.columns import EMBEDDING
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
+from embedder.libraries import import_keras
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedder.backbones.resolve import load_network, make_recipe
+from embedder.backbones.graph import load_network
+from embedder.backbones.resolve import make_recipe
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
 from embedder.recipe import Recipe

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.backbones.table import Backbone
 from embedder.backbones.weight_files import check_configuration
 from embedder.errors import RecipeError, WeightsError
 from embedder.libraries import DISTRIBUTION, import_keras
@@ -135,3 +136,26 @@ def _image_network(backbone: Any, name: str) -> "keras.Model":
     if isinstance(output, dict):
         output = output.get("sequence_output", next(iter(output.values())))
     return keras.Model(images, output, name=backbone.name)
+
+
+def row_of_preset(preset: str) -> Backbone:
+    """A preset as a row of the table; see `open_preset`.
+
+    Raises:
+        RecipeError: KerasHub is not installed, or the preset is not of an image network.
+        WeightsError: The preset cannot be had, is damaged, or could run code.
+    """
+    opened = open_preset(preset)  # in float32: for the facts alone
+    return Backbone(
+        make=lambda _: open_preset(preset, import_keras().config.dtype_policy().name).network,
+        preprocess=opened.preprocess,
+        load=lambda *_: None,
+        dim=int(opened.network.output_shape[-1]),
+        image_size=opened.image_size,
+        crop_fraction=1.0,
+        crop=opened.crop,
+        interpolation=opened.interpolation,
+        num_parameters=opened.network.count_params(),
+        licence="see the preset",
+        weights=None,
+    )

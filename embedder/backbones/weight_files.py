@@ -5,7 +5,6 @@ Keras's own layers. No code of a file is ever run.
 """
 
 import os
-import re
 import warnings
 import zipfile
 import zlib
@@ -22,7 +21,7 @@ from embedder.backbones.declared import (
     parse_json,
     walk,
 )
-from embedder.backbones.weights import leaf_layers
+from embedder.backbones.layers import leaf_layers, with_canonical_names
 from embedder.errors import WeightsError
 from embedder.libraries import import_keras, logger
 
@@ -79,11 +78,10 @@ def load_hdf5(network: "keras.Model", path: Path) -> None:
     import h5py
 
     layers = {layer.name: layer for layer in leaf_layers(network) if layer.weights}
-    counted = set(map(_counted_name, layers.values()))
     try:
         with h5py.File(path, "r") as file:
             check_hdf5(file, path.stat().st_size, path)
-            arrays = _count_anew(dict(_arrays_by_layer(file)), counted)
+            arrays = with_canonical_names(dict(_arrays_by_layer(file)), layers.values())
             wanted = with_canonical_names(layers)
             _check_match(network, path, wanted, arrays)
             for name, layer in wanted.items():
@@ -131,38 +129,8 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:shown]) + rest
 
 
-def _counted_name(layer: "keras.Layer") -> str:
-    """What Keras counts on when a layer is given no name: `conv2d` for Conv2D."""
-    words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", type(layer).__name__)
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
-
-
-def with_canonical_names(layers: "dict[str, keras.Layer]") -> "dict[str, keras.Layer]":
-    """The same layers, those that Keras named by counting counted from nought.
-
-    Keras counts on through a whole process, so that such names depend on what was built before.
-    """
-    return _count_anew(layers, set(map(_counted_name, layers.values())))
-
-
-def _count_anew(by_name: dict[str, Any], counted: set[str]) -> dict[str, Any]:
-    numbers = defaultdict(list)
-    for name in by_name:
-        stem, _, number = name.rpartition("_")
-        if name in counted:
-            numbers[name].append((0, name))
-        elif stem in counted and number.isdecimal():
-            numbers[stem].append((int(number), name))
-    new_names = {
-        name: f"{stem}_{rank}" if rank else stem
-        for stem, found in numbers.items()
-        for rank, (_, name) in enumerate(sorted(found))
-    }
-    return {new_names.get(name, name): value for name, value in by_name.items()}
-
-
 def _arrays_by_layer(file: "h5py.File") -> "Iterator[tuple[str, list[h5py.Dataset]]]":
-    root = _member(file, "model_weights") if "model_weights" in file else file
+    root = file.get("model_weights", file)
     if "layer_names" in root.attrs or "layer_names0" in root.attrs:
         yield from _legacy_arrays(root)
     else:
@@ -171,12 +139,12 @@ def _arrays_by_layer(file: "h5py.File") -> "Iterator[tuple[str, list[h5py.Datase
 
 def _legacy_arrays(root: "h5py.Group") -> "Iterator[tuple[str, list[h5py.Dataset]]]":
     for group_name in _text_attribute(root, "layer_names"):
-        group = _member(root, group_name)
+        group = root[group_name]
         by_layer = defaultdict(list)
         for path in _text_attribute(group, "weight_names"):
             array = group
             for part in path.split("/"):
-                array = _member(array, part)
+                array = array[part]
             by_layer[path.rpartition("/")[0].rpartition("/")[2]].append(array)
         # A model within the model has one group for all its layers; the one layer of any other
         # group can be called otherwise there, such as with a number behind its name.
@@ -200,26 +168,13 @@ def _text_attribute(group: "h5py.Group", name: str) -> list[str]:
 
 
 def _arrays_of_group(group: "h5py.Group") -> "Iterator[tuple[str, list[h5py.Dataset]]]":
-    for name in group:
-        member = _member(group, name)
+    for name, member in group.items():
         if name == "vars":
             layer_name = member.attrs.get("name", group.name.rpartition("/")[2])
-            if arrays := [_member(member, key) for key in sorted(member, key=int)]:
+            if arrays := [member[key] for key in sorted(member, key=int)]:
                 yield str(layer_name), arrays
         elif hasattr(member, "keys"):
             yield from _arrays_of_group(member)
-
-
-def _member(group: "h5py.Group", name: str) -> Any:
-    """A member that the file itself holds: HDF5 can point to other files of this machine."""
-    import h5py
-
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise WeightsError(f"{group.file.filename}: {group.name}/{name} is not held by the file")
-    member = group[name]
-    if isinstance(member, h5py.Dataset) and (member.external or member.is_virtual):
-        raise WeightsError(f"{group.file.filename}: {member.name} points to another file")
-    return member
 
 
 # Keras's own format --------------------------------------------------------------------------

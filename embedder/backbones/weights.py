@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from embedder.backbones.layers import leaf_layers
 from embedder.errors import RecipeError, WeightsError
 from embedder.libraries import import_keras, logger
 
@@ -193,15 +193,3 @@ def randomise(network: "keras.Model", seed: int) -> None:
                 scale = np.sqrt(1.0 / fan_in)
                 values[number] = random.normal(0.0, scale, variable.shape).astype(np.float32)
         layer.set_weights(values)
-
-
-def leaf_layers(network: "keras.Layer") -> "Iterator[keras.Layer]":
-    """Layers that are not models themselves, in the network's order; of such a layer, itself."""
-    if not hasattr(network, "layers"):
-        yield network
-        return
-    for layer in network.layers:
-        yield from leaf_layers(layer)
-
-
-# Keras itself --------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import skops.io
 from sklearn.linear_model import LogisticRegression
 
 from embedder.backbones.declared import MAX_DEPTH, check_network, parse_json
-from embedder.backbones.resolve import load_network, make_recipe
+from embedder.backbones.graph import load_network
+from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
 from embedder.backbones.weight_files import load_keras_model
 from embedder.errors import EmbedderError, WeightsError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from embedder import extract
-from embedder.backbones.resolve import build, find_backbone, load_network, make_recipe
+from embedder.backbones.graph import build, load_network
+from embedder.backbones.resolve import find_backbone, make_recipe
 from embedder.checks.conformance import check_features, check_input_stage
 from embedder.checks.verify import verify
 from embedder.errors import RecipeError, RecipeMismatch, WeightsError

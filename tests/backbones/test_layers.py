@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedder import extract
+from embedder.backbones.graph import layer_shapes
 from embedder.checks.verify import verify
 from embedder.errors import RecipeError
 from tests.support import assert_same_vectors
@@ -97,3 +98,9 @@ def test_a_manifests_column_must_not_be_called_like_a_layer(archive: Path, tmp_p
             layers=("conv_pw_6_relu", "conv_pw_13_relu"),
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_keras_counts_do_not_depend_on_the_process() -> None:
+    first, again = (list(layer_shapes("mobilenet-v3-small")) for _ in range(2))
+    assert first == again
+    assert "activation_17" in first

@@ -19,12 +19,12 @@ import pytest
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.utils import file_utils
 
-from embedder.backbones import resolve as backbones
-from embedder.backbones.resolve import find_backbone, load_network, make_recipe
+from embedder.backbones.graph import load_network
+from embedder.backbones.layers import leaf_layers
+from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
-from embedder.backbones.weights import PublishedWeights, leaf_layers
+from embedder.backbones.weights import PublishedWeights
 from embedder.checks.conformance import check_features, check_input_stage
-from embedder.errors import RecipeError
 
 _DAYS = 21  # until every network had its turn: two of them a day
 _TODAY = datetime.date.today().toordinal()
@@ -77,7 +77,7 @@ def test_published_weights_are_loaded_as_keras_loads_them(
 ) -> None:
     row = BACKBONES[name]
     if not isinstance(row.weights, PublishedWeights):
-        pytest.skip("these weights are not Keras's: test_backbones.py has their test")
+        pytest.skip("these weights are not Keras's: test_graph.py has their test")
     published = load_network(make_recipe(name, "random:1", image_size=SIZE))
     for layer in leaf_layers(published):
         if "efficientnet-b" in name and isinstance(layer, keras.layers.Normalization):
@@ -123,30 +123,3 @@ def test_a_wrong_preprocessing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not check_input_stage(recipe).passed
     failed = [check.name for check in check_features(recipe) if not check.passed]
     assert failed == ["openvino: as plain Keras", "tensorflow: as plain Keras"]
-
-
-@pytest.mark.parametrize("spelling", ["mobilenet-v2", "MobileNetV2", "mobilenet_v2"])
-def test_a_name_is_found_as_keras_spells_it(spelling: str) -> None:
-    assert find_backbone(spelling)[0] == "mobilenet-v2"
-
-
-def test_a_network_that_needs_more_pixels_says_so() -> None:
-    with pytest.raises(RecipeError, match=r"inception-v3 must be at least 75x75.*\(64, 96\)"):
-        make_recipe("inception-v3", "random", image_size=(64, 96))
-
-
-def test_random_weights_are_the_same_for_a_seed_and_warn(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    recipes = [make_recipe("mobilenet", f"random:{s}", image_size=SIZE) for s in (1, 1, 2)]
-    assert "mobilenet has random weights: its vectors are for tests only" in caplog.text
-    assert recipes[0].fingerprint == recipes[1].fingerprint != recipes[2].fingerprint
-    first, again, other = (load_network(recipe).get_weights() for recipe in recipes)
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-def test_names_that_keras_counts_do_not_depend_on_the_process() -> None:
-    first, again = (list(backbones.layer_shapes("mobilenet-v3-small")) for _ in range(2))
-    assert first == again
-    assert "activation_17" in first

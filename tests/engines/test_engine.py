@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from embedder.api import extract
-from embedder.backbones import resolve as backbones
-from embedder.backbones.weights import leaf_layers
+from embedder.backbones.graph import build, load_network
+from embedder.backbones.layers import leaf_layers
 from embedder.engines import engine as engines
 from embedder.engines.engine import Features, exported_model, load
 from embedder.errors import EngineError, OutOfMemory, WeightsError
@@ -160,7 +160,7 @@ def test_openvino_telemetry_cannot_be_loaded() -> None:
 
 
 def test_nothing_is_written_to_standard_error() -> None:
-    code = "from embedder.backbones.resolve import build, make_recipe; build(make_recipe())"
+    code = "from embedder.backbones import build, make_recipe; build(make_recipe())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 
@@ -189,7 +189,7 @@ def test_the_model_for_a_gpu_computes_in_its_precision(
     lite0: Recipe, pixels: NDArray[np.uint8], precision: str
 ) -> None:
     """Built here, where TensorFlow emulates these precisions on CPU; it runs fast on a GPU."""
-    model = backbones.build(lite0.model_copy(update={"precision": precision}))
+    model = build(lite0.model_copy(update={"precision": precision}))
     layers = {layer.name: layer for layer in leaf_layers(model)}
     convolution = layers["stage2_block1_expand_conv"]
     assert convolution.compute_dtype == precision
@@ -200,7 +200,7 @@ def test_the_model_for_a_gpu_computes_in_its_precision(
     assert cosines(exact, vectors).min() > 0.99
     assert np.abs(exact - vectors).max() > 1e-4 * np.abs(exact).max()
     # The choice does not outlive the build.
-    assert backbones.load_network(lite0).get_layer("stem_conv").compute_dtype == "float32"
+    assert load_network(lite0).get_layer("stem_conv").compute_dtype == "float32"
 
 
 @pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU, which has float16")

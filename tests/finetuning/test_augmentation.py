@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from embedder.backbones.resolve import dtype_policy
+from embedder.backbones.graph import dtype_policy
 from embedder.errors import RecipeError
 from embedder.finetuning.augmentation import AUGMENTATIONS, Augmenter
 from embedder.finetuning.options import TuneOptions

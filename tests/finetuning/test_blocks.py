@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from embedder.backbones.layers import leaf_layers
 from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
-from embedder.backbones.weights import leaf_layers
 from embedder.errors import RecipeError
 from embedder.finetuning.blocks import (
     MAX_GROUPS,

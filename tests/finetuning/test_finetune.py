@@ -22,7 +22,7 @@ from PIL import Image
 
 import embedder
 from embedder.analysis.compare import compare
-from embedder.backbones.resolve import load_network
+from embedder.backbones.graph import load_network
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
 from embedder.evaluation.tested_model import read_tested

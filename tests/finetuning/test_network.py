@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import embedder
-from embedder.backbones.resolve import load_network, make_recipe
+from embedder.backbones.graph import load_network
+from embedder.backbones.resolve import make_recipe
 from embedder.backbones.weight_files import save_network
 from embedder.decode.decode import decode_rgb
 from embedder.finetuning.network import FEATURES, make_trainable, seed_layers
