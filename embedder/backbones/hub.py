@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.backbones.declared import read_json
 from embedder.backbones.table import Backbone
 from embedder.backbones.weight_files import check_configuration
 from embedder.errors import RecipeError, WeightsError
@@ -117,8 +117,8 @@ def open_preset(name: str, dtype_policy: str = "float32") -> Preset:
 def _check_folder(folder: Path) -> None:
     for file in sorted(folder.glob("*.json")):
         try:
-            config = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+            config = read_json(file)
+        except (OSError, ValueError) as error:
             raise WeightsError(f"{file} cannot be read: {error}") from error
         check_configuration(config, file)
 
