@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import keras
 
 AUGMENTATIONS = get_args(Augmentation)
-_OF_LABELS = ("mixup", "cutmix")  # of pictures with them: arXiv 1710.09412 and 1905.04899
+_OF_LABELS = ("mixup", "cutmix")  # of images with them: arXiv 1710.09412 and 1905.04899
 _SHIFT = 0.1  # share of the side
 _ZOOM = 0.25  # how much of the side is cut away at most
 _TURN = 15 / 360  # of a full turn, to either side
@@ -17,7 +17,7 @@ _JITTER = 0.2  # brightness and contrast, to either side; saturation is halved a
 
 
 class Augmenter:
-    """Augments batches of pictures and their targets.
+    """Augments batches of images and their targets.
 
     Attributes:
         layers: Keras's layers, whose random states belong to the state of a training.
@@ -48,9 +48,9 @@ class Augmenter:
             "cutmix": [lambda **k: layers.CutMix(factor=(1.0, 1.0), **k)],
         }
         chosen = [name for name in AUGMENTATIONS if name in names]
-        self._of_pictures = self._make(makers, [n for n in chosen if n not in _OF_LABELS], seed)
+        self._of_images = self._make(makers, [n for n in chosen if n not in _OF_LABELS], seed)
         self._of_labels = self._make(makers, [n for n in chosen if n in _OF_LABELS], seed)
-        self.layers: list[keras.Layer] = self._of_pictures + self._of_labels
+        self.layers: list[keras.Layer] = self._of_images + self._of_labels
 
     @staticmethod
     def _make(makers: dict[str, list[Any]], names: list[str], seed: int) -> "list[keras.Layer]":
@@ -73,9 +73,9 @@ class Augmenter:
             each of its classes.
         """
         ops = import_keras().ops
-        for layer in self._of_pictures:
+        for layer in self._of_images:
             pixels = layer(pixels, training=True)
-        if self._of_pictures:
+        if self._of_images:
             pixels = ops.clip(pixels, 0.0, 255.0)
         for layer in self._of_labels:
             mixed = layer({"images": pixels, "labels": targets}, training=True)

@@ -91,8 +91,8 @@ def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None
     start = _last_resolution(below) if block is None else layers_of(below, block)[0]
     names = {id(output): name for name, output in layer_outputs(network)}
     order = below.operations
-    place = order.index(start)
-    for layer in reversed(order[max(0, place - _MAX_BETWEEN) : place]):
+    index = order.index(start)
+    for layer in reversed(order[max(0, index - _MAX_BETWEEN) : index]):
         name = names.get(id(layer.output))
         if name is not None and can_cut(network, layer.output, top):
             return name
@@ -137,8 +137,8 @@ def _last_resolution(network: "keras.Model") -> "keras.Layer":
             f"be named. Received: {network.name}"
         )
     resolution = list(sizes.values())[-1]
-    place = layers.index(next(layer for layer, size in sizes.items() if size == resolution))
-    block = _NARROW.match(layers[place].name)
-    while block and layers[place - 1].name.startswith(block.group()):
-        place -= 1
-    return layers[place]
+    index = layers.index(next(layer for layer, size in sizes.items() if size == resolution))
+    block = _NARROW.match(layers[index].name)
+    while block and layers[index - 1].name.startswith(block.group()):
+        index -= 1
+    return layers[index]

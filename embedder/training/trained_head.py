@@ -289,18 +289,6 @@ class TrainedHead:
         )
 
 
-def compare(ours: TrainedHead, theirs: TrainedHead) -> dict[str, float]:
-    """Difference in accuracy on the same test images, with its 95 % interval.
-
-    Raises:
-        RecipeError: They were tested on other images.
-    """
-    tested = (head.images.ids[head.images.split.tested_on].tolist() for head in (ours, theirs))
-    if next(tested) != next(tested):
-        raise RecipeError("Heads must be tested on the same images to be compared")
-    return paired_difference(ours.test.is_right, theirs.test.is_right)
-
-
 def _link(file: Path, place: Path) -> None:
     """Have a file at a second place, without its bytes where the file system can."""
     try:

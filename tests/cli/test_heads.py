@@ -189,16 +189,16 @@ def test_the_report_says_what_is_printed(
 ) -> None:
     parts = {"cats": "train-test-val-train", "dogs": "train-val-test-train", "owls": "test"}
     options = {"split": "0.2", "duplicates": "0.999"} | options
-    if options.split == "official":
-        options.split = split_file(zoo, tmp_path, **parts)
-    words = ["--split", str(options.split), "--duplicates", str(options.duplicates).lower()]
+    if options["split"] == "official":
+        options["split"] = split_file(zoo, tmp_path, **parts)
+    words = ["--split", str(options["split"]), "--duplicates", str(options["duplicates"]).lower()]
     words += ["--head", "svm"]
     shown = done("train", zoo.path, tmp_path / "m", "--labels", "parent", *words)
-    duplicates = float(options.duplicates) if options.duplicates else None
+    duplicates = float(options["duplicates"]) if options["duplicates"] else None
     head = train(
-        zoo, "parent", "svm", TrainOptions(split=str(options.split), duplicates=duplicates)
+        zoo, "parent", "svm", TrainOptions(split=str(options["split"]), duplicates=duplicates)
     )
-    expected = notes_of(head)
+    expected = notes_of(head, head.metrics())
     assert shown.splitlines()[: len(expected)] == expected
     page = html.unescape((tmp_path / "m/report.html").read_text())
     for note in expected:
@@ -233,7 +233,7 @@ def test_near_duplicates_are_told_with_what_they_would_have_done(
 
 def test_the_report_shows_the_surest_mistakes_first(hard: Store) -> None:
     head = train(hard, head="svm", options=TrainOptions(duplicates=None, split="kfold:3"))
-    report = report_of(head)
+    report = report_of(head, head.metrics())
     predicted = {row["image_id"]: row for row in head.predictions().to_pylist()}
     wrong = [row for row in predicted.values() if row["predicted"] != row["label"]]
     assert 3 < len(wrong) <= 24
@@ -257,7 +257,7 @@ def test_of_many_images_the_map_shows_some(hard: Store, monkeypatch: pytest.Monk
     monkeypatch.setattr(head_report, "_NUM_MAP_POINTS", 25)
     head = train(hard, head="centroid", options=TrainOptions(split="kfold:3"))
     predicted = {row["image_id"]: row for row in head.predictions().to_pylist()}
-    points = report_of(head).map_points
+    points = report_of(head, head.metrics()).map_points
     assert len({point.image_id for point in points}) == 25
     for point in points:
         row = predicted[point.image_id]
@@ -266,15 +266,16 @@ def test_of_many_images_the_map_shows_some(hard: Store, monkeypatch: pytest.Monk
 
 def test_the_report_shows_which_settings_were_chosen(hard: Store) -> None:
     head = train(hard, head="svm", options=TrainOptions(duplicates=None))
-    rows = report_of(head).tables["How settings were chosen"]
+    report = report_of(head, head.metrics())
+    rows = report.tables["How settings were chosen"]
     assert [row["settings"] for row in rows] == ["C 0.3", "C 1.0", "C 3.0"]
     (chosen,) = (row for row in rows if row["chosen"])
     assert chosen["settings"] == f"C {head.model.settings['C']}"
     assert float(chosen["held-out log-loss"]) == min(float(r["held-out log-loss"]) for r in rows)
-    provenance = report_of(head).provenance
-    assert provenance["recipe"] == hard.recipe.fingerprint
-    assert provenance["labels"] == "folder"
-    assert report_of(train(hard, head="centroid")).tables == {}  # nothing to choose
+    assert report.provenance["recipe"] == hard.recipe.fingerprint
+    assert report.provenance["labels"] == "folder"
+    alone = train(hard, head="centroid")  # nothing to choose
+    assert report_of(alone, alone.metrics()).tables == {}
 
 
 def test_a_hostile_name_is_text_in_the_report(hard: Store, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from embedder.heads.model import Model
 from embedder.heads.model_folder import ModelFolder
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model, refit
-from embedder.training.fitting import Task
+from embedder.training.fitting import HeadSpec
 from embedder.training.options import TrainOptions
 from embedder.training.train import train
 
@@ -146,13 +146,11 @@ def test_metrics_that_are_no_object_are_refused(model: Path, text: str) -> None:
 @pytest.mark.parametrize(
     "change", [{"settings": {"nonsense": 1}}, {"head": "nonsense"}, {"settings": {"scaling": 1}}]
 )
-def test_settings_that_there_are_not_are_refused(
-    zoo: Store, model: Path, change: dict[str, Any]
-) -> None:
+def test_settings_that_there_are_not_are_refused(zoo: Store, change: dict[str, Any]) -> None:
     head = train(zoo, "parent", "centroid", TrainOptions(duplicates=None))
-    task: Task = replace(head.task, head=change.get("head", head.images.head))
+    model = replace(head.model, **change)
     with pytest.raises(ModelError, match="kind of head and settings that there are"):
-        refit(task, replace(head.model, **change), head.targets, np.arange(30))
+        refit(HeadSpec(model.head), head.images, model, np.arange(30))
 
 
 @pytest.mark.parametrize("name", ["predictions.parquet", "pseudo_labels.parquet"])

@@ -23,7 +23,6 @@ from embedder.training.cross_validation import evaluate_model, refit
 from embedder.training.fitting import HeadSpec, fit, fit_head
 from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from embedder.training.trained_head import compare
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, training_set
 
 
@@ -555,14 +554,6 @@ def test_validation_images_were_seen_too(zoo: Store, tmp_path: Path) -> None:
     judged = evaluate_model(tmp_path / "model", zoo, "parent")
     assert judged.notes == ["36 images were trained on, and are left out."]
     assert judged.metrics["test"]["num_images"] == 24  # those of no part were not seen
-
-
-def test_heads_are_compared_on_the_same_images(zoo: Store) -> None:
-    ours, theirs = (train(zoo, "parent", head, ALONE) for head in ("logistic", "knn"))
-    assert compare(ours, theirs)["value"] == 0.0
-    other = train(zoo, "parent", options=TrainOptions(duplicates=None, split="0.3"))
-    with pytest.raises(RecipeError, match="tested on the same images"):
-        compare(ours, other)
 
 
 def test_a_head_learns_from_all_views_and_is_judged_by_the_unaugmented_one(
