@@ -19,7 +19,9 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Also the types of the package's functions, which are made of the option classes.
 format: .venv/installed
+	$(BIN)/python -m tests.stub
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -106,7 +106,7 @@ class _NotebookLine:
         from IPython.display import display
 
         self._speed, self._last = _Speed(), 0.0
-        self._progress: Progress
+        self._progress: Progress | None = None
         self._output = display({"text/plain": "starting"}, raw=True, display_id=True)
 
     def __call__(self, progress: "Progress") -> None:
@@ -117,7 +117,9 @@ class _NotebookLine:
             self.show()
 
     def show(self) -> None:
-        progress, text, bar = self._progress, self._progress.phase, ""
+        if (progress := self._progress) is None:
+            return
+        text, bar = progress.phase, ""
         if progress.num_images:
             text += f": {self._speed.line(progress)}"
             bar = f'<progress value="{progress.num_done}" max="{progress.num_images}"></progress> '

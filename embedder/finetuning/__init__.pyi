@@ -1,2 +1,2 @@
-from .finetune import Watcher as Watcher, finetune as finetune
+from .finetune import Tuned as Tuned, Watcher as Watcher, finetune as finetune
 from .options import TuneOptions as TuneOptions

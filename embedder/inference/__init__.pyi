@@ -1,3 +1,3 @@
-from .export import DESCRIPTION_FILE as DESCRIPTION_FILE, export as export
+from .export import DESCRIPTION_FILE as DESCRIPTION_FILE, Exported as Exported, export as export
 from .options import ExportFormat as ExportFormat
-from .predict import predict as predict
+from .predict import Predictions as Predictions, predict as predict

@@ -1,4 +1,8 @@
-from .cross_validation import evaluate_model as evaluate_model, refit as refit
+from .cross_validation import (
+    EvaluationResult as EvaluationResult,
+    evaluate_model as evaluate_model,
+    refit as refit,
+)
 from .fitting import Fitted as Fitted, HeadSpec as HeadSpec
 from .options import (
     ClassWeight as ClassWeight,
