@@ -1,6 +1,8 @@
 """Sources of any kind: which they are, and what is true of all."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,13 @@ def test_ids_that_would_not_be_unique_are_refused(tmp_path) -> None:
         (Path(tmp_path) / os.fsdecode(name)).touch()
     with pytest.raises(SourceError, match=r"names read the same.*/\\\\xff.jpg' and b.*/\\xff.jpg'"):
         list_images(tmp_path)
+
+
+def test_a_local_source_is_listed_and_read_without_fsspec(photos: Path) -> None:
+    code = (
+        "import sys; from embedder.sources import list_images, read_bytes;"
+        "[read_bytes(path) for path in list_images(sys.argv[1]).paths().values()];"
+        "print('fsspec' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, photos], capture_output=True, check=True)
+    assert done.stdout == b"False\n"
