@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from embedder import __version__
 from embedder.cli import interrupts
 
 # Of each command, in the order of the help, the module that has it.
@@ -76,9 +77,7 @@ app = typer.Typer(
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        from importlib.metadata import version
-
-        typer.echo(version("embedder"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

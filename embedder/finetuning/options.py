@@ -1,14 +1,16 @@
 """How a model is fine-tuned: strategies, and what is usual with them."""
 
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from embedder.errors import RecipeError
-from embedder.finetuning.schedule import Schedule
 from embedder.options import Name, checked
 from embedder.training import ClassWeight, Seed
+
+if TYPE_CHECKING:
+    from embedder.finetuning.schedule import Schedule
 
 SCRATCH = "scratch"
 HEAD = "head"
@@ -211,8 +213,10 @@ class TuneOptions:
         """Whether training is from activations that are computed once."""
         return self.kind.is_cut and not self.from_pixels
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> "Schedule":
         """How training goes."""
+        from embedder.finetuning.schedule import Schedule  # numpy is for those who train
+
         return Schedule(
             epochs=self.resolved("epochs"),
             batch_size=self.batch_size,
