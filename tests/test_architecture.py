@@ -149,7 +149,14 @@ LIBRARIES = NETWORKS | {
         ("import embedder; embedder.EmbedderError", LIBRARIES | {"numpy", "PIL"}),
         ("import embedder.decode; embedder.decode.decode_rgb", LIBRARIES),
         ("import embedder; embedder.extract", NETWORKS),
-        ("import embedder.cli.app", NETWORKS),
+        (
+            "from embedder.cli.app import app; app(['--help'], standalone_mode=False)",
+            (LIBRARIES | {"numpy", "PIL"}) - {"pydantic", "typer"},
+        ),
+        (
+            "from embedder.cli.app import MODULES, load; list(map(load, MODULES))",
+            (LIBRARIES | {"numpy", "PIL", "faiss"}) - {"pydantic", "rich", "typer"},
+        ),
     ],
 )
 def test_what_an_import_costs(code: str, unwanted: set[str]) -> None:

@@ -11,6 +11,7 @@ import duckdb
 import numpy as np
 import pytest
 
+import embedder
 from embedder.backbones.table import BACKBONES
 from embedder.checks import doctor
 from embedder.store.store import Store
@@ -116,6 +117,11 @@ def test_the_doctor_finds_this_machine_well() -> None:
         assert f"{precision} as float32" in done.stdout
     assert "openvino and tensorflow agree" in " ".join(done.stdout.split())
     assert done.stderr == ""
+
+
+def test_the_version_is_told() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"{embedder.__version__}\n")
 
 
 def test_quiet_prints_nothing(archive: Path, tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_a_job_runs_its_steps(archive: Path, tmp_path: Path) -> None:
         ('command = "verify"\narguments = ["x"]\naudits = 3', "No such option: --audits"),
         ('command = "verify"\nhelp = true', "it runs nothing"),
         ('command = "verify"', "Missing argument"),
+        ('command = "train"\narguments = ["x", "y"]\nseed = -1', "`seed` must be at least 0"),
     ],
 )
 def test_a_bad_step_is_refused_before_the_first_is_started(
