@@ -1,7 +1,7 @@
 """Splits: which labelled rows a head is trained on, chosen by, and judged by."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from embedder.columns import TEST, TRAIN, UNUSED, VALIDATION
+from embedder.columns import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION
 from embedder.datasets.labels import read_fields, read_labels
 from embedder.errors import RecipeError, SourceError
 from embedder.store import Store
@@ -27,7 +27,13 @@ _RULE = (
 
 Codes = NDArray[np.integer]
 Groups = NDArray[np.integer]
-Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+Indices = NDArray[np.int64]
+Folds = list[tuple[Indices, Indices]]
+
+
+def no_indices() -> Indices:
+    """An empty array."""
+    return np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -36,33 +42,41 @@ class Split:
 
     Attributes:
         name: As asked for: `0.2`, `kfold:5`, or where the official lists are.
-        folds: (rows to train on, rows to test on) for each round: one, or K with `kfold:K`. Places
-            among the labelled rows.
+        folds: (rows to train on, rows to test on) for each round: one, or K with `kfold:K`, or
+            none of what is not divided yet. Indices of the labelled rows.
         validation: Rows of the one round's training that choose the settings and calibrate; empty
             where cross-validation within the training rows does so.
         is_official: Whether somebody else decided it: then rows stay where they are, though
             near-duplicates may stand on both sides.
     """
 
-    name: str
-    folds: Folds
-    validation: NDArray[np.int64]
+    name: str = ""
+    folds: Folds = field(default_factory=list)
+    validation: Indices = field(default_factory=no_indices)
     is_official: bool = False
 
     @property
-    def trained_on(self) -> NDArray[np.int64]:
+    def trained_on(self) -> Indices:
         """Rows that the model is trained on, rising, validation included; all with `kfold:K`."""
         return self.folds[0][0] if len(self.folds) == 1 else np.sort(self.tested_on)
 
     @property
-    def tested_on(self) -> NDArray[np.int64]:
+    def tested_on(self) -> Indices:
         """Rows that are tested on, round by round."""
         return np.concatenate([test for _, test in self.folds])
 
     @property
-    def train(self) -> NDArray[np.int64]:
+    def train(self) -> Indices:
         """Rows that the model is trained on, rising, without validation."""
         return np.setdiff1d(self.trained_on, self.validation)
+
+    def parts(self, num_rows: int) -> NDArray[np.str_]:
+        """(num_rows,) what each of the labelled rows is for."""
+        if len(self.folds) > 1:
+            return np.full(num_rows, CROSS_VALIDATED)
+        parts = np.full(num_rows, UNUSED, dtype="<U15")
+        parts[self.train], parts[self.validation], parts[self.tested_on] = TRAIN, VALIDATION, TEST
+        return parts
 
 
 def make_split(spec: str, store: Store, images: "TrainingSet", seed: int) -> Split:
@@ -84,7 +98,7 @@ def make_split(spec: str, store: Store, images: "TrainingSet", seed: int) -> Spl
     codes, groups = images.codes, images.groups
     if spec.startswith("kfold:") and spec[6:].isdecimal() and int(spec[6:]) > 1:
         folds = grouped_folds(codes, groups, int(spec[6:]), seed)
-        return Split(spec, folds, np.zeros(0, np.int64))
+        return Split(spec, folds)
     share = share_of(spec)
     if share is None:
         return _official(spec, store, images)
@@ -99,7 +113,7 @@ def make_split(spec: str, store: Store, images: "TrainingSet", seed: int) -> Spl
     tested = [test for _, test in grouped_folds(codes, groups, num_folds, seed)[:num_tested]]
     test = np.sort(np.concatenate(tested))
     train = np.setdiff1d(np.arange(len(codes)), test)
-    return Split(spec, [(train, test)], np.zeros(0, np.int64))
+    return Split(spec, [(train, test)])
 
 
 def share_of(spec: str) -> float | None:

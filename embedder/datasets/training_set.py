@@ -6,21 +6,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.columns import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION
 from embedder.datasets.labels import check_joinable, encoded, read_labels, texts_of
-from embedder.datasets.splits import Split
+from embedder.datasets.splits import Indices, Split, no_indices
 from embedder.errors import RecipeError, StoreError
 from embedder.store import Store
-
-Indices = NDArray[np.int64]
-
-
-def _none() -> Indices:
-    return np.zeros(0, np.int64)
-
-
-def _undivided() -> Split:
-    return Split("", [], _none())
 
 
 @dataclass(frozen=True)
@@ -49,8 +38,8 @@ class TrainingSet:
     classes: NDArray[np.str_]
     codes: NDArray[np.integer]
     groups: NDArray[np.integer]
-    split: Split = field(default_factory=_undivided)
-    rows: Indices = field(default_factory=_none)
+    split: Split = field(default_factory=Split)
+    rows: Indices = field(default_factory=no_indices)
     num_unlabelled: int = 0
     features: NDArray[np.float32] | None = None
 
@@ -78,14 +67,7 @@ class TrainingSet:
     @property
     def parts(self) -> NDArray[np.str_]:
         """(n,) what each image is for; see `splits`."""
-        parts = np.full(len(self.ids), UNUSED, dtype="<U15")
-        if len(self.split.folds) > 1:
-            parts[:] = CROSS_VALIDATED
-            return parts
-        parts[self.split.train] = TRAIN
-        parts[self.split.validation] = VALIDATION
-        parts[self.split.tested_on] = TEST
-        return parts
+        return self.split.parts(len(self.ids))
 
     def texts(self) -> NDArray[np.str_]:
         """What each image is called: str (n,); several labels are joined."""

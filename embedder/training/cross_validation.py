@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.columns import CROSS_VALIDATED, TRAIN, VALIDATION
-from embedder.datasets import Indices, TrainingSet, read_labels, read_training_set
+from embedder.datasets import Indices, Split, TrainingSet, read_labels, read_training_set
 from embedder.errors import ModelError, RecipeError
 from embedder.evaluation import Evaluation, accuracy_in_words
 from embedder.heads import PREDICTIONS_FILE, Model, ModelFolder
@@ -39,7 +39,7 @@ def judge(
         elif len(images.split.folds) == 1:
             judged = model
         else:
-            own = fit_head(spec, images, train, np.zeros(0, np.int64))
+            own = fit_head(spec, replace(images, split=Split(folds=[(train, test)])))
             judged = replace(
                 model,
                 estimator=own.estimator,

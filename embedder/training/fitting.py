@@ -65,24 +65,18 @@ class Fitted:
     trials: list[dict[str, Any]]
 
 
-def fit_head(spec: HeadSpec, images: TrainingSet, indices: Indices, validation: Indices) -> Fitted:
+def fit_head(spec: HeadSpec, images: TrainingSet) -> Fitted:
     """Choose a head's settings, fit it, and calibrate it.
 
     Settings and temperature come from held-out images: the validation images, where there are some,
     else folds of the training images that no group of near-duplicates straddles. The head is then
     fitted on all training images, held-out ones included.
 
-    Args:
-        spec: What kind of head.
-        images: What is to be learned; their split is not looked at.
-        indices: Of the images to train on, validation included.
-        validation: Those among `indices` that settings are chosen by; may be empty.
-
     Raises:
         RecipeError: The head cannot do what is asked, or there are too few images.
     """
     kind = find_head(spec.kind, spec.class_weight, images.is_multilabel)
-    folds = _selection_folds(spec, images, indices, validation)
+    folds = _selection_folds(spec, images)
     held = np.concatenate([test for _, test in folds])
     trials: list[dict[str, Any]] = []
     tried: list[Calibration] = []
@@ -99,10 +93,11 @@ def fit_head(spec: HeadSpec, images: TrainingSet, indices: Indices, validation: 
         raise refusal
     best = int(np.argmin([trial["log_loss"] for trial in trials]))
     settings, calibration = trials[best]["settings"], tried[best]
+    trained_on = images.split.trained_on
     return Fitted(
-        fit(spec, spec.estimator(settings, images.is_multilabel), images, indices),
+        fit(spec, spec.estimator(settings, images.is_multilabel), images, trained_on),
         settings,
-        images.known_classes(indices),
+        images.known_classes(trained_on),
         calibration.temperature,
         calibration.thresholds,
         trials,
@@ -142,11 +137,10 @@ def explain_fit_errors(head: str, num_images: int) -> Iterator[None]:
         ) from error
 
 
-def _selection_folds(
-    spec: HeadSpec, images: TrainingSet, indices: Indices, validation: Indices
-) -> Folds:
+def _selection_folds(spec: HeadSpec, images: TrainingSet) -> Folds:
+    indices, validation = images.split.trained_on, images.split.validation
     if len(validation):
-        return [(np.setdiff1d(indices, validation), validation)]
+        return [(images.split.train, validation)]
     codes, groups = images.codes[indices], images.groups[indices]
     folds = grouped_folds(codes, groups, _NUM_FOLDS, spec.seed)
     return [(indices[train], indices[test]) for train, test in folds]

@@ -34,6 +34,7 @@ from embedder.heads import (
 from embedder.machine import memory_bytes
 from embedder.store import Store, scan, shuffled_batches, vectors_of
 from embedder.training.fitting import Fitted, HeadSpec
+from embedder.training.options import TrainOptions
 from embedder.training.ridge_pass import ridge_sums
 
 OUT_OF_CORE_HEADS = ("ridge", "linear", "mlp")
@@ -85,17 +86,14 @@ def read_logits(estimator: Any, store: Store, column: str, rows: Indices) -> NDA
     return np.concatenate([logits_of(estimator, part) for part in parts_of(store, column, rows)])
 
 
-def is_read_in_parts(
-    store: Store, column: str, head: str, duplicates: float | None, split: str
-) -> bool:
+def is_read_in_parts(store: Store, column: str, head: str, options: TrainOptions) -> bool:
     """Whether a head reads features in parts, as they are too many to be all in memory.
 
     Args:
         store: Features.
         column: Which.
         head: Kind, as in `heads.HEADS`.
-        duplicates: As in `TrainOptions`.
-        split: As in `TrainOptions`.
+        options: What is asked of it.
 
     Raises:
         RecipeError: They are too many for the head, or for what is asked of it.
@@ -112,15 +110,15 @@ def is_read_in_parts(
             )
         return False
     limit = f"more than {IN_CORE_BYTES / 2**30:,.1f} GiB of features, which are read in parts"
-    if duplicates is not None:
+    if options.duplicates is not None:
         raise RecipeError(
             f"Near-duplicates cannot be looked for in {limit}. Go without, with duplicates=None or "
-            f"--duplicates none. {received}, and duplicates={duplicates}"
+            f"--duplicates none. {received}, and duplicates={options.duplicates}"
         )
-    if split.startswith("kfold:"):
+    if options.split.startswith("kfold:"):
         raise RecipeError(
             f"There is no cross-validation on {limit}. Test on a share, such as 0.2. {received}, "
-            f"and split={split}"
+            f"and split={options.split}"
         )
     return True
 

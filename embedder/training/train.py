@@ -59,7 +59,7 @@ def train(
             raise RecipeError("Unlabelled images need a split with one part to test on, not kfold")
     column = vector_column(store, options.column)
     watch = Stopwatch()
-    is_out_of_core = is_read_in_parts(store, column, head, options.duplicates, options.split)
+    is_out_of_core = is_read_in_parts(store, column, head, options)
     images = read_training_set(store, labels, options.separator)
     coarse_of = None
     if options.coarse is not None:
@@ -78,7 +78,7 @@ def train(
     if is_out_of_core:
         fitted = fit_out_of_core(spec, images, store, column)
     else:
-        fitted = fit_head(spec, images, split.trained_on, split.validation)
+        fitted = fit_head(spec, images)
     watch.lap("fit")
     model = Model(
         estimator=fitted.estimator,

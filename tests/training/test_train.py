@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
+from embedder.datasets.splits import Split
 from embedder.datasets.training_set import TrainingSet
 from embedder.errors import EmbedderError, ModelError, RecipeError, StoreError
 from embedder.evaluation import metrics
@@ -20,7 +21,7 @@ from embedder.heads.table import HEADS, make_estimator
 from embedder.recipe import Recipe
 from embedder.store.store import Store
 from embedder.training.cross_validation import evaluate_model, refit
-from embedder.training.fitting import HeadSpec, fit, fit_head
+from embedder.training.fitting import Fitted, HeadSpec, fit, fit_head
 from embedder.training.options import TrainOptions
 from embedder.training.train import train
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, training_set
@@ -134,10 +135,17 @@ RIDGE, KNN = HeadSpec("ridge"), HeadSpec("knn")
 NOBODY = np.zeros(0, np.int64)  # no validation rows
 
 
+def fitted_on(
+    spec: HeadSpec, images: TrainingSet, rows: NDArray[Any], validation: NDArray[Any] = NOBODY
+) -> Fitted:
+    """A head that is fitted on some of the rows."""
+    return fit_head(spec, replace(images, split=Split("", [(rows, NOBODY)], validation)))
+
+
 def test_validation_rows_choose_and_calibrate_a_head_that_has_not_seen_them() -> None:
     task = cats_and_dogs(np.random.default_rng(7).normal(size=(60, 80)))
     rows, validation = np.arange(50), np.arange(30, 50)
-    fitted = fit_head(RIDGE, task, rows, validation)
+    fitted = fitted_on(RIDGE, task, rows, validation)
     held, labels = task.codes[30:50], task.classes[task.codes]
     for trial in fitted.trials:
         other = make_estimator("ridge", trial["settings"], None, 0, False)
@@ -160,9 +168,9 @@ def test_near_duplicates_do_not_choose_settings() -> None:
     )
     everyone = np.arange(120)
     images = cats_and_dogs(copies, copies=3)
-    fitted = fit_head(KNN, images, everyone, NOBODY)
+    fitted = fitted_on(KNN, images, everyone)
     assert max(trial["accuracy"] for trial in fitted.trials) < 0.75
-    alone = fit_head(KNN, replace(images, groups=everyone), everyone, NOBODY)
+    alone = fitted_on(KNN, replace(images, groups=everyone), everyone)
     assert max(trial["accuracy"] for trial in alone.trials) > 0.9
 
 
@@ -170,7 +178,7 @@ def test_settings_are_chosen_by_the_unaugmented_views() -> None:
     random = np.random.default_rng(4)
     views = random.normal(size=(60, 3, 40))
     views[:, 0, 0] += 20.0 * (np.arange(60) % 2) - 10.0  # the other views show nothing
-    fitted = fit_head(RIDGE, cats_and_dogs(views), np.arange(60), NOBODY)
+    fitted = fitted_on(RIDGE, cats_and_dogs(views), np.arange(60))
     assert max(trial["accuracy"] for trial in fitted.trials) == 1.0
 
 
@@ -189,7 +197,7 @@ def test_each_round_is_calibrated_without_the_rows_it_is_tested_on(store: Store)
     head = train(noise(store), head="ridge", options=options)
     start = 0
     for train_rows, test_rows in head.images.split.folds:
-        own = fit_head(head.spec, head.images, train_rows, NOBODY)
+        own = fitted_on(head.spec, head.images, train_rows)
         part = head.test.rows(np.arange(start, start + len(test_rows)))
         expected = probabilities_of(part.logits, own.temperature, False)
         np.testing.assert_allclose(part.calibrated, expected, rtol=1e-5)
@@ -204,7 +212,7 @@ def test_thresholds_are_those_of_the_held_out_rows() -> None:
     codes = (random.random((90, 2)) < [0.2, 0.35]).astype(np.uint8)
     features = random.normal(size=(90, 20)).astype(np.float32)
     images = training_set(codes, ("cats", "dogs"), features)
-    thresholds = fit_head(RIDGE, images, np.arange(90), NOBODY).thresholds
+    thresholds = fitted_on(RIDGE, images, np.arange(90)).thresholds
     assert thresholds is not None
     assert (thresholds < 0.45).all()  # who knows nothing has the best F1 by giving every label
 
@@ -547,8 +555,8 @@ def test_validation_images_were_seen_too(zoo: Store, tmp_path: Path) -> None:
     head = train(zoo, "parent", "centroid", options)
     rows = head.images.split.trained_on
     validation = head.images.split.validation
-    assert head.fitted.trials == fit_head(head.spec, head.images, rows, validation).trials
-    assert head.fitted.trials != fit_head(head.spec, head.images, rows, NOBODY).trials
+    assert head.fitted.trials == fitted_on(head.spec, head.images, rows, validation).trials
+    assert head.fitted.trials != fitted_on(head.spec, head.images, rows).trials
     assert head.images.parts.tolist() == ["train", "validation", "test", "train", ""] * 12
     head.save(tmp_path / "model")
     judged = evaluate_model(tmp_path / "model", zoo, "parent")
