@@ -148,9 +148,7 @@ def _check_source(store: Store, source: str) -> Check:
 def _last_source(store: Store) -> str:
     runs = store.runs()
     if not runs:
-        raise SourceError(
-            f"The store {store.path} does not say where its images are: give --source"
-        )
+        raise SourceError(f"The store {store} does not say where its images are: give --source")
     return str(runs[-1]["source"])
 
 

@@ -56,19 +56,18 @@ def inspect(store: StorePath) -> None:
     """Show what is in STORE: recipe, rows, failures by reason, size, runs."""
     from rich.table import Table
 
-    from embedder.store import Store, num_bytes_of
+    from embedder.store import Store
 
     opened = Store(store)
     failures = opened.failures()
     reasons = Counter(
         zip(failures["stage"].to_pylist(), failures["error"].to_pylist(), strict=True)
     )
-    files = [path for kind in ("embeddings", "failures") for path in opened.shards(kind)]
-    num_bytes = sum(map(num_bytes_of, files))
+    sizes = opened.file_sizes()
     facts = {
         "rows": f"{len(opened):,}",
         "failures": f"{failures.num_rows:,}",
-        "size": f"{console.size(num_bytes)} in {len(files):,} files",
+        "size": f"{console.size(sum(sizes.values()))} in {len(sizes):,} files",
         "fingerprint": opened.recipe.fingerprint,
         "weights source": opened.recipe.weights_source,
     }

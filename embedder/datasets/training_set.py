@@ -123,7 +123,7 @@ def read_training_set(
     by_id = read_labels(store, labels, ids)
     if repeated := len(ids) - len(set(ids)):
         raise StoreError(
-            f"A store must have each image once. Received: {store.path}, in which {repeated:,} "
+            f"A store must have each image once. Received: {store}, in which {repeated:,} "
             f"stand again, as a run that was killed can leave them. `embedder extract` drops those "
             f"that are not of the source's bytes"
         )

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from embedder.extraction.options import RunOptions
 from embedder.extraction.plan import Plan, drop_repeated, make_plan
 from embedder.extraction.record import Summary, grouped_reasons
 from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, worker_state_of
-from embedder.files import local_path
 from embedder.libraries import logger
 from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images
@@ -99,8 +97,8 @@ def run_extraction(
         began = started or time.time()
         targets = []
         for path in sorted(recipes):  # in one order, so that two runs cannot wait for each other
-            check_place(local_path(path))
-            stack.enter_context(lease(Path(path), wait=options.wait))
+            check_place(path)
+            stack.enter_context(lease(path, wait=options.wait))
         for path, recipe in recipes.items():
             store = Store.open_or_create(path, recipe, engines.versions())
             summary = Summary.begin(listing.source, store, options, listing, began)
@@ -227,8 +225,8 @@ class _Target:
             self.store.drop(plan.deleted_failures, FAILURES)
             self.summary.num_dropped += plan.num_deleted
         num_images = plan.missing.num_rows + plan.stale.num_rows
-        path = str(self.store.path.absolute())
-        self.job = Job(self.store.recipe, path, options.engine, options.batch_size, num_images)
+        store = self.store
+        self.job = Job(store.recipe, store.address, options.engine, options.batch_size, num_images)
 
     @property
     def has_work(self) -> bool:

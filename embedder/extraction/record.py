@@ -157,7 +157,7 @@ class Summary:
         num_listed: int = listing.refs.num_rows
         return cls(
             source=os.fspath(source),
-            store=str(store.path),
+            store=str(store),
             options=asdict(options),
             recipe=store.recipe,
             started=started,

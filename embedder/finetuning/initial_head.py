@@ -13,7 +13,7 @@ from embedder.finetuning.network import FEATURES, TrainableNetwork
 from embedder.heads import Model, probabilities_of
 from embedder.libraries import logger
 from embedder.sources import Listing
-from embedder.store import RECIPE_FILE, Store
+from embedder.store import Store
 from embedder.training import HeadSpec, refit
 
 _TOLERANCE = 1e-3  # of a probability: float32 sums in another order
@@ -42,8 +42,8 @@ def with_head_features(
     Raises:
         Unfinished: The features are of other bytes.
     """
-    own = Path(model.recorded().provenance.store)
-    if (own / RECIPE_FILE).is_file() and Store(own).recipe.fingerprint == model.recipe.fingerprint:
+    own = model.recorded().provenance.store
+    if Store.exists(own) and Store(own).recipe.fingerprint == model.recipe.fingerprint:
         try:
             return in_store(images, Store(own)).with_features(Store(own), model.column)
         except Unfinished as error:

@@ -186,5 +186,5 @@ def read_activations(store: Store, images: TrainingSet, file: Path) -> NDArray[n
             activations[i], is_there[i] = vectors[number], True
     if activations is None or not is_there.all():
         lost = images.ids[rows[int(np.argmin(is_there))]]
-        raise Unfinished(f"{lost} could be embedded before, and now is not in {store.path}")
+        raise Unfinished(f"{lost} could be embedded before, and now is not in {store}")
     return activations

@@ -82,7 +82,7 @@ def in_store(images: TrainingSet, store: Store) -> TrainingSet:
     lost = [image for image in images.ids if image not in row_of]
     if lost:
         raise Unfinished(
-            f"{lost[0]} could be embedded before, and now is not in {store.path}, as "
+            f"{lost[0]} could be embedded before, and now is not in {store}, as "
             f"{len(lost):,} images in all"
         )
     rows = np.array([row_of[image] for image in images.ids], np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 from embedder import engines
 from embedder.datasets import TrainingSet
 from embedder.errors import EmbedderError, RecipeError
-from embedder.files import remove_abandoned, remove_folder, replace_folder
+from embedder.files import remove_abandoned, remove_folder
 from embedder.finetuning.options import TuneOptions
 from embedder.heads import Model, ModelFolder
 from embedder.libraries import logger
@@ -74,8 +74,8 @@ def finish(work: Path, request: dict[str, Any], folder: Path, features: Path) ->
         if store.recipe.fingerprint == said.fingerprint:  # else the older ones, swapped
             place = {"weights_source": str(folder.absolute() / said.weights_source)}
             recipe = store.recipe.model_copy(update=place)
-            Store.open_or_create(store.path, recipe, engines.versions())
-            replace_folder(store.path, features)
+            store = Store.open_or_create(work / TUNED_FEATURES, recipe, engines.versions())
+            store.move(features)
     remove_folder(work)
 
 

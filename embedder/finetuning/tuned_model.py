@@ -193,7 +193,7 @@ def _estimator(head: "keras.Sequential", model: Model, seed: int) -> KerasHead:
 def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> Record:
     record = model.recorded()
     changes = {
-        "store": str(store.path.absolute()),
+        "store": store.address,
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "num_trained_on": num_trained_on,
     }

@@ -21,7 +21,7 @@ from embedder.files import local_path, remove_abandoned, remove_folder, whole_fi
 from embedder.heads import Model
 from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images, scheme_of
-from embedder.store import RECIPE_FILE, Store, lease, scan, vectors_of
+from embedder.store import Store, lease, scan, vectors_of
 
 DEFAULT_TOP_K = 5
 
@@ -109,9 +109,9 @@ def predict(
     # `Path.is_file` raises where a name is longer than a name may be; these do not.
     if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
         raise RecipeError(f"OUT must be a file in a folder that exists. Received: {path}")
-    if os.path.isfile(Path(source) / RECIPE_FILE):  # noqa: PTH113
+    if Store.exists(source):
         store = Store(source)
-        model.check_recipe(store.recipe, f"the store {store.path}")
+        model.check_recipe(store.recipe, f"the store {store}")
         return Predictions(path, *_write(model, store, path, top_k), store.path)
     options = options or RunOptions()
     listing = list_images(source)
@@ -148,11 +148,11 @@ def _store_of(folder: Path, listing: Listing, recipe: Recipe) -> Path:
 
 def _take_over(older: Path, place: Path, recipe: Recipe) -> None:
     """Give a store of these logits its place, which older versions kept beside the file."""
-    if place.exists() or not (older / RECIPE_FILE).is_file():
+    if place.exists() or not Store.exists(older):
         return
-    if Store(older).recipe.fingerprint == recipe.fingerprint:
-        place.parent.mkdir(exist_ok=True)
-        older.rename(place)
+    store = Store(older)
+    if store.recipe.fingerprint == recipe.fingerprint:
+        store.move(place)
 
 
 def prediction_table(
@@ -220,7 +220,7 @@ def _write(
         if ids is not None and limit is None and num_rows != len(ids):
             raise Unfinished(
                 f"Each of {len(ids):,} images must have one prediction or one failure. Received: "
-                f"{num_rows:,} in {store.path}. Run the same command again"
+                f"{num_rows:,} in {store}. Run the same command again"
             )
     return num_predicted, failures.num_rows
 

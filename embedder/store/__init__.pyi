@@ -14,9 +14,8 @@ from .schema import (
     rows_table as rows_table,
     shard_name as shard_name,
 )
-from .shard_file import num_bytes_of as num_bytes_of, vectors_of as vectors_of
+from .shard_file import vectors_of as vectors_of
 from .store import (
-    RECIPE_FILE as RECIPE_FILE,
     Store as Store,
     check_place as check_place,
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from embedder.errors import StoreBusy, StoreError
+from embedder.files import local_path
 
 try:
     import fcntl
@@ -27,7 +28,7 @@ logger = logging.getLogger("embedder")
 
 @contextmanager
 def lease(
-    folder: Path, *, wait: bool = False, patience: float = _PATIENCE_SECONDS
+    place: str | os.PathLike[str], *, wait: bool = False, patience: float = _PATIENCE_SECONDS
 ) -> Iterator[None]:
     """Hold a store for one run; a second one is told whose it is.
 
@@ -36,7 +37,7 @@ def lease(
     are not kept apart, which is told.
 
     Args:
-        folder: Of the store; made if it does not exist.
+        place: Of the store; made if it does not exist.
         wait: Whether to wait for another run's end, however long that takes.
         patience: Seconds to wait for it otherwise.
 
@@ -44,6 +45,7 @@ def lease(
         StoreBusy: Another run holds the store, and goes on.
         StoreError: The folder cannot be written.
     """
+    folder = local_path(place)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("a+b")

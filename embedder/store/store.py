@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 
 from embedder.columns import PASSING, VIEW, extra_columns
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
-from embedder.files import is_temporary, local_path, regular, remove_abandoned, whole_file
+from embedder.files import (
+    is_temporary,
+    local_path,
+    regular,
+    remove_abandoned,
+    replace_folder,
+    whole_file,
+)
 from embedder.recipe import Recipe
 from embedder.store import shard_file
 from embedder.store.lease import LOCK_FILE
@@ -147,6 +154,28 @@ class Store:
         except OSError as error:
             raise StoreError(f"The store {folder} cannot be written: {error}") from error
         return store
+
+    @staticmethod
+    def exists(path: str | os.PathLike[str]) -> bool:
+        """Whether there is a store at a path, if perhaps one that cannot be read."""
+        # `Path.is_file` raises where a name is longer than a name may be; this does not.
+        return os.path.isfile(Path(path) / RECIPE_FILE)  # noqa: PTH113
+
+    def move(self, path: str | os.PathLike[str]) -> None:
+        """Give the store another path; a folder that is there takes the store's path."""
+        folder = local_path(path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        replace_folder(self.path, folder)
+        self.path = folder
+
+    @property
+    def address(self) -> str:
+        """What opens the store from any folder, on any machine that sees it."""
+        return str(self.path.absolute())
+
+    def __str__(self) -> str:
+        """The store's path, as it was given."""
+        return str(self.path)
 
     # Reading -------------------------------------------------------------------------------
 
@@ -319,6 +348,11 @@ class Store:
             table = table.append_column(PASSING, pc.equal(table["stage"], "read"))
         return table.select(["image_id", "bytes", "modified", "sha256", PASSING])
 
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of each file of rows and of failures, by `embeddings/NAME` or `failures/NAME`."""
+        names = [f"{kind}/{n}" for kind in (EMBEDDINGS, FAILURES) for n in self.shard_names(kind)]
+        return {name: shard_file.num_bytes_of(self.path / name) for name in names}
+
     def runs(self) -> list[dict[str, Any]]:
         """Records of past runs, oldest first; those that cannot be read are left out."""
         return [record for record in map(_read_run, self._run_files()) if record is not None]
@@ -443,7 +477,7 @@ class Store:
         return shard_file.write(path, table, self.recipe, tied)
 
 
-def check_place(folder: Path) -> None:
+def check_place(place: str | os.PathLike[str]) -> None:
     """Refuse a place for a new store that holds something else.
 
     A store that was being made when its run was killed is none yet, and no hindrance.
@@ -451,7 +485,7 @@ def check_place(folder: Path) -> None:
     Raises:
         StoreError: It does.
     """
-    own = {EMBEDDINGS, FAILURES, RUNS, LOCK_FILE}
+    folder, own = local_path(place), {EMBEDDINGS, FAILURES, RUNS, LOCK_FILE}
     try:
         if (folder / RECIPE_FILE).exists():
             return

@@ -157,7 +157,7 @@ def evaluate_model(
         RecipeError: The request makes no sense, or nothing is left to test on.
     """
     model = Model.load(model_path)
-    model.check_recipe(store.recipe, f"the store {store.path}")
+    model.check_recipe(store.recipe, f"the store {store}")
     record = model.recorded()
     images = read_training_set(store, labels, record.options.separator, model.classes)
     indices, notes = np.arange(len(images.ids)), []
@@ -171,7 +171,7 @@ def evaluate_model(
     if not len(indices):
         raise RecipeError(
             f"There must be labelled images that the model was not trained on. Received: "
-            f"{store.path}, of which all {len(images.ids):,} labelled images were; "
+            f"{store}, of which all {len(images.ids):,} labelled images were; "
             f"--include-trained tests on them all the same"
         )
     if unknown := sorted(set(images.classes) - set(model.classes)):

@@ -100,7 +100,7 @@ def is_read_in_parts(store: Store, column: str, head: str, options: TrainOptions
     """
     num_rows, dim = shape_of(store, column)
     num_bytes = num_rows * dim * np.dtype(np.float32).itemsize
-    received = f"Received: {store.path}, with {num_bytes / 2**30:,.1f} GiB of features"
+    received = f"Received: {store}, with {num_bytes / 2**30:,.1f} GiB of features"
     if num_bytes <= IN_CORE_BYTES or head not in OUT_OF_CORE_HEADS:
         if num_bytes > memory_bytes() / 2:
             raise RecipeError(

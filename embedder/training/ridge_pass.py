@@ -65,7 +65,7 @@ def ridge_sums(
     """
     _check(store, codes, folds)
     num_folds = int(folds.max()) + 1
-    path = str(store.path.absolute())
+    path = store.address
     column = vector_column(store, column)
     parts = (
         _Part(
@@ -87,7 +87,7 @@ def _check(store: Store, codes: Codes, folds: Codes) -> None:
     num_rows = len(store) * store.recipe.views
     if {num_rows} != {len(codes), len(folds)}:
         raise StoreError(
-            f"There must be a code and a fold for each row of the store {store.path}, of which "
+            f"There must be a code and a fold for each row of the store {store}, of which "
             f"there are {num_rows}. Received: {len(codes)} codes, {len(folds)} folds"
         )
 
@@ -119,7 +119,7 @@ def _sum_shards(task: WorkerContext, part: _Part) -> list[SufficientStatistics]:
     features = np.concatenate([vectors_of(c) for t in tables for c in t[part.column].chunks])
     num_rows = len(part.codes)
     if len(features) != num_rows:
-        raise StoreError(f"The store {store.path} changed while it was read. Run again")
+        raise StoreError(f"The store {store} changed while it was read. Run again")
     is_multilabel = part.codes.ndim == 2
     rows, codes = np.nonzero(part.codes) if is_multilabel else (np.arange(num_rows), part.codes)
     targets = one_vs_rest_targets(rows, codes, num_rows, part.num_classes)

@@ -151,7 +151,7 @@ def _record(
         options=RecordedOptions(**asdict(options)),
         coarse_of=None if coarse_of is None else coarse_of.tolist(),
         provenance=Provenance(
-            store=str(store.path.absolute()),
+            store=store.address,
             source=sources[-1] if sources else None,
             when=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=engines.versions()

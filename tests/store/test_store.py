@@ -211,6 +211,40 @@ def test_damaged_files_are_put_aside_by_name(store: Store) -> None:
     assert (store.path / "damaged" / f"again-embeddings-{bad}").read_bytes() == b"PAR1"
 
 
+def test_a_store_is_moved_and_takes_the_place_of_another(store: Store, tmp_path: Path) -> None:
+    write(store, ["a"])
+    older, place = str(store), tmp_path / "new" / "place"
+    Store.open_or_create(place, store.recipe.model_copy(update={"views": 2}), {})
+    store.move(place)
+    assert str(store) == str(place)
+    for moved in (store, Store(place)):
+        assert list(moved.ids()) == ["a"]
+    assert Store(older).recipe.views == 2
+    store.move(tmp_path / "far" / "away")
+    assert not Store.exists(place)
+
+
+def test_a_store_exists_where_it_has_a_recipe(store: Store, tmp_path: Path) -> None:
+    assert Store.exists(store.path)
+    for other in (tmp_path, tmp_path / "x", tmp_path / ("n" * 300), "https://elsewhere/store"):
+        assert not Store.exists(other)
+
+
+def test_an_address_opens_a_store_from_any_folder(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(store.path.parent)
+    address = Store(store.path.name).address
+    monkeypatch.chdir("/")
+    assert str(Store(address)) == str(store)
+
+
+def test_the_size_of_each_file_is_known(store: Store) -> None:
+    name = write(store, ["a"], ["b"])
+    files = [f"embeddings/{name}", f"failures/{name}"]
+    assert store.file_sizes() == {f: len((store.path / f).read_bytes()) for f in files}
+
+
 def test_reading_an_empty_store_says_so(store: Store) -> None:
     with pytest.raises(StoreError, match="no rows yet"):
         store.vectors()
