@@ -177,6 +177,15 @@ class Store:
         """The store's path, as it was given."""
         return str(self.path)
 
+    def __repr__(self) -> str:
+        """What the store holds; no vectors are read."""
+        try:
+            size = f"{len(self):,} images"
+        except StoreError:
+            size = "not all of which can be read"
+        made_with = f"{self.recipe.backbone} with weights {self.recipe.weights_source}"
+        return f"<Store {self}: {size}, {made_with}>"
+
     # Reading -------------------------------------------------------------------------------
 
     def shards(self, kind: str = EMBEDDINGS) -> list[Path]:

@@ -230,6 +230,16 @@ def test_a_store_exists_where_it_has_a_recipe(store: Store, tmp_path: Path) -> N
         assert not Store.exists(other)
 
 
+def test_a_store_shows_what_it_holds(store: Store) -> None:
+    name, recipe = write(store, ["a", "b"]), store.recipe
+    shown = (
+        f"<Store {store.path}: 2 images, {recipe.backbone} with weights {recipe.weights_source}>"
+    )
+    assert repr(store) == shown
+    (store.path / "embeddings" / name).write_bytes(b"PAR1")
+    assert repr(store) == shown.replace("2 images", "not all of which can be read")
+
+
 def test_an_address_opens_a_store_from_any_folder(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
