@@ -65,7 +65,7 @@ DOORS = {
     "rich": {"cli", "progress"},
     "skops": {"heads"},
     # Estimators are written where they belong: scikit-learn is a contract as much as a library.
-    "sklearn": {"heads", "datasets", "evaluation", "training", "finetuning", "report"},
+    "sklearn": {"heads", "datasets", "evaluation", "training", "finetuning", "analysis"},
     "tensorflow": {"engines", "inference", "finetuning"},
     "xxhash": {"store"},
     "typer": {"cli"},

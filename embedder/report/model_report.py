@@ -1,24 +1,16 @@
 """What the report of a trained head says."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedder.errors import EmbedderError
+from embedder.analysis import map_coordinates
 from embedder.evaluation import confusion_matrix
 from embedder.heads import REPORT_FILE
-from embedder.libraries import logger
-from embedder.report.page import (
-    MapPoint,
-    Mistake,
-    Report,
-    map_coordinates,
-    thumbnail_of,
-    write_report,
-)
-from embedder.sources import Listing, list_images, read_bytes
+from embedder.report.page import MapPoint, Mistake, Report, write_report
+from embedder.report.thumbnails import thumbnails_of
+from embedder.sources import Listing
 from embedder.training import TrainedHead
 
 _NUM_MISTAKES = 24
@@ -40,7 +32,7 @@ def write_head_report(
     write_report(
         path,
         report_of(head, metrics),
-        _thumbnails(source or head.model.recorded().provenance.source),
+        thumbnails_of(source or head.model.recorded().provenance.source),
     )
     return path
 
@@ -254,23 +246,3 @@ def _provenance(head: TrainedHead) -> dict[str, str]:
         "when": made.when,
         "versions": ", ".join(f"{k} {v}" for k, v in made.versions.items()),
     }
-
-
-def _thumbnails(source: str | Listing | None) -> Callable[[str, int], bytes | None]:
-    """Pictures of images by id; None for all where the source is no longer there."""
-    try:
-        listing = list_images(source) if source and isinstance(source, str) else source
-        paths = listing.paths() if isinstance(listing, Listing) else {}
-    except EmbedderError as error:
-        logger.warning("The report has no pictures: %s. Name the images with --source", error)
-        paths = {}
-
-    def thumbnail(image_id: str, side: int) -> bytes | None:
-        if image_id not in paths:
-            return None
-        try:
-            return thumbnail_of(read_bytes(paths[image_id]), side)
-        except EmbedderError:
-            return None
-
-    return thumbnail

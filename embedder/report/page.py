@@ -1,7 +1,5 @@
 """The report of a model: one page, `report.html`, that needs nothing but itself."""
 
-import base64
-import io
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,26 +9,13 @@ from typing import Any
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
 
-from embedder.decode import decode_rgb
 from embedder.errors import RecipeError
 from embedder.files import whole_file
-from embedder.recipe import Recipe
 from embedder.report import figures
-
-MISTAKE_SIDE = 192  # pixels: enough to see what was mistaken for what; some 10 kB each
-MAP_SIDE = 64  # pixels: some 2 kB each, of which there may be thousands
-_JPEG_QUALITY = 80
+from embedder.report.thumbnails import MAP_SIDE, MISTAKE_SIDE, Thumbnails
 
 _NUM_CONFUSIONS = 12  # pairs of classes that are named beside the matrix
-_NUM_COMPONENTS = 50  # of PCA before t-SNE, as in van der Maaten and Hinton (2008)
-_NUM_STEPS = 500  # of t-SNE; 1000 keep no more neighbours
-_PERPLEXITY = 30
-_MIN_POINTS = 10  # fewer have no neighbourhoods to keep
 
 _SHARES = {  # metrics of 0 to 1, which are shown in percent, and more is better
     "accuracy": "Accuracy",
@@ -121,7 +106,7 @@ def write_report(path: Path, report: Report, thumbnail: Callable[[str, int], byt
     Raises:
         OSError: The file cannot be written.
     """
-    pictures = _Pictures(thumbnail)
+    pictures = Thumbnails(thumbnail)
     mistakes = [
         asdict(mistake) | {"picture": pictures.get(mistake.image_id, MISTAKE_SIDE)}
         for mistake in report.mistakes
@@ -146,22 +131,6 @@ def write_report(path: Path, report: Report, thumbnail: Callable[[str, int], byt
     # Names of files need not be valid text.
     with whole_file(path) as file:
         file.write(page.encode("utf-8", "replace"))
-
-
-class _Pictures:
-    """Thumbnails as `data:` addresses, and how many could not be had."""
-
-    def __init__(self, thumbnail: Callable[[str, int], bytes | None]) -> None:
-        self._thumbnail = thumbnail
-        self.num_asked = self.num_missing = 0
-
-    def get(self, image_id: str, side: int) -> str | None:
-        encoded = self._thumbnail(image_id, side)
-        self.num_asked += 1
-        if encoded is None:
-            self.num_missing += 1
-            return None
-        return f"data:image/jpeg;base64,{base64.b64encode(encoded).decode()}"
 
 
 def template(name: str) -> jinja2.Template:
@@ -239,7 +208,7 @@ def _map_classes(report: Report) -> list[str]:
     return sorted(labels, key=lambda label: (order.get(label, len(order)), label))
 
 
-def _map_columns(report: Report, classes: list[str], pictures: _Pictures) -> dict[str, list[Any]]:
+def _map_columns(report: Report, classes: list[str], pictures: Thumbnails) -> dict[str, list[Any]]:
     """Columns of `report.embedding_map`."""
     codes = {name: code for code, name in enumerate(classes)}
     columns: dict[str, list[Any]] = {
@@ -256,48 +225,3 @@ def _map_columns(report: Report, classes: list[str], pictures: _Pictures) -> dic
     columns["code"] = [codes[point.label] for point in report.map_points]
     columns["is_wrong"] = [int(point.label != point.predicted) for point in report.map_points]
     return columns
-
-
-def map_coordinates(features: NDArray[np.floating], seed: int = 0) -> NDArray[np.float32]:
-    """Lay vectors out on a plane so that neighbours stay neighbours.
-
-    t-SNE (van der Maaten and Hinton, 2008) after PCA. Distances between clusters mean nothing.
-
-    Args:
-        features: (n, dim).
-        seed: The same seed and features give the same map.
-
-    Returns:
-        (n, 2). Of fewer than 10 vectors, or of 1 value each, their first two principal components;
-        of vectors that are all alike, zeros.
-    """
-    if len(features) < 2 or not np.ptp(features, axis=0).any():
-        return np.zeros((len(features), 2), np.float32)
-    num_components = min(_NUM_COMPONENTS, *features.shape)
-    # One thread: the threads of scikit-learn's t-SNE wait by spinning, so that on cores that others
-    # use too, two of them take longer than one.
-    with threadpool_limits(1):
-        reduced = PCA(num_components, random_state=seed).fit_transform(features)
-        if len(features) < _MIN_POINTS or num_components < 2:
-            return np.pad(reduced, ((0, 0), (0, 2)))[:, :2].astype(np.float32)
-        perplexity = min(_PERPLEXITY, (len(features) - 1) / 3)
-        tsne = TSNE(2, perplexity=perplexity, max_iter=_NUM_STEPS, random_state=seed)
-        return np.asarray(tsne.fit_transform(reduced), np.float32)
-
-
-def thumbnail_of(encoded: bytes, side: int = MAP_SIDE) -> bytes:
-    """Make a small JPEG file of an image file, within `side` x `side` pixels.
-
-    Raises:
-        DecodeError: As `decode.decode_rgb`.
-    """
-    recipe = Recipe(backbone="none", weights="random:0", image_size=(side, side), crop="pad")
-    image = decode_rgb(encoded, recipe)
-    scale = side / max(image.height, image.width)
-    height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-    top, left = (side - height) // 2, (side - width) // 2  # within it, all is padding
-    jpeg = io.BytesIO()
-    Image.fromarray(image.pixels[top : top + height, left : left + width]).save(
-        jpeg, "JPEG", quality=_JPEG_QUALITY
-    )
-    return jpeg.getvalue()

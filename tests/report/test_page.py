@@ -13,19 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from embedder.errors import DecodeError, RecipeError
+from embedder.errors import RecipeError
 from embedder.report import figures
-from embedder.report.page import (
-    MapPoint,
-    Mistake,
-    Report,
-    map_coordinates,
-    thumbnail_of,
-    write_report,
-)
-from tests.support import picture
+from embedder.report.page import MapPoint, Mistake, Report, write_report
+from embedder.report.thumbnails import MAP_SIDE, thumbnail_of
+from tests.report.test_thumbnails import encoded
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
@@ -34,12 +27,6 @@ HOSTILE = (
     "\"quotes\" 'quotes' `back` \\ {{ 7 * 7 }} {% raw %}",
     "\u05e9\u05dc\u05d5\u05dd \u202egpj.exe 🍎",
 )
-
-
-def encoded(folder: Path, seed: int = 0, height: int = 90, width: int = 120) -> bytes:
-    path = folder / f"{seed}.png"
-    Image.fromarray(picture(seed, height, width)).save(path)
-    return path.read_bytes()
 
 
 def report_of(classes: tuple[str, ...] = HOSTILE) -> Report:
@@ -88,7 +75,7 @@ def ids_of(page: str) -> list[str]:
 
 
 def written(folder: Path, report: Report, has_pictures: bool = True) -> str:
-    content = thumbnail_of(encoded(folder)) if has_pictures else None
+    content = thumbnail_of(encoded(), MAP_SIDE) if has_pictures else None
     write_report(folder / "report.html", report, lambda _image_id, _side: content)
     return (folder / "report.html").read_text()
 
@@ -140,7 +127,7 @@ def test_missing_pictures_are_told_in_one_sentence(tmp_path: Path) -> None:
     page = written(tmp_path, report_of(), has_pictures=False)
     assert "The images could not be read, so this page has no pictures." in page
     assert "<img" not in page
-    jpeg = thumbnail_of(encoded(tmp_path))
+    jpeg = thumbnail_of(encoded(), MAP_SIDE)
     write_report(
         tmp_path / "report.html",
         report_of(),
@@ -192,49 +179,6 @@ def test_neighbouring_classes_differ_in_colour_and_84_in_their_symbol() -> None:
     assert len(set(symbols[:84])) == 84
     assert symbols[84] == symbols[0]
     assert all(a[0] != b[0] for a, b in pairwise(symbols))
-
-
-# Coordinates and thumbnails -----------------------------------------------------------------
-
-
-def test_the_map_keeps_clusters_apart_and_is_the_same_each_time() -> None:
-    clusters = np.repeat(np.eye(3, 60), 20, axis=0) * 9
-    features = clusters + np.random.default_rng(0).normal(size=clusters.shape) * 0.1
-    places = map_coordinates(features.astype(np.float32), seed=3)
-    np.testing.assert_array_equal(places, map_coordinates(features.astype(np.float32), seed=3))
-    centres = places.reshape(3, 20, 2).mean(axis=1)
-    spread = np.linalg.norm(places.reshape(3, 20, 2) - centres[:, None], axis=-1).max()
-    assert min(np.linalg.norm(centres[i] - centres[i - 1]) for i in range(3)) > 2 * spread
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (1, 5), (2, 5), (9, 4), (10, 1), (12, 2)])
-def test_few_or_short_vectors_have_a_place_too(shape: tuple[int, int]) -> None:
-    places = map_coordinates(np.random.default_rng(0).normal(size=shape).astype(np.float32))
-    assert places.shape == (shape[0], 2)
-    assert np.isfinite(places).all()
-    assert not map_coordinates(np.ones(shape, np.float32)).any()
-
-
-@pytest.mark.parametrize(("height", "width"), [(90, 120), (120, 90), (50, 50), (1, 400)])
-def test_a_thumbnail_is_the_whole_picture_and_no_padding(
-    tmp_path: Path, height: int, width: int
-) -> None:
-    path = tmp_path / "thumbnail.jpg"
-    path.write_bytes(thumbnail_of(encoded(tmp_path, 5, height, width), side=64))
-    with Image.open(path) as image:
-        assert image.format == "JPEG"
-        assert max(image.size) == 64
-        assert image.width / image.height == pytest.approx(
-            min(width / height, 64), rel=0.03
-        )  # one row at least
-        expected = Image.fromarray(picture(5, height, width)).resize(image.size)
-        difference = np.abs(np.asarray(image, float) - np.asarray(expected, float))
-        assert difference.mean() < 12
-
-
-def test_a_thumbnail_of_no_picture_is_a_decode_error() -> None:
-    with pytest.raises(DecodeError):
-        thumbnail_of(b"no picture")
 
 
 # In a browser -------------------------------------------------------------------------------
