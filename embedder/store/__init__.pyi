@@ -1,5 +1,5 @@
 from .lease import lease as lease
-from .scan import (
+from .scanning import (
     scan as scan,
     shard_groups as shard_groups,
     shuffled_batches as shuffled_batches,

@@ -30,7 +30,7 @@ from embedder.files import (
 from embedder.recipe import Recipe
 from embedder.store import shard_file
 from embedder.store.lease import LOCK_FILE
-from embedder.store.scan import scan
+from embedder.store.scanning import scan
 from embedder.store.schema import (
     EMBEDDINGS,
     FAILURE_SCHEMA,

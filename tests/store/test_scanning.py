@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from embedder.columns import VIEW
 from embedder.errors import RecipeError, StoreError
 from embedder.recipe import Recipe
-from embedder.store.scan import scan, shard_groups, shuffled_batches
+from embedder.store.scanning import scan, shard_groups, shuffled_batches
 from embedder.store.schema import FAILURE_SCHEMA
 from embedder.store.shard_file import vectors_of
 from embedder.store.store import Store
