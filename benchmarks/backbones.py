@@ -17,6 +17,7 @@ from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
 from embedder.engines import engine as engines
 from embedder.engines.engine import images_per_second
+from embedder.libraries import versions
 from embedder.machine import num_cores
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("embedder").setLevel(logging.ERROR)  # random weights are meant
     size = (options.image_size,) * 2 if options.image_size else None
-    print(f"{platform.machine()}, {num_cores()} cores, {engines.versions()}\n")
+    print(f"{platform.machine()}, {num_cores()} cores, {versions()}\n")
     print("| backbone | dim | size | parameters | images/s | licence |")
     print("|---|---:|---:|---:|---:|---|")
     for name in options.networks:

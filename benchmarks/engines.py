@@ -23,6 +23,7 @@ import numpy as np
 from embedder.backbones.graph import build
 from embedder.backbones.resolve import make_recipe
 from embedder.engines import engine as engines
+from embedder.libraries import import_openvino, versions
 from embedder.machine import num_cores
 from embedder.recipe import DEFAULT_BACKBONE
 
@@ -56,7 +57,7 @@ def per_second(call: Callable[[], Any], num_parallel: int, seconds: float) -> fl
 
 def openvino_call(model: Any, inputs: list[Any], precision: str) -> Callable[[], Any]:
     """A function that runs one inference on a stream of its own."""
-    openvino = engines.import_openvino()
+    openvino = import_openvino()
     settings = engines.openvino_settings(precision, num_cores())
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     requests = [compiled.create_infer_request() for _ in range(num_cores())]
@@ -72,7 +73,7 @@ def openvino_call(model: Any, inputs: list[Any], precision: str) -> Callable[[],
 
 def gemm_call(precision: str) -> tuple[Callable[[], Any], float]:
     """A function that multiplies two matrices, and its number of operations."""
-    openvino = engines.import_openvino()
+    openvino = import_openvino()
     from openvino import opset13 as ops
 
     generator = np.random.default_rng(0)
@@ -85,7 +86,7 @@ def gemm_call(precision: str) -> tuple[Callable[[], Any], float]:
 
 def convolution_call(precision: str) -> tuple[Callable[[], Any], float]:
     """A function that runs a chain of 3x3 convolutions, and its number of operations."""
-    openvino = engines.import_openvino()
+    openvino = import_openvino()
     from openvino import opset13 as ops
 
     number, batch, channels, side = 4, 8, 256, 14
@@ -113,7 +114,7 @@ def network_calls(name: str, precisions: list[str]) -> dict[tuple[str, str], Cal
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.xml"
         network.export(str(path), format="openvino", verbose=False)
-        model = engines.import_openvino().Core().read_model(path)
+        model = import_openvino().Core().read_model(path)
     model.reshape(list(pixels["openvino"].shape))
     inputs = [pixels["openvino"]]
     calls = {("openvino", p): openvino_call(model, inputs, p) for p in precisions}
@@ -140,7 +141,7 @@ def main() -> None:
         precisions.append("bfloat16")
     except engines.EngineError as error:
         print(f"bfloat16: left out. {error}")
-    print(f"{num_cores()} cores, " + ", ".join(f"{k} {v}" for k, v in engines.versions().items()))
+    print(f"{num_cores()} cores, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     products = {
         (precision, name): make(precision)
         for precision in precisions

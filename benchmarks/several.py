@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 from embedder.backbones.resolve import make_recipe
-from embedder.engines import engine as engines
 from embedder.extraction.extract import run_extraction
 from embedder.extraction.options import RunOptions
+from embedder.libraries import versions
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
@@ -73,7 +73,7 @@ def main() -> None:
     }
     parts = {"layers": layers, "networks": networks}
     ways = {name: recipes for part in options.parts for name, recipes in parts[part].items()}
-    print(f"{platform.machine()}, {num_cores()} cores, {engines.versions()}")
+    print(f"{platform.machine()}, {num_cores()} cores, {versions()}")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as scratch:
         manifest = write_manifest(options.archive, options.images, Path(scratch))

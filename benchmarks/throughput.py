@@ -39,7 +39,7 @@ from embedder.backbones.resolve import make_recipe
 from embedder.columns import EMBEDDING
 from embedder.decode.decode import decode_rgb
 from embedder.engines import engine as engines
-from embedder.libraries import import_keras
+from embedder.libraries import import_keras, versions
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
@@ -230,7 +230,7 @@ def main() -> None:
     print(
         f"{options.images:,} images, EfficientNet-Lite0, {num_cores()} cores, {platform.machine()}"
     )
-    print(", ".join(f"{name} {version}" for name, version in engines.versions().items()))
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
     pipelines = [name for name in available() if name in options.pipelines]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,12 +1,15 @@
 """Heavy libraries, imported where they are first needed, and the package's logger."""
 
+import importlib.metadata
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from embedder import __version__
 
 logger = logging.getLogger("embedder")
 # What `pip install` knows this package by; PyPI has an unrelated project `embedder`.
@@ -21,6 +24,29 @@ def import_keras() -> Any:
         import keras
 
     return keras
+
+
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would report every import over the network."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that decide a vector's last digits."""
+    libraries = ("keras", "tensorflow", "openvino", "pillow", "cykooz-resizer", "numpy", "pyarrow")
+    return {"embedder": __version__, **installed(libraries)}
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of packages, by name, without those that are not installed."""
+    found = {}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 _import_lock = threading.Lock()

@@ -50,7 +50,7 @@ DOORS = {
     "keras": {"libraries", "backbones", "heads", "inference", "finetuning"},
     "onnx": {"inference"},
     "onnxruntime": {"inference"},
-    "openvino": {"engines"},
+    "openvino": {"libraries"},
     "psutil": {"cli"},
     "pydantic": {
         "options",

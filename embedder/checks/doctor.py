@@ -23,6 +23,7 @@ from embedder.checks.conformance import (
 )
 from embedder.decode import FORMATS, decode_rgb
 from embedder.errors import EngineError, SourceError
+from embedder.libraries import versions
 from embedder.machine import cache_folder, memory_bytes, num_cores
 from embedder.recipe import Recipe
 from embedder.sources import images_folder
@@ -42,7 +43,7 @@ def machine() -> dict[str, str]:
         "engine": f"{engines.choose('auto')} (chosen by auto)",
         "image formats": ", ".join(FORMATS),
         "model cache": str(cache_folder()),
-    } | engines.versions()
+    } | versions()
 
 
 def self_test(backbone: str, weights: str | None = None) -> list[Check]:

@@ -7,9 +7,7 @@ from .engine import (
     choose as choose,
     find_batch_size as find_batch_size,
     gpus_of as gpus_of,
-    import_openvino as import_openvino,
     is_batch_size_known as is_batch_size_known,
     load as load,
     prepare as prepare,
-    versions as versions,
 )

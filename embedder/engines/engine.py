@@ -12,7 +12,6 @@ import os
 import platform
 import queue
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -24,9 +23,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder import __version__, backbones
+from embedder import backbones
 from embedder.errors import EngineError, OutOfMemory
-from embedder.libraries import import_keras
+from embedder.libraries import import_keras, import_openvino, installed
 from embedder.machine import cache_folder, gpus
 from embedder.recipe import Recipe
 
@@ -368,8 +367,8 @@ def _remembered_batch_size(recipe: Recipe, name: str, num_threads: int) -> int |
 
 def _batch_size_file(recipe: Recipe, name: str, num_threads: int) -> Path:
     device = "GPU" if gpus_of(name) else platform.processor() or "CPU"
-    versions_of = _installed((name,))
-    parts = [recipe.fingerprint, name, *versions_of, device, platform.node(), num_threads]
+    version = installed([name]).items()
+    parts = [recipe.fingerprint, name, *version, device, platform.node(), num_threads]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache_folder() / "batch-sizes" / f"{recipe.label}-{key}.json"
 
@@ -438,26 +437,6 @@ def _export(recipe: Recipe, folder: Path) -> None:
         raise EngineError(f"The model could not be exported to {folder}")
 
 
-def import_openvino() -> Any:
-    """Import OpenVINO without its telemetry, which would report every import over the network."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
-
-
 def gpus_of(name: str) -> list[str]:
     """GPUs that an engine, one of `ENGINES` or `auto`, computes on; empty where it uses the CPU."""
     return gpus() if choose(name) == "tensorflow" else []
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that decide a vector's last digits."""
-    libraries = ("keras", "tensorflow", "openvino", "pillow", "cykooz-resizer", "numpy", "pyarrow")
-    return {"embedder": __version__, **dict(_installed(libraries))}
-
-
-def _installed(packages: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield package, importlib.metadata.version(package)

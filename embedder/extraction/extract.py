@@ -22,7 +22,7 @@ from embedder.extraction.options import RunOptions
 from embedder.extraction.plan import Plan, drop_repeated, make_plan
 from embedder.extraction.record import Summary, grouped_reasons
 from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, worker_state_of
-from embedder.libraries import logger
+from embedder.libraries import logger, versions
 from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images
 from embedder.store import EMBEDDINGS, FAILURES, Store, check_place, lease
@@ -100,7 +100,7 @@ def run_extraction(
             check_place(path)
             stack.enter_context(lease(path, wait=options.wait))
         for path, recipe in recipes.items():
-            store = Store.open_or_create(path, recipe, engines.versions())
+            store = Store.open_or_create(path, recipe, versions())
             summary = Summary.begin(listing.source, store, options, listing, began)
             targets.append(_Target(store, summary, listing.refs))
         with _recorded(targets):

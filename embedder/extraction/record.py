@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from embedder import engines
 from embedder.errors import StoreError
 from embedder.extraction.shard import STAGES, Receipt
+from embedder.libraries import versions
 from embedder.recipe import Recipe
 from embedder.sources import Listing
 from embedder.store import FAILURES, Store
@@ -273,7 +273,7 @@ class Summary:
             "status": self.status,
             "source": self.source,
             "host": socket.gethostname(),
-            "versions": engines.versions(),
+            "versions": versions(),
             "engine": self.engine,
             "options": self.options,
             "counts": {

@@ -6,13 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from embedder import engines
 from embedder.datasets import TrainingSet
 from embedder.errors import EmbedderError, RecipeError
 from embedder.files import remove_abandoned, remove_folder
 from embedder.finetuning.options import TuneOptions
 from embedder.heads import Model, ModelFolder
-from embedder.libraries import logger
+from embedder.libraries import logger, versions
 from embedder.store import Store
 
 TUNED_FEATURES = "tuned-features"  # of the tuned backbone, until they take their place beside OUT
@@ -74,7 +73,7 @@ def finish(work: Path, request: dict[str, Any], folder: Path, features: Path) ->
         if store.recipe.fingerprint == said.fingerprint:  # else the older ones, swapped
             place = {"weights_source": str(folder.absolute() / said.weights_source)}
             recipe = store.recipe.model_copy(update=place)
-            store = Store.open_or_create(work / TUNED_FEATURES, recipe, engines.versions())
+            store = Store.open_or_create(work / TUNED_FEATURES, recipe, versions())
             store.move(features)
     remove_folder(work)
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from embedder import backbones
 from embedder.decode import decode_rgb
-from embedder.engines import versions
 from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
 from embedder.extraction import Progress, RunOptions
 from embedder.files import is_temporary, local_path, whole_folder
@@ -36,7 +35,7 @@ from embedder.inference.formats import (
     write_and_run,
 )
 from embedder.inference.predict import predict
-from embedder.libraries import import_keras, logger
+from embedder.libraries import import_keras, logger, versions
 from embedder.sources import list_images, read_bytes
 from embedder.store import Store
 

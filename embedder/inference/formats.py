@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.backbones import load_keras_model, save_network
-from embedder.engines import import_openvino
 from embedder.errors import RecipeError, Unfinished
-from embedder.libraries import DISTRIBUTION
+from embedder.libraries import DISTRIBUTION, import_openvino
 
 if TYPE_CHECKING:
     import keras

@@ -7,11 +7,11 @@ from importlib.metadata import version
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder import engines
 from embedder.datasets import TrainingSet, make_split, read_training_set
 from embedder.errors import RecipeError
 from embedder.evaluation import Evaluation
 from embedder.heads import Model, Provenance, Record, RecordedOptions, find_head
+from embedder.libraries import versions
 from embedder.neighbours import near_duplicate_groups
 from embedder.store import Store
 from embedder.training.cross_validation import coarse_classes, judge
@@ -154,8 +154,7 @@ def _record(
             store=store.address,
             source=sources[-1] if sources else None,
             when=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=engines.versions()
-            | {name: version(name) for name in ("scikit-learn", "skops")},
+            versions=versions() | {name: version(name) for name in ("scikit-learn", "skops")},
             num_trained_on=len(images.split.trained_on),
             num_unlabelled=images.num_unlabelled,
         ),

@@ -21,6 +21,7 @@ from embedder.engines.engine import Features, exported_model, load
 from embedder.errors import EngineError, OutOfMemory, WeightsError
 from embedder.extraction import cluster
 from embedder.extraction.options import RunOptions
+from embedder.libraries import import_openvino
 from embedder.machine import gpus
 from embedder.recipe import Recipe
 from tests.support import picture
@@ -154,7 +155,7 @@ for thread in threads:
 
 
 def test_openvino_telemetry_cannot_be_loaded() -> None:
-    engines.import_openvino()
+    import_openvino()
     with pytest.raises(ImportError):
         __import__("openvino_telemetry")
 
