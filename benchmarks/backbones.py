@@ -13,10 +13,10 @@ import platform
 import statistics
 import tempfile
 
+from embedder import engines
 from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
-from embedder.engines import engine as engines
-from embedder.engines.engine import images_per_second
+from embedder.engines import images_per_second
 from embedder.libraries import versions
 from embedder.machine import num_cores
 

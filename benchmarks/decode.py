@@ -28,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, features
 
+from embedder import engines
 from embedder.backbones.resolve import make_recipe
 from embedder.columns import EMBEDDING
 from embedder.decode.decode import decode_rgb, prepare_decoders
-from embedder.engines import engine as engines
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images

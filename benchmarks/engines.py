@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from embedder import engines
 from embedder.backbones.graph import build
 from embedder.backbones.resolve import make_recipe
-from embedder.engines import engine as engines
+from embedder.engines.openvino import openvino_settings
+from embedder.errors import EngineError
 from embedder.libraries import import_openvino, versions
 from embedder.machine import num_cores
 from embedder.recipe import DEFAULT_BACKBONE
@@ -58,7 +60,7 @@ def per_second(call: Callable[[], Any], num_parallel: int, seconds: float) -> fl
 def openvino_call(model: Any, inputs: list[Any], precision: str) -> Callable[[], Any]:
     """A function that runs one inference on a stream of its own."""
     openvino = import_openvino()
-    settings = engines.openvino_settings(precision, num_cores())
+    settings = openvino_settings(precision, num_cores())
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     requests = [compiled.create_infer_request() for _ in range(num_cores())]
     requests[0].infer(inputs)
@@ -139,7 +141,7 @@ def main() -> None:
     try:
         engines.check_precision("bfloat16", "openvino")
         precisions.append("bfloat16")
-    except engines.EngineError as error:
+    except EngineError as error:
         print(f"bfloat16: left out. {error}")
     print(f"{num_cores()} cores, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     products = {

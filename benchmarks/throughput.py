@@ -34,11 +34,12 @@ from typing import Any
 import numpy as np
 
 import embedder
+from embedder import engines
 from embedder.backbones.graph import build
 from embedder.backbones.resolve import make_recipe
 from embedder.columns import EMBEDDING
 from embedder.decode.decode import decode_rgb
-from embedder.engines import engine as engines
+from embedder.errors import EngineError
 from embedder.libraries import import_keras, versions
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
@@ -181,7 +182,7 @@ def available() -> Iterator[str]:
             continue
         try:
             engines.check_precision(precision or "float32", "auto")
-        except engines.EngineError as error:
+        except EngineError as error:
             print(f"{pipeline}: left out. {error}")
             continue
         yield pipeline

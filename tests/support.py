@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder.datasets.training_set import TrainingSet
-from embedder.engines.engine import Features
+from embedder.engines import Features
 from embedder.heads.model_folder import Provenance, Record, RecordedOptions
 from embedder.recipe import Recipe
 from embedder.sources.listing import Listing

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from embedder import engines
 from embedder.backbones.graph import load_network
 from embedder.backbones.resolve import make_recipe
 from embedder.decode.decode import decode_rgb
-from embedder.engines import engine as engines
 from embedder.recipe import Recipe
 from embedder.sources.demo_images import images_folder
 from tests.support import SHARED, TESTS, picture

@@ -10,7 +10,7 @@ from embedder.backbones.resolve import make_recipe, weights_file
 from embedder.backbones.table import BACKBONES
 from embedder.backbones.torch_weights import read_state_dict
 from embedder.decode.decode import decode_rgb
-from embedder.engines.engine import load
+from embedder.engines import load
 from embedder.errors import WeightsError
 from embedder.sources.listing import list_images
 from embedder.sources.reading import read_bytes

@@ -23,7 +23,7 @@ from embedder.cli.app import app
 from embedder.decode.decode import decode_rgb
 from embedder.decode.resize import augment
 from embedder.decode.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of
-from embedder.engines.engine import Features
+from embedder.engines import Features
 from embedder.errors import RecipeError
 from embedder.extraction.shard import WorkerState
 from embedder.recipe import MAX_VIEWS, Recipe

@@ -1,8 +1,6 @@
-"""The engines: the same vectors on each, whatever the batch; a cache that can be trusted."""
+"""The engines: the same vectors on each, whatever the batch."""
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,23 +11,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from embedder import engines
 from embedder.api import extract
 from embedder.backbones.graph import build, load_network
 from embedder.backbones.layers import leaf_layers
-from embedder.engines import engine as engines
-from embedder.engines.engine import Features, exported_model, load
-from embedder.errors import EngineError, OutOfMemory, WeightsError
+from embedder.engines import engine as engine_module, load
+from embedder.engines.engine import out_of_memory
+from embedder.engines.model_cache import exported_model
+from embedder.errors import EngineError, OutOfMemory
 from embedder.extraction import cluster
 from embedder.extraction.options import RunOptions
 from embedder.libraries import import_openvino
 from embedder.machine import gpus
 from embedder.recipe import Recipe
-from tests.support import picture
-
-
-@pytest.fixture(scope="module")
-def pixels() -> NDArray[np.uint8]:
-    return np.stack([picture(seed, 64, 96) for seed in range(6)])
 
 
 def embed_all(
@@ -71,70 +65,13 @@ def test_an_unknown_engine_is_refused() -> None:
         engines.choose("jax")
 
 
-def test_a_cached_model_needs_no_tensorflow(lite0: Recipe, model_cache: Path) -> None:
-    exported_model(lite0)
-    code = """
-import sys
-from embedder.engines import engine as engines
-from embedder.backbones.resolve import make_recipe
-engines.load(make_recipe(image_size=(64, 96)), "openvino", 2, 1)
-print([name for name in ("tensorflow", "keras", "openvino_telemetry") if sys.modules.get(name)])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("damage", ["change", "remove", "no checksum"])
-def test_a_damaged_cache_is_mended(lite0: Recipe, pixels: NDArray[np.uint8], damage: str) -> None:
-    before = embed_all(lite0, "openvino", 3, pixels)
-    file = exported_model(lite0).with_suffix(".bin")
-    content = file.read_bytes()
-    if damage == "no checksum":
-        (file.parent / "model.sha256").write_bytes(b"\xff")
-    else:
-        file.unlink()  # and not written in place: engines of other tests have it mapped into memory
-    if damage == "change":
-        middle = len(content) // 2
-        file.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
-    np.testing.assert_array_equal(embed_all(lite0, "openvino", 3, pixels), before)
-    assert file.read_bytes() == content
-
-
-def test_a_cache_that_cannot_be_written_says_what_to_set(
-    lite0: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(EngineError, match="Set EMBEDDER_CACHE"):
-        exported_model(lite0)
-
-
-def test_recipes_that_share_a_graph_share_its_export(lite0: Recipe) -> None:
-    squashed = lite0.model_copy(update={"crop": "squash", "l2_normalise": True})
-    assert exported_model(squashed) == exported_model(lite0)
-    for other in ({"pooling": "max"}, {"image_size": (64, 64)}):
-        assert exported_model(lite0.model_copy(update=other)) != exported_model(lite0)
-    with pytest.raises(WeightsError):
-        exported_model(lite0.model_copy(update={"weights": "0" * 64}))
-
-
-def test_one_export_serves_all_precisions(
-    lite0: Recipe, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    usual = embed_all(lite0, "openvino", 3, pixels)
-    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path))
-    first = exported_model(lite0.model_copy(update={"precision": "bfloat16"}))
-    assert exported_model(lite0) == first
-    np.testing.assert_array_equal(embed_all(lite0, "openvino", 3, pixels), usual)
-
-
 def test_many_threads_may_embed_first(lite0: Recipe) -> None:
     """In a new process, where OpenVINO's binding has still to set itself up."""
     exported_model(lite0)
     code = """
 import faulthandler, sys, threading
 import numpy as np
-from embedder.engines import engine as engines
+from embedder import engines
 from embedder.backbones.resolve import make_recipe
 faulthandler.dump_traceback_later(60, exit=True)  # of a deadlock
 sys.setswitchinterval(1e-6)
@@ -215,93 +152,15 @@ def test_float16_on_a_cpu_is_refused(lite0: Recipe) -> None:
     "words", ["Failed to allocate memory", "std::bad_alloc", "OOM when allocating tensor"]
 )
 def test_running_out_of_memory_is_told_from_other_errors(words: str) -> None:
-    with pytest.raises(OutOfMemory, match=words), engines._out_of_memory(RuntimeError):
+    with pytest.raises(OutOfMemory, match=words), out_of_memory(RuntimeError):
         raise RuntimeError(f"CPU: {words}")
-    with pytest.raises(OutOfMemory), engines._out_of_memory(RuntimeError, MemoryError):
+    with pytest.raises(OutOfMemory), out_of_memory(RuntimeError, MemoryError):
         raise MemoryError
     with (
         pytest.raises(RuntimeError, match="^shapes differ$"),
-        engines._out_of_memory(RuntimeError, MemoryError),
+        out_of_memory(RuntimeError, MemoryError),
     ):
         raise RuntimeError("shapes differ")
-
-
-class Paced:
-    """An engine of so many images per second at each batch size, by a clock of its own."""
-
-    name = "openvino"
-    device = "CPU"
-    num_parallel = 1
-
-    def __init__(self, batch_size: int, speeds: dict[int, float], clock: list[float]) -> None:
-        self.batch_size, self._speeds, self._clock = batch_size, speeds, clock
-
-    def embed(self, pixels: NDArray[np.uint8]) -> Features:
-        if len(pixels) not in self._speeds:
-            raise OutOfMemory(f"{len(pixels)} images do not fit")
-        self._clock[0] += len(pixels) / self._speeds[len(pixels)]
-        return {"embedding": np.zeros((len(pixels), 1), np.float32)}
-
-    def resized(self, batch_size: int) -> "Paced":
-        return Paced(batch_size, self._speeds, self._clock)
-
-
-def find_paced_batch_size(
-    recipe: Recipe, speeds: list[float], monkeypatch: pytest.MonkeyPatch
-) -> int:
-    """What is found where batches of 2, 4, 8 ... are so fast, and larger ones do not fit."""
-    clock = [0.0]
-    monkeypatch.setattr(engines, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    engine = Paced(1, dict(zip((2, 4, 8, 16, 32), speeds, strict=False)), clock)
-    return engines.find_batch_size(engine, recipe, 2).batch_size
-
-
-@pytest.mark.parametrize(
-    ("speeds", "found"),
-    [
-        ([100, 200, 300, 400, 500], 32),
-        ([100, 200, 300], 8),  # 16 do not fit
-        ([100, 102, 110, 112, 113], 8),  # 3 % more than the best is needed
-        ([100, 101, 102, 200, 200], 2),  # two in a row end the search
-        ([100, 90, 110, 90, 120], 32),  # one does not, and the count begins again
-    ],
-)
-def test_the_smallest_batch_that_is_as_fast_as_any_is_found(
-    lite0: Recipe,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    speeds: list[float],
-    found: int,
-) -> None:
-    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path))
-    assert find_paced_batch_size(lite0, speeds, monkeypatch) == found
-    (file,) = (tmp_path / "batch-sizes").iterdir()
-    measured = json.loads(file.read_text())["images_per_second"]
-    assert measured["2"] == pytest.approx(100)
-
-
-def test_the_batch_size_that_was_found_is_used_from_then_on(
-    lite0: Recipe, model_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    exported_model(lite0)
-    shutil.copytree(model_cache, tmp_path / "cache")
-    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "cache"))
-    assert not engines.is_batch_size_known(lite0, "openvino", 2)
-    assert find_paced_batch_size(lite0, [100, 200, 300], monkeypatch) == 8
-    assert engines.is_batch_size_known(lite0, "openvino", 2)
-    assert not engines.is_batch_size_known(lite0, "openvino", 1)
-    assert not engines.is_batch_size_known(lite0, "tensorflow", 2)
-    bfloat16 = lite0.model_copy(update={"precision": "bfloat16"})
-    assert not engines.is_batch_size_known(bfloat16, "openvino", 2)
-    (file,) = (tmp_path / "cache" / "batch-sizes").iterdir()
-    file.write_text(json.dumps({"batch_size": 3}))  # so that it is told from the default
-    assert load(lite0, "openvino", None, 2).batch_size == 3
-    assert load(lite0, "openvino", 5, 2).batch_size == 5
-    nested, infinite = "[" * 100_000, '{"batch_size": 1e999}'
-    for damaged in ("damaged", '{"batch_size": 0}', "[]", infinite, nested):
-        file.write_text(damaged)
-        assert not engines.is_batch_size_known(lite0, "openvino", 2)
-    assert load(lite0, "openvino", None, 2).batch_size == 4
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
@@ -320,7 +179,7 @@ def test_a_resized_engine_gives_the_same_vectors(
 
 
 def test_each_worker_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (engines, cluster):
+    for module in (engine_module, cluster):
         monkeypatch.setattr(module, "gpus", lambda: ["0", "GPU-abc", "2"])
     assert engines.choose("auto") == "tensorflow"
     assert RunOptions().num_workers == 3

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder.decode.decode import decode_rgb
-from embedder.engines import engine as engines
-from embedder.engines.engine import Features, exported_model
+from embedder.engines import Features, batch_size, is_batch_size_known
+from embedder.engines.model_cache import exported_model
 from embedder.errors import EngineError, OutOfMemory, StoreError
 from embedder.extraction import shard as pipeline
 from embedder.extraction.shard import (
@@ -384,14 +384,14 @@ def test_a_toolbox_is_made_once_and_measures_batch_sizes_for_long_runs(
     keep = shutil.ignore_patterns("batch-sizes")
     shutil.copytree(model_cache, tmp_path / "cache", ignore=keep)
     monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(engines, "_KNEE_SECONDS", 0.01)
+    monkeypatch.setattr(batch_size, "_KNEE_SECONDS", 0.01)
     monkeypatch.setattr(pipeline, "_toolboxes", {})
 
     def job(num_images: int, batch_size: int | None = None, recipe: Recipe = lite0) -> Job:
         return Job(recipe, "store", "openvino", batch_size, num_images)
 
     def is_measured() -> bool:
-        return engines.is_batch_size_known(lite0, "openvino", 2)
+        return is_batch_size_known(lite0, "openvino", 2)
 
     short = worker_state_of(job(1999), 2)
     assert worker_state_of(job(1999), 2) is short

@@ -1,0 +1,101 @@
+"""The batch size at the knee: the smallest at which an engine is as fast as it gets."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from embedder.engines.engine import Engine, choose, gpus_of
+from embedder.errors import OutOfMemory
+from embedder.libraries import installed
+from embedder.machine import cache_folder
+from embedder.recipe import Recipe
+
+_BATCH_SIZES = {"openvino": (2, 4, 8, 16, 32), "tensorflow": (16, 32, 64, 128, 256, 512)}
+_KNEE = 1.03  # a larger batch must be faster by so much: it costs memory and idle time at the end
+_KNEE_SECONDS = 0.5  # of measuring, at each batch size
+
+
+def find_batch_size(engine: Engine, recipe: Recipe, num_threads: int) -> Engine:
+    """Find the smallest batch size at which the engine is as fast as it gets, and remember it.
+
+    Batch sizes are tried in ascending order on black pictures, each for half a second, until a
+    larger one is no faster by 3 %, twice in a row, or does not fit into memory. What was found
+    is kept in the cache folder, for this recipe, engine, device and number of threads; it is
+    what `load` uses from then on.
+
+    Args:
+        engine: Compiled, at any batch size.
+        recipe: What it computes.
+        num_threads: CPU threads that it uses.
+
+    Returns:
+        The engine at that batch size.
+    """
+    best, best_speed, num_worse = engine, 0.0, 0
+    speeds = {}
+    for batch_size in _BATCH_SIZES[engine.name]:
+        try:
+            candidate = engine.resized(batch_size)
+            speed = speeds[batch_size] = images_per_second(candidate, recipe)
+        except OutOfMemory:
+            break
+        if speed > best_speed * _KNEE:
+            best, best_speed, num_worse = candidate, speed, 0
+        elif (num_worse := num_worse + 1) == 2:
+            break
+    file = _batch_size_file(recipe, engine.name, num_threads)
+    content = {"batch_size": best.batch_size, "images_per_second": speeds}
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(file)
+    return best
+
+
+def images_per_second(engine: Engine, recipe: Recipe) -> float:
+    """Speed of the network alone, on black pictures, for half a second or a call in each thread."""
+    pixels = np.zeros((engine.batch_size, *recipe.image_size, 3), np.uint8)
+    begin = time.perf_counter()
+
+    def embed_for_a_while(_: int) -> int:
+        num_images = 0
+        while time.perf_counter() - begin < _KNEE_SECONDS:
+            engine.embed(pixels)
+            num_images += len(pixels)
+        return num_images
+
+    with ThreadPoolExecutor(engine.num_parallel) as threads:
+        num_images = sum(threads.map(embed_for_a_while, range(engine.num_parallel)))
+    return num_images / (time.perf_counter() - begin)
+
+
+def is_batch_size_known(recipe: Recipe, name: str, num_threads: int) -> bool:
+    """Whether `find_batch_size` has been here before."""
+    return remembered_batch_size(recipe, choose(name), num_threads) is not None
+
+
+def remembered_batch_size(recipe: Recipe, name: str, num_threads: int) -> int | None:
+    """What `find_batch_size` found for an engine, one of `ENGINES`; None if it was never here."""
+    try:
+        content = json.loads(_batch_size_file(recipe, name, num_threads).read_bytes())
+        batch_size = int(content["batch_size"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return batch_size if batch_size >= 1 else None
+
+
+def _batch_size_file(recipe: Recipe, name: str, num_threads: int) -> Path:
+    device = "GPU" if gpus_of(name) else platform.processor() or "CPU"
+    version = installed([name]).items()
+    parts = [recipe.fingerprint, name, *version, device, platform.node(), num_threads]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return cache_folder() / "batch-sizes" / f"{recipe.label}-{key}.json"

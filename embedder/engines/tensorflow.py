@@ -1,0 +1,94 @@
+"""TensorFlow, on GPU or CPU."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder import backbones
+from embedder.engines.engine import Features, out_of_memory
+from embedder.libraries import import_keras
+from embedder.recipe import Recipe
+
+
+class TensorFlowEngine:
+    """TensorFlow: on the first GPU that the process may see, or else on CPU."""
+
+    name = "tensorflow"
+
+    def __init__(self, recipe: Recipe, batch_size: int, num_threads: int) -> None:
+        """Build the model and trace it for one batch size."""
+        import_keras()
+        import tensorflow as tf
+
+        with contextlib.suppress(RuntimeError):  # already set, by an earlier engine
+            tf.config.threading.set_intra_op_parallelism_threads(num_threads)
+        _let_gpu_memory_grow()
+        self._compile(backbones.build(recipe), recipe.image_size, batch_size)
+
+    def _compile(self, model: Any, image_size: tuple[int, int], batch_size: int) -> None:
+        import tensorflow as tf
+
+        self._model, self._image_size, self.batch_size = model, image_size, batch_size
+        self.device = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+        # On a GPU, one batch travels to the device while another is computed; on a CPU,
+        # TensorFlow spreads one batch over the cores by itself.
+        self.num_parallel = 2 if self.device == "GPU" else 1
+        self._run = tf.function(
+            lambda pixels: model(pixels, training=False),
+            input_signature=[tf.TensorSpec((batch_size, *image_size, 3), tf.uint8)],
+            # XLA is ten times slower on CPU for depthwise convolutions, so never there.
+            jit_compile=self.device == "GPU",
+        )
+        # The first call compiles: better here than while others wait.
+        self.embed(np.zeros((batch_size, *image_size, 3), np.uint8))
+
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        """Embed one batch, (batch_size, height, width, 3)."""
+        import tensorflow as tf
+
+        with out_of_memory(tf.errors.ResourceExhaustedError), tf.device(f"/{self.device}:0"):
+            features = self._run(tf.constant(pixels))
+            return {name: array.numpy() for name, array in features.items()}
+
+    def resized(self, batch_size: int) -> "TensorFlowEngine":
+        """Trace the same model again, for another batch size."""
+        engine = TensorFlowEngine.__new__(TensorFlowEngine)
+        engine._compile(self._model, self._image_size, batch_size)
+        return engine
+
+
+def build_on_cpu(recipe: Recipe) -> None:
+    """Build the model to see that it can be, without taking a GPU."""
+    import_keras()
+    import tensorflow as tf
+
+    _let_gpu_memory_grow()
+    with tf.device("/CPU:0"):
+        backbones.build(recipe)
+
+
+def _let_gpu_memory_grow() -> None:
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # already set, by an earlier engine
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def best_training_precision() -> str:
+    """What networks are trained in on this device: bfloat16 on a GPU that computes in it.
+
+    On a CPU TensorFlow trains in bfloat16 at half the speed of float32.
+    """
+    import_keras()
+    import tensorflow as tf
+
+    details = [
+        tf.config.experimental.get_device_details(gpu)
+        for gpu in tf.config.list_physical_devices("GPU")
+    ]
+    # NVIDIA's of compute capability 8.0 and above have it.
+    has_it = [found.get("compute_capability", (0, 0)) >= (8, 0) for found in details]
+    return "bfloat16" if has_it and all(has_it) else "float32"
