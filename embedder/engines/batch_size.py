@@ -3,9 +3,7 @@
 import contextlib
 import hashlib
 import json
-import os
 import platform
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 
 from embedder.engines.engine import Engine, choose, gpus_of
 from embedder.errors import OutOfMemory
+from embedder.files import whole_file
 from embedder.libraries import installed
 from embedder.machine import cache_folder
 from embedder.recipe import Recipe
@@ -55,9 +54,8 @@ def find_batch_size(engine: Engine, recipe: Recipe, num_threads: int) -> Engine:
     content = {"batch_size": best.batch_size, "images_per_second": speeds}
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_text(json.dumps(content))
-        temporary.replace(file)
+        with whole_file(file) as new:
+            new.write(json.dumps(content).encode())
     return best
 
 

@@ -1,16 +1,14 @@
 """OpenVINO's form of a recipe's model, exported once and kept in the cache folder."""
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
-import shutil
-import tempfile
 import threading
 from pathlib import Path
 
 from embedder import backbones
 from embedder.errors import EngineError
+from embedder.files import whole_folder
 from embedder.libraries import import_openvino
 from embedder.machine import cache_folder
 from embedder.recipe import Recipe
@@ -52,26 +50,16 @@ def _checksum(folder: Path) -> str:
 
 
 def _export(recipe: Recipe, folder: Path) -> None:
-    """Export into a temporary folder and rename it, so that a cached model is always whole."""
     import_openvino()
     # OpenVINO chooses the precision when it compiles: one export serves all.
     model = backbones.build(recipe.model_copy(update={"precision": "float32"}))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with whole_folder(folder) as new:
+            model.export(str(new / "model.xml"), format="openvino", verbose=False)
+            (new / _CHECKSUM_FILE).write_text(_checksum(new))
     except OSError as error:
-        raise EngineError(
-            f"The cache folder {folder.parent} cannot be written: {error}. "
-            f"Set EMBEDDER_CACHE to a folder that can"
-        ) from error
-    try:
-        model.export(str(temporary / "model.xml"), format="openvino", verbose=False)
-        (temporary / _CHECKSUM_FILE).write_text(_checksum(temporary))
-        if folder.exists():  # a damaged one; another process may have mended it meanwhile
-            shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if not _is_intact(folder):
-        raise EngineError(f"The model could not be exported to {folder}")
+        if not _is_intact(folder):  # another process may have been faster
+            raise EngineError(
+                f"The cache folder {folder.parent} cannot be written: {error}. "
+                f"Set EMBEDDER_CACHE to a folder that can"
+            ) from error
