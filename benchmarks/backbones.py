@@ -18,14 +18,14 @@ from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
 from embedder.engines import images_per_second
 from embedder.libraries import versions
-from embedder.machine import num_cores
+from embedder.machine import gpus, num_cores
 
 
 def speed_of(name: str, image_size: tuple[int, int] | None, rounds: int) -> float:
     recipe = make_recipe(name, "random", image_size=image_size)
     with tempfile.TemporaryDirectory() as scratch:  # exports of the whole table are 6 GB
         os.environ["EMBEDDER_CACHE"] = scratch
-        engine = engines.load(recipe, "auto", None, num_cores())
+        engine = engines.load(recipe, engines.choose("auto", gpus()), None, num_cores())
         return statistics.median(images_per_second(engine, recipe) for _ in range(rounds))
 
 

@@ -32,7 +32,7 @@ from embedder import engines
 from embedder.backbones.resolve import make_recipe
 from embedder.columns import EMBEDDING
 from embedder.decode.decode import decode_rgb, prepare_decoders
-from embedder.machine import num_cores
+from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.sources.reading import read_bytes
@@ -147,7 +147,7 @@ def main() -> None:
             f"{difference.max():.2f} in the worst image; {sum(difference == 0)} are identical"
         )
 
-    engine = engines.load(recipe, "auto", None, num_cores())
+    engine = engines.load(recipe, engines.choose("auto", gpus()), None, num_cores())
     cosines = (embed_all(engine, pixels["exact"]) * embed_all(engine, pixels["scaled"])).sum(axis=1)
     print(
         f"cosine of scaled to exact embeddings: median {np.median(cosines):.5f}, "

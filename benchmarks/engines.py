@@ -139,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     precisions = ["float32"]
     try:
-        engines.check_precision("bfloat16", "openvino")
+        engines.check_precision("bfloat16", engines.Runtime("openvino"))
         precisions.append("bfloat16")
     except EngineError as error:
         print(f"bfloat16: left out. {error}")

@@ -41,7 +41,7 @@ from embedder.columns import EMBEDDING
 from embedder.decode.decode import decode_rgb
 from embedder.errors import EngineError
 from embedder.libraries import import_keras, versions
-from embedder.machine import num_cores
+from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.sources.reading import read_bytes
@@ -128,7 +128,7 @@ def decode_speed(folder: Path, recipe: Recipe) -> float:
 
 def inference_speed(recipe: Recipe, num_images: int) -> float:
     """Images per second of the network alone, its batches in memory already."""
-    engine = engines.load(recipe, "auto", None, num_cores())
+    engine = engines.load(recipe, engines.choose("auto", gpus()), None, num_cores())
     shape = (engine.batch_size, *recipe.image_size, 3)
     batches = np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8)
     num_batches = max(1, num_images // engine.batch_size)
@@ -181,7 +181,7 @@ def available() -> Iterator[str]:
             print(f"{pipeline}: left out, torch and timm are not installed")
             continue
         try:
-            engines.check_precision(precision or "float32", "auto")
+            engines.check_precision(precision or "float32", engines.choose("auto", gpus()))
         except EngineError as error:
             print(f"{pipeline}: left out. {error}")
             continue

@@ -17,6 +17,7 @@ from embedder import engines
 from embedder.backbones.graph import load_network
 from embedder.backbones.resolve import make_recipe
 from embedder.decode.decode import decode_rgb
+from embedder.machine import gpus
 from embedder.recipe import Recipe
 from embedder.sources.demo_images import images_folder
 from tests.support import SHARED, TESTS, picture
@@ -53,7 +54,9 @@ def recipe_of(name: str) -> Recipe:
 def test_vectors_are_those_of_plain_keras(name: str, engine: str) -> None:
     recipe, images = recipe_of(name), encoded_images()
     pixels = np.stack([decode_rgb(encoded, recipe).pixels for encoded in images.values()])
-    vectors = engines.load(recipe, engine, len(pixels), 2).embed(pixels)["embedding"]
+    vectors = engines.load(recipe, engines.choose(engine, gpus()), len(pixels), 2).embed(pixels)[
+        "embedding"
+    ]
     golden = json.loads(FILE.read_text())[name]
     assert list(golden) == list(images)
     for (image, expected), vector in zip(golden.items(), vectors, strict=True):

@@ -13,7 +13,7 @@ from embedder.checks.check import Check
 from embedder.columns import EMBEDDING
 from embedder.decode import decode_rgb
 from embedder.libraries import import_keras
-from embedder.machine import num_cores
+from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
 
 MIN_COSINE = 0.9999  # between engines, and to plain Keras
@@ -176,7 +176,7 @@ def _filter(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
 
 def embed(recipe: Recipe, engine_name: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Embed pictures in one batch, on a fresh engine: (n, height, width, 3) to (n, dim)."""
-    engine = engines.load(recipe, engine_name, len(pixels), num_cores())
+    engine = engines.load(recipe, engines.choose(engine_name, gpus()), len(pixels), num_cores())
     vectors: NDArray[np.float32] = engine.embed(pixels)[EMBEDDING]
     return vectors
 

@@ -24,7 +24,7 @@ from embedder.checks.conformance import (
 from embedder.decode import FORMATS, decode_rgb
 from embedder.errors import EngineError, SourceError
 from embedder.libraries import versions
-from embedder.machine import cache_folder, memory_bytes, num_cores
+from embedder.machine import cache_folder, gpus, memory_bytes, num_cores
 from embedder.recipe import Recipe
 from embedder.sources import images_folder
 
@@ -40,7 +40,7 @@ def machine() -> dict[str, str]:
         "cores": f"{num_cores()} usable of {os.cpu_count()}",
         "memory": f"{memory_bytes() / 2**30:.1f} GiB",
         "precisions": ", ".join(precisions()),
-        "engine": f"{engines.choose('auto')} (chosen by auto)",
+        "engine": f"{engines.choose('auto', gpus()).engine} (chosen by auto)",
         "image formats": ", ".join(FORMATS),
         "model cache": str(cache_folder()),
     } | versions()
@@ -74,10 +74,10 @@ def self_test(backbone: str, weights: str | None = None) -> list[Check]:
 
 def precisions() -> list[str]:
     """Precisions that the engine chosen by `auto` computes in on this machine."""
-    found = []
+    found, runtime = [], engines.choose("auto", gpus())
     for precision in get_args(Recipe.model_fields["precision"].annotation):
         with contextlib.suppress(EngineError):
-            engines.check_precision(precision, "auto")
+            engines.check_precision(precision, runtime)
             found.append(precision)
     return found
 

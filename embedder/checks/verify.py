@@ -15,7 +15,7 @@ from embedder.columns import VIEW
 from embedder.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RecipeError, SourceError
 from embedder.extraction import finished_vectors, hash_of, load_head, make_plan
-from embedder.machine import num_cores
+from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
 from embedder.sources import list_images, read_bytes
 from embedder.store import EMBEDDINGS, FAILURES, Store, scan, vectors_of
@@ -162,7 +162,7 @@ def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
     chosen = ids[random.permutation(len(ids))[:num_images]]
     rows = _rows_of(store, chosen)
     recipe, head = store.recipe, load_head(store.recipe)
-    engine = engines.load(recipe.of_features, "auto", 1, num_cores())
+    engine = engines.load(recipe.of_features, engines.choose("auto", gpus()), 1, num_cores())
 
     def embed(pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         return finished_vectors(engine.embed(pixels[None]), recipe, head)

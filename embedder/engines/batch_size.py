@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedder.engines.engine import Engine, choose, gpus_of
+from embedder.engines.engine import Engine, Runtime
 from embedder.errors import OutOfMemory
 from embedder.files import whole_file
 from embedder.libraries import installed
@@ -22,7 +22,7 @@ _KNEE = 1.03  # a larger batch must be faster by so much: it costs memory and id
 _KNEE_SECONDS = 0.5  # of measuring, at each batch size
 
 
-def find_batch_size(engine: Engine, recipe: Recipe, num_threads: int) -> Engine:
+def find_batch_size(engine: Engine, recipe: Recipe, runtime: Runtime, num_threads: int) -> Engine:
     """Find the smallest batch size at which the engine is as fast as it gets, and remember it.
 
     Batch sizes are tried in ascending order on black pictures, each for half a second, until a
@@ -33,6 +33,7 @@ def find_batch_size(engine: Engine, recipe: Recipe, num_threads: int) -> Engine:
     Args:
         engine: Compiled, at any batch size.
         recipe: What it computes.
+        runtime: What it was loaded for.
         num_threads: CPU threads that it uses.
 
     Returns:
@@ -50,7 +51,7 @@ def find_batch_size(engine: Engine, recipe: Recipe, num_threads: int) -> Engine:
             best, best_speed, num_worse = candidate, speed, 0
         elif (num_worse := num_worse + 1) == 2:
             break
-    file = _batch_size_file(recipe, engine.name, num_threads)
+    file = _batch_size_file(recipe, runtime, num_threads)
     content = {"batch_size": best.batch_size, "images_per_second": speeds}
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,24 +77,19 @@ def images_per_second(engine: Engine, recipe: Recipe) -> float:
     return num_images / (time.perf_counter() - begin)
 
 
-def is_batch_size_known(recipe: Recipe, name: str, num_threads: int) -> bool:
-    """Whether `find_batch_size` has been here before."""
-    return remembered_batch_size(recipe, choose(name), num_threads) is not None
-
-
-def remembered_batch_size(recipe: Recipe, name: str, num_threads: int) -> int | None:
-    """What `find_batch_size` found for an engine, one of `ENGINES`; None if it was never here."""
+def remembered_batch_size(recipe: Recipe, runtime: Runtime, num_threads: int) -> int | None:
+    """What `find_batch_size` found; None if it was never here."""
     try:
-        content = json.loads(_batch_size_file(recipe, name, num_threads).read_bytes())
+        content = json.loads(_batch_size_file(recipe, runtime, num_threads).read_bytes())
         batch_size = int(content["batch_size"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return batch_size if batch_size >= 1 else None
 
 
-def _batch_size_file(recipe: Recipe, name: str, num_threads: int) -> Path:
-    device = "GPU" if gpus_of(name) else platform.processor() or "CPU"
-    version = installed([name]).items()
+def _batch_size_file(recipe: Recipe, runtime: Runtime, num_threads: int) -> Path:
+    device = "GPU" if runtime.gpus else platform.processor() or "CPU"
+    name, version = runtime.engine, installed([runtime.engine]).items()
     parts = [recipe.fingerprint, name, *version, device, platform.node(), num_threads]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache_folder() / "batch-sizes" / f"{recipe.label}-{key}.json"

@@ -5,15 +5,14 @@ size: a new shape would cost a compilation, so a smaller last batch is padded by
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Protocol, Self
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedder.errors import EngineError, OutOfMemory
 from embedder.libraries import import_openvino
-from embedder.machine import gpus
 
 ENGINES = ("openvino", "tensorflow")
 
@@ -52,30 +51,38 @@ class Engine(Protocol):
         ...
 
 
-def choose(name: str) -> str:
+class Runtime(NamedTuple):
+    """What computes: an engine, one of `ENGINES`, and the GPUs it may take; none for the CPU."""
+
+    engine: str
+    gpus: tuple[str, ...] = ()
+
+
+def choose(name: str, gpus: Iterable[str]) -> Runtime:
     """Resolve `auto`: TensorFlow where there is a GPU, OpenVINO elsewhere.
+
+    Args:
+        name: One of `ENGINES`, or `auto`.
+        gpus: Those there are, such as `machine.gpus` finds.
 
     Raises:
         EngineError: The name is not `auto` and not one of `ENGINES`.
     """
-    if name == "auto":
-        return "tensorflow" if gpus() else "openvino"
-    if name not in ENGINES:
-        raise EngineError(f"`engine` must be auto or one of {', '.join(ENGINES)}. Received: {name}")
-    return name
+    found = tuple(gpus)
+    if name == "tensorflow" or (name == "auto" and found):
+        return Runtime("tensorflow", found)
+    if name in ("openvino", "auto"):
+        return Runtime("openvino")
+    raise EngineError(f"`engine` must be auto or one of {', '.join(ENGINES)}. Received: {name}")
 
 
-def check_precision(precision: str, name: str) -> None:
-    """Check that an engine computes in a precision on this machine, in hardware.
-
-    Args:
-        precision: As in `Recipe`.
-        name: One of `ENGINES`, or `auto`.
+def check_precision(precision: str, runtime: Runtime) -> None:
+    """Check that a precision, as in `Recipe`, is computed in hardware.
 
     Raises:
-        EngineError: It does not.
+        EngineError: It is not.
     """
-    if precision == "float32" or gpus_of(name):
+    if precision == "float32" or runtime.gpus:
         return
     if precision == "float16":
         raise EngineError(
@@ -87,11 +94,6 @@ def check_precision(precision: str, name: str) -> None:
             "`precision` bfloat16 needs a GPU, or a CPU with AVX-512 BF16 or AMX. "
             "Received: precision=bfloat16 on a CPU with neither; use float32"
         )
-
-
-def gpus_of(name: str) -> list[str]:
-    """GPUs that an engine, one of `ENGINES` or `auto`, computes on; empty where it uses the CPU."""
-    return gpus() if choose(name) == "tensorflow" else []
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Compile a recipe's model for an engine, with a batch that fits into memory."""
 
 from embedder.engines.batch_size import remembered_batch_size
-from embedder.engines.engine import Engine, check_precision, choose
+from embedder.engines.engine import Engine, Runtime, check_precision
 from embedder.engines.model_cache import exported_model
 from embedder.engines.openvino import OpenVinoEngine
 from embedder.engines.tensorflow import TensorFlowEngine, build_on_cpu
@@ -12,25 +12,24 @@ from embedder.recipe import Recipe
 _DEFAULT_BATCH_SIZE = {"openvino": 4, "tensorflow": 32}
 
 
-def load(recipe: Recipe, name: str, batch_size: int | None, num_threads: int) -> Engine:
+def load(recipe: Recipe, runtime: Runtime, batch_size: int | None, num_threads: int) -> Engine:
     """Compile a recipe's model.
 
     Args:
         recipe: What to compute.
-        name: One of `ENGINES`, or `auto`.
+        runtime: As `choose` gives it.
         batch_size: Images in a batch, fewer if they do not fit into memory; None for what
             `find_batch_size` found on this machine, or else the engine's own default.
         num_threads: CPU threads to use.
 
     Raises:
-        EngineError: The engine is unknown or cannot run here, not even with a batch of one.
+        EngineError: The engine cannot run here, not even with a batch of one.
         WeightsError: The weights are missing or are not those of the recipe.
     """
-    name = choose(name)
-    check_precision(recipe.precision, name)
-    engine = OpenVinoEngine if name == "openvino" else TensorFlowEngine
-    size = batch_size or remembered_batch_size(recipe, name, num_threads)
-    size = size or _DEFAULT_BATCH_SIZE[name]
+    check_precision(recipe.precision, runtime)
+    engine = OpenVinoEngine if runtime.engine == "openvino" else TensorFlowEngine
+    size = batch_size or remembered_batch_size(recipe, runtime, num_threads)
+    size = size or _DEFAULT_BATCH_SIZE[runtime.engine]
     while True:
         try:
             return engine(recipe, size, num_threads)
@@ -40,7 +39,7 @@ def load(recipe: Recipe, name: str, batch_size: int | None, num_threads: int) ->
             size //= 2
 
 
-def prepare(recipe: Recipe, name: str) -> None:
+def prepare(recipe: Recipe, runtime: Runtime) -> None:
     """Build the model once before a run, so that what cannot be built is refused before it.
 
     On OpenVINO the model is exported to the cache, where the run then finds it.
@@ -49,7 +48,7 @@ def prepare(recipe: Recipe, name: str) -> None:
         RecipeError: The network has no such layer, or does not take such pictures.
         WeightsError: The weights are missing, or do not fit the network.
     """
-    if choose(name) == "openvino":
+    if runtime.engine == "openvino":
         exported_model(recipe)
     else:
         build_on_cpu(recipe)  # the GPUs are the workers'

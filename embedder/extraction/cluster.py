@@ -7,7 +7,7 @@ import queue
 import signal
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from distributed.client import ClosedClientError
 from embedder import __version__
 from embedder.errors import ClusterError, Unfinished
 from embedder.libraries import logger
-from embedder.machine import gpus, num_cores
+from embedder.machine import num_cores
 
 _CONNECT_SECONDS = 10
 _WORKERS_SECONDS = 30  # for the first worker of a scheduler that has none yet
@@ -65,8 +65,9 @@ def dask_setup(worker: distributed.Worker) -> None:
     the terminal too; the run itself tells them to stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if found := gpus():
-        os.environ["CUDA_VISIBLE_DEVICES"] = found[int(worker.name) % len(found)]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        gpus = visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.name) % len(gpus)]
 
 
 class _NobodyLeft(Unfinished):
@@ -243,7 +244,7 @@ class Pool:
 
 
 @contextmanager
-def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
+def connect(scheduler: str | None, num_workers: int, gpus: Sequence[str] = ()) -> Iterator[Pool]:
     """Open a pool of workers.
 
     Args:
@@ -251,6 +252,7 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
             cluster of this process's own.
         num_workers: Local worker processes, which share the cores; 1 works within this process.
             Not used with a scheduler, which has its own.
+        gpus: What local worker processes take in turns, as `machine.gpus` names them.
 
     Raises:
         ClusterError: The scheduler does not answer, or has no workers.
@@ -270,7 +272,7 @@ def connect(scheduler: str | None, num_workers: int) -> Iterator[Pool]:
             with _client_of(scheduler) as client:
                 yield Pool(client, None, f"the scheduler {scheduler}")
         else:
-            with _local_client(num_workers) as client:
+            with _local_client(num_workers, gpus) as client:
                 threads = max(1, num_cores() // num_workers)
                 yield Pool(client, threads, "the local scheduler", in_process=num_workers == 1)
 
@@ -290,7 +292,11 @@ def _no_hang_up() -> Iterator[None]:
 
 
 @contextmanager
-def _local_client(num_workers: int) -> Iterator[distributed.Client]:
+def _local_client(num_workers: int, gpus: Sequence[str]) -> Iterator[distributed.Client]:
+    of_processes: dict[str, Any] = {}
+    if num_workers > 1:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        of_processes = {"preload": [__name__], "env": visible}
     with _no_hang_up():
         cluster = distributed.LocalCluster(
             n_workers=num_workers,
@@ -301,7 +307,7 @@ def _local_client(num_workers: int) -> Iterator[distributed.Client]:
             dashboard_address="127.0.0.1:0",
             scheduler_kwargs={"dashboard": False},
             silence_logs=logging.CRITICAL,
-            **({"preload": [__name__]} if num_workers > 1 else {}),
+            **of_processes,
         )
     seconds = _CLOSE_SECONDS
     try:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from embedder import engines
 from embedder.columns import VIEW
+from embedder.engines import Runtime
 from embedder.errors import RecipeError, StoreError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.changed_files import Refreshed, refresh_shard
@@ -23,6 +24,7 @@ from embedder.extraction.plan import Plan, drop_repeated, make_plan
 from embedder.extraction.record import Summary, grouped_reasons
 from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, worker_state_of
 from embedder.libraries import logger, versions
+from embedder.machine import gpus
 from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images
 from embedder.store import EMBEDDINGS, FAILURES, Store, check_place, lease
@@ -78,9 +80,10 @@ def run_extraction(
             the record of a run that was not finished.
     """
     watch = _Watch(on_progress or (lambda _: None))
+    runtime = engines.choose(options.engine, gpus())
     if options.scheduler is None:  # workers elsewhere have other devices, and check them there
         for recipe in recipes.values():
-            engines.check_precision(recipe.precision, options.engine)
+            engines.check_precision(recipe.precision, runtime)
     watch.enter("listing images")
     with ExitStack() as stack:
         # Before a store is made: a scheduler that does not answer must leave nothing behind.
@@ -93,7 +96,7 @@ def run_extraction(
         watch.enter("preparing the network")
         for recipe in recipes.values():
             _check_columns(listing.refs, recipe)
-            engines.prepare(recipe.of_features, options.engine)
+            engines.prepare(recipe.of_features, runtime)
         began = started or time.time()
         targets = []
         for path in sorted(recipes):  # in one order, so that two runs cannot wait for each other
@@ -106,10 +109,11 @@ def run_extraction(
         with _recorded(targets):
             watch.enter("comparing with the store")
             for target in targets:
-                target.compare(options)
+                target.compare(options, runtime)
             if any(target.has_work for target in targets):
                 if pool is None:
-                    pool = stack.enter_context(cluster.connect(None, options.num_workers))
+                    num_workers = options.workers or len(runtime.gpus) or 1
+                    pool = stack.enter_context(cluster.connect(None, num_workers, runtime.gpus))
                 with _settled(targets):
                     for target in targets:
                         target.refresh(pool, watch, options)
@@ -202,7 +206,7 @@ class _Target:
         self.job: Job
         self.todo: pa.Table
 
-    def compare(self, options: RunOptions) -> None:
+    def compare(self, options: RunOptions, runtime: Runtime) -> None:
         """Plan what to do, and drop what the plan and the options say is to go.
 
         Raises:
@@ -225,8 +229,14 @@ class _Target:
             self.store.drop(plan.deleted_failures, FAILURES)
             self.summary.num_dropped += plan.num_deleted
         num_images = plan.missing.num_rows + plan.stale.num_rows
-        store = self.store
-        self.job = Job(store.recipe, store.address, options.engine, options.batch_size, num_images)
+        self.job = Job(
+            self.store.recipe,
+            self.store.address,
+            options.engine,
+            options.batch_size,
+            num_images,
+            None if options.scheduler else runtime.gpus,
+        )
 
     @property
     def has_work(self) -> bool:

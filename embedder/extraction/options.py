@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from embedder import engines
 from embedder.options import Name, checked
 
 # At 1,280 float32 a row this is 5 MB a shard: some seconds of work to lose in a crash, and few
@@ -84,8 +83,3 @@ class RunOptions:
         bool,
         Field(description="Wait until another run that writes the store ends; else 10 seconds."),
     ] = False
-
-    @property
-    def num_workers(self) -> int:
-        """Local worker processes."""
-        return self.workers or len(engines.gpus_of(self.engine)) or 1

@@ -35,6 +35,7 @@ from embedder.errors import (
     ReadError,
     Unfinished,
 )
+from embedder.machine import gpus
 from embedder.recipe import Recipe
 from embedder.sources import read_bytes
 from embedder.store import Failure, Row, Store, failures_table, places_of, rows_table, shard_name
@@ -60,6 +61,7 @@ class Job:
     engine: str
     batch_size: int | None  # None: found by measuring, where the run is long enough to gain by it
     num_images: int = 0
+    gpus: tuple[str, ...] | None = None  # None: those of the worker, wherever it is
 
 
 @dataclass
@@ -198,17 +200,18 @@ _toolboxes_lock = threading.Lock()
 
 def worker_state_of(job: Job, num_threads: int) -> WorkerState:
     """This process's state for a job: made by its first shard, shared by all others."""
-    key = (job.recipe, job.engine, job.batch_size, num_threads)
+    runtime = engines.choose(job.engine, gpus() if job.gpus is None else job.gpus)
+    key = (job.recipe, runtime, job.batch_size, num_threads)
     with _toolboxes_lock:
         if key not in _toolboxes:
             recipe = job.recipe.of_features
-            engine = engines.load(recipe, job.engine, job.batch_size, num_threads)
+            engine = engines.load(recipe, runtime, job.batch_size, num_threads)
             if (
                 job.batch_size is None
                 and job.num_images * job.recipe.views >= _MIN_IMAGES_TO_MEASURE
-                and not engines.is_batch_size_known(recipe, job.engine, num_threads)
+                and engines.remembered_batch_size(recipe, runtime, num_threads) is None
             ):
-                engine = engines.find_batch_size(engine, recipe, num_threads)
+                engine = engines.find_batch_size(engine, recipe, runtime, num_threads)
             _toolboxes[key] = WorkerState(job.recipe, engine, num_threads)
         return _toolboxes[key]
 

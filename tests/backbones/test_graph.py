@@ -10,7 +10,7 @@ from embedder.backbones.resolve import make_recipe, weights_file
 from embedder.backbones.table import BACKBONES
 from embedder.backbones.torch_weights import read_state_dict
 from embedder.decode.decode import decode_rgb
-from embedder.engines import load
+from embedder.engines import Runtime, load
 from embedder.errors import WeightsError
 from embedder.sources.listing import list_images
 from embedder.sources.reading import read_bytes
@@ -42,7 +42,7 @@ def test_photographs_are_recognised(name: str, shared: Path) -> None:
     """
     recipe = make_recipe(name)
     arrays = read_state_dict(weights_file(name))
-    engine = load(recipe, "openvino", 8, 2)
+    engine = load(recipe, Runtime("openvino"), 8, 2)
     num_right = num_images = 0
     for folder, expected in KNOWN_CLASSES.items():
         refs = list_images(shared / "grocery" / "train" / "Fruit" / folder).refs.slice(0, 16)

@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder.engines import Features, batch_size, find_batch_size, is_batch_size_known, load
+from embedder.engines import (
+    Features,
+    Runtime,
+    batch_size,
+    find_batch_size,
+    load,
+    remembered_batch_size,
+)
 from embedder.engines.model_cache import exported_model
 from embedder.errors import OutOfMemory
 from embedder.recipe import Recipe
+
+OPENVINO = Runtime("openvino")
 
 
 class Paced:
@@ -42,7 +51,7 @@ def find_paced_batch_size(
     clock = [0.0]
     monkeypatch.setattr(batch_size, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     engine = Paced(1, dict(zip((2, 4, 8, 16, 32), speeds, strict=False)), clock)
-    return find_batch_size(engine, recipe, 2).batch_size
+    return find_batch_size(engine, recipe, OPENVINO, 2).batch_size
 
 
 @pytest.mark.parametrize(
@@ -75,19 +84,19 @@ def test_the_batch_size_that_was_found_is_used_from_then_on(
     exported_model(lite0)
     shutil.copytree(model_cache, tmp_path / "cache")
     monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "cache"))
-    assert not is_batch_size_known(lite0, "openvino", 2)
+    assert remembered_batch_size(lite0, OPENVINO, 2) is None
     assert find_paced_batch_size(lite0, [100, 200, 300], monkeypatch) == 8
-    assert is_batch_size_known(lite0, "openvino", 2)
-    assert not is_batch_size_known(lite0, "openvino", 1)
-    assert not is_batch_size_known(lite0, "tensorflow", 2)
+    assert remembered_batch_size(lite0, OPENVINO, 2) == 8
+    assert remembered_batch_size(lite0, OPENVINO, 1) is None
+    assert remembered_batch_size(lite0, Runtime("tensorflow"), 2) is None
     bfloat16 = lite0.model_copy(update={"precision": "bfloat16"})
-    assert not is_batch_size_known(bfloat16, "openvino", 2)
+    assert remembered_batch_size(bfloat16, OPENVINO, 2) is None
     (file,) = (tmp_path / "cache" / "batch-sizes").iterdir()
     file.write_text(json.dumps({"batch_size": 3}))  # so that it is told from the default
-    assert load(lite0, "openvino", None, 2).batch_size == 3
-    assert load(lite0, "openvino", 5, 2).batch_size == 5
+    assert load(lite0, OPENVINO, None, 2).batch_size == 3
+    assert load(lite0, OPENVINO, 5, 2).batch_size == 5
     nested, infinite = "[" * 100_000, '{"batch_size": 1e999}'
     for damaged in ("damaged", '{"batch_size": 0}', "[]", infinite, nested):
         file.write_text(damaged)
-        assert not is_batch_size_known(lite0, "openvino", 2)
-    assert load(lite0, "openvino", None, 2).batch_size == 4
+        assert remembered_batch_size(lite0, OPENVINO, 2) is None
+    assert load(lite0, OPENVINO, None, 2).batch_size == 4

@@ -1,26 +1,20 @@
 """The engines: the same vectors on each, whatever the batch."""
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder import engines
 from embedder.api import extract
 from embedder.backbones.graph import build, load_network
 from embedder.backbones.layers import leaf_layers
-from embedder.engines import engine as engine_module, load
+from embedder.engines import ENGINES, Runtime, check_precision, choose, load
 from embedder.engines.engine import out_of_memory
 from embedder.engines.model_cache import exported_model
 from embedder.errors import EngineError, OutOfMemory
-from embedder.extraction import cluster
-from embedder.extraction.options import RunOptions
 from embedder.libraries import import_openvino
 from embedder.machine import gpus
 from embedder.recipe import Recipe
@@ -29,7 +23,7 @@ from embedder.recipe import Recipe
 def embed_all(
     recipe: Recipe, engine: str, batch_size: int, pixels: NDArray[np.uint8]
 ) -> np.ndarray:
-    loaded = load(recipe, engine, batch_size, 2)
+    loaded = load(recipe, choose(engine, gpus()), batch_size, 2)
     return np.concatenate(
         [
             loaded.embed(pixels[i : i + batch_size])["embedding"]
@@ -38,7 +32,7 @@ def embed_all(
     )
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_vector_does_not_depend_on_its_batch(
     lite0: Recipe, pixels: NDArray[np.uint8], engine: str
 ) -> None:
@@ -55,14 +49,22 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def test_engines_agree(lite0: Recipe, pixels: NDArray[np.uint8]) -> None:
-    one, other = (embed_all(lite0, name, 3, pixels) for name in engines.ENGINES)
+    one, other = (embed_all(lite0, name, 3, pixels) for name in ENGINES)
     assert cosines(one, other).min() > 0.9999
     assert np.linalg.norm(one[0] - one[1]) > 0.1 * np.linalg.norm(one[0])  # pictures do differ
 
 
+def test_auto_is_tensorflow_where_there_is_a_gpu() -> None:
+    assert choose("auto", []) == Runtime("openvino")
+    assert choose("auto", ["0", "GPU-abc"]) == Runtime("tensorflow", ("0", "GPU-abc"))
+    assert choose("openvino", ["0"]) == Runtime("openvino")  # it computes on the CPU
+    assert choose("tensorflow", []) == Runtime("tensorflow")
+    assert choose("tensorflow", ["0"]) == Runtime("tensorflow", ("0",))
+
+
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(EngineError, match=r"auto or one of openvino, tensorflow. Received: jax"):
-        engines.choose("jax")
+        choose("jax", [])
 
 
 def test_many_threads_may_embed_first(lite0: Recipe) -> None:
@@ -75,7 +77,7 @@ from embedder import engines
 from embedder.backbones.resolve import make_recipe
 faulthandler.dump_traceback_later(60, exit=True)  # of a deadlock
 sys.setswitchinterval(1e-6)
-engine = engines.load(make_recipe(image_size=(64, 96)), "openvino", 1, 8)
+engine = engines.load(make_recipe(image_size=(64, 96)), engines.Runtime("openvino"), 1, 8)
 together = threading.Barrier(8)
 def embed():
     together.wait()
@@ -105,7 +107,7 @@ def test_nothing_is_written_to_standard_error() -> None:
 
 def needs_precision(precision: str) -> None:
     try:
-        engines.check_precision(precision, "openvino")
+        check_precision(precision, Runtime("openvino"))
     except EngineError as error:
         pytest.skip(str(error))
 
@@ -141,11 +143,10 @@ def test_the_model_for_a_gpu_computes_in_its_precision(
     assert load_network(lite0).get_layer("stem_conv").compute_dtype == "float32"
 
 
-@pytest.mark.skipif(bool(gpus()), reason="this machine has a GPU, which has float16")
 def test_float16_on_a_cpu_is_refused(lite0: Recipe) -> None:
     recipe = lite0.model_copy(update={"precision": "float16"})
     with pytest.raises(EngineError, match=r"float16 needs a GPU. Received: precision=float16 on"):
-        load(recipe, "auto", None, 2)
+        load(recipe, choose("auto", []), None, 2)
 
 
 @pytest.mark.parametrize(
@@ -163,11 +164,11 @@ def test_running_out_of_memory_is_told_from_other_errors(words: str) -> None:
         raise RuntimeError("shapes differ")
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_resized_engine_gives_the_same_vectors(
     lite0: Recipe, pixels: NDArray[np.uint8], engine: str
 ) -> None:
-    whole = load(lite0, engine, 6, 2)
+    whole = load(lite0, choose(engine, gpus()), 6, 2)
     half = whole.resized(3)
     assert (half.batch_size, half.num_parallel) == (3, whole.num_parallel)
     vectors = np.concatenate(
@@ -178,28 +179,14 @@ def test_a_resized_engine_gives_the_same_vectors(
     )
 
 
-def test_each_worker_process_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (engine_module, cluster):
-        monkeypatch.setattr(module, "gpus", lambda: ["0", "GPU-abc", "2"])
-    assert engines.choose("auto") == "tensorflow"
-    assert RunOptions().num_workers == 3
-    assert RunOptions(workers=2).num_workers == 2
-    assert RunOptions(engine="openvino").num_workers == 1
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    try:
-        cluster.dask_setup(SimpleNamespace(name=4))
-    finally:
-        signal.signal(signal.SIGINT, on_interrupt)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-abc"
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_gpu_agrees_with_the_cpu(
     lite0: Recipe, pixels: NDArray[np.uint8], precision: str
 ) -> None:
-    engine = load(lite0.model_copy(update={"precision": precision}), "tensorflow", 3, 2)
+    engine = load(
+        lite0.model_copy(update={"precision": precision}), choose("tensorflow", gpus()), 3, 2
+    )
     assert engine.device == "GPU"
     vectors = np.concatenate(
         [engine.embed(pixels[:3])["embedding"], engine.embed(pixels[3:])["embedding"]]

@@ -20,7 +20,7 @@ def test_a_cached_model_needs_no_tensorflow(lite0: Recipe, model_cache: Path) ->
 import sys
 from embedder import engines
 from embedder.backbones.resolve import make_recipe
-engines.load(make_recipe(image_size=(64, 96)), "openvino", 2, 1)
+engines.load(make_recipe(image_size=(64, 96)), engines.Runtime("openvino"), 2, 1)
 print([name for name in ("tensorflow", "keras", "openvino_telemetry") if sys.modules.get(name)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

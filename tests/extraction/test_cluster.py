@@ -29,6 +29,11 @@ def process_id(task: WorkerContext, number: int) -> int:
     return os.getpid()
 
 
+def gpu(task: WorkerContext, number: int) -> str | None:
+    time.sleep(0.05)
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def num_threads(task: WorkerContext, number: int) -> int:
     return task.num_threads()
 
@@ -113,10 +118,11 @@ def test_results_and_reports_arrive_from_this_process() -> None:
     assert sum(told) == 10
 
 
-def test_local_workers_are_processes_that_share_the_cores() -> None:
-    with connect(None, 2) as pool:
+def test_local_workers_are_processes_that_share_the_cores_and_the_gpus() -> None:
+    with connect(None, 2, ["2", "GPU-abc"]) as pool:
         ids = set(results(pool, process_id, list(range(20))))
         assert len(ids) == 2
+        assert set(results(pool, gpu, list(range(20)))) == {"2", "GPU-abc"}
         assert os.getpid() not in ids
         assert results(pool, num_threads, [0]) == [max(1, num_cores() // 2)]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder.decode.decode import decode_rgb
-from embedder.engines import Features, batch_size, is_batch_size_known
+from embedder.engines import Features, Runtime, batch_size, remembered_batch_size
 from embedder.engines.model_cache import exported_model
 from embedder.errors import EngineError, OutOfMemory, StoreError
 from embedder.extraction import shard as pipeline
@@ -391,7 +391,7 @@ def test_a_toolbox_is_made_once_and_measures_batch_sizes_for_long_runs(
         return Job(recipe, "store", "openvino", batch_size, num_images)
 
     def is_measured() -> bool:
-        return is_batch_size_known(lite0, "openvino", 2)
+        return remembered_batch_size(lite0, Runtime("openvino"), 2) is not None
 
     short = worker_state_of(job(1999), 2)
     assert worker_state_of(job(1999), 2) is short
