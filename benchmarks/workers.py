@@ -23,7 +23,8 @@ from throughput import link_images
 import embedder
 from embedder.backbones.resolve import make_recipe
 from embedder.extraction import cluster
-from embedder.extraction.shard import Job, Receipt
+from embedder.extraction.record import Receipt
+from embedder.extraction.shard import Job
 from embedder.sources.listing import list_images
 
 SHARD_SIZE = 2048
@@ -34,7 +35,7 @@ def empty_shard(task: cluster.WorkerContext, _: Job, refs: pa.Table) -> Receipt:
     """A shard's task without its work; a shard of ten seconds would report twenty times."""
     for _report in range(20):
         task.report(0, 0)
-    return Receipt("", num_rows=refs.num_rows)
+    return Receipt("", num_embedded=refs.num_rows)
 
 
 def overhead_seconds(folder: Path, num_workers: int) -> float:
@@ -47,7 +48,7 @@ def overhead_seconds(folder: Path, num_workers: int) -> float:
         results = pool.run(empty_shard, tasks, lambda *_: None)
         next(results)
         begin = time.perf_counter()
-        num_rows = sum(receipt.num_rows for receipt in results)
+        num_rows = sum(receipt.num_embedded for receipt in results)
         seconds = time.perf_counter() - begin
     return seconds / (num_rows / SHARD_SIZE)
 

@@ -21,8 +21,8 @@ from embedder.extraction.changed_files import Refreshed, refresh_shard
 from embedder.extraction.cluster import Pool, WorkerContext
 from embedder.extraction.options import RunOptions
 from embedder.extraction.plan import Plan, drop_repeated, make_plan
-from embedder.extraction.record import Summary, grouped_reasons
-from embedder.extraction.shard import Earlier, Job, Receipt, extract_shard, worker_state_of
+from embedder.extraction.record import Receipt, Summary, grouped_reasons
+from embedder.extraction.shard import Earlier, Job, extract_shard, worker_state_of
 from embedder.libraries import logger, versions
 from embedder.machine import gpus
 from embedder.recipe import Recipe

@@ -12,12 +12,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from embedder.errors import StoreError
-from embedder.extraction.shard import STAGES, Receipt
 from embedder.libraries import versions
 from embedder.recipe import Recipe
 from embedder.sources import Listing
 from embedder.store import FAILURES, Store
 
+STAGES = ("read", "decode", "embed", "write")
 # What differs between failures of one kind: quoted bytes, checksums and addresses, numbers.
 _PARTICULARS = re.compile(
     r"""(b'(?:[^'\\]|\\.)*'|b"(?:[^"\\]|\\.)*"|0x[0-9a-f]+|\b(?=[a-f]*\d)[0-9a-f]{6,}\b|\d[\d,.]*\d|\d)""",
@@ -54,45 +54,104 @@ def _placeholder(part: str) -> str:
     return "b'...'" if part[:2] in ("b'", 'b"') else "N"
 
 
+@dataclass(kw_only=True)
+class Work:
+    """What was done, how long it took and what it took: for one shard, or added up for many.
+
+    Attributes:
+        num_embedded: Images embedded.
+        failures: Number of failures by (stage, error).
+        unreadable: Number of images that keep the row they had, since nothing could be made of
+            what they are now, by (stage, error).
+        seconds: Busy time by stage, summed over threads and workers. Threads that share a core
+            are all busy.
+        decode_cpu_seconds: Of these, what decoding took of the cores.
+        waits: Seconds that shards waited for `decode` (the network had no work) and for `embed`
+            (the network had all it could take).
+        num_ready: Images that were decoded by the time they were wanted.
+        first_read: When the first byte was read, in seconds since the epoch.
+        last_written: When the last shard was written, in seconds since the epoch.
+        num_bytes: Written to the store.
+        num_bytes_read: Of image files.
+        engine: Name and device.
+        batch_size: Images in a batch.
+        num_threads: Threads of a worker that read and decode.
+        num_parallel: Batches that a worker's engine takes at the same time.
+    """
+
+    num_embedded: int = 0
+    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unreadable: Counter[tuple[str, str]] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    decode_cpu_seconds: float = 0.0
+    waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    num_ready: int = 0
+    first_read: float = float("inf")
+    last_written: float = 0.0
+    num_bytes: int = 0
+    num_bytes_read: int = 0
+    engine: str = ""
+    batch_size: int = 0
+    num_threads: int = 1
+    num_parallel: int = 1
+
+    def add(self, other: "Work") -> None:
+        """Count other work too; its engine is the last."""
+        self.num_embedded += other.num_embedded
+        self.failures += other.failures
+        self.unreadable += other.unreadable
+        for mine, theirs in (self.seconds, other.seconds), (self.waits, other.waits):
+            for stage, seconds in theirs.items():
+                mine[stage] += seconds
+        self.decode_cpu_seconds += other.decode_cpu_seconds
+        self.num_ready += other.num_ready
+        self.first_read = min(self.first_read, other.first_read)
+        self.last_written = max(self.last_written, other.last_written)
+        self.num_bytes += other.num_bytes
+        self.num_bytes_read += other.num_bytes_read
+        self.engine, self.batch_size = other.engine, other.batch_size
+        self.num_threads, self.num_parallel = other.num_threads, other.num_parallel
+
+    @property
+    def num_failures(self) -> int:
+        """Images that failed."""
+        return self.failures.total()
+
+
 @dataclass
-class Summary:
-    """What became of a run.
+class Receipt(Work):
+    """What became of one shard; all that travels back from a worker.
+
+    Attributes:
+        shard: File name of the shard.
+        settled: Ids of images that had a row or a failure, and have another one now.
+    """
+
+    shard: str
+    settled: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Summary(Work):
+    """What became of a run: the work of its shards, and what there was to do.
 
     Attributes:
         source: As it was given.
         store: Folder of the store.
         options: Of the run.
+        recipe: What was computed.
         started: When the command began, in seconds since the epoch.
         num_inputs: Images that the run was asked for.
-        num_done: Of these, rows that were there already.
-        num_embedded: Rows that this run made.
-        num_failures: Images that failed in this run.
+        num_repeated: Lines of a manifest that name a path again.
+        skipped: Files that do not have the extension of an image format, by extension.
+        num_done: Rows that were there already.
         num_retried: Images that had failed before and were tried again.
         num_changed: Rows whose file's content changed, to be replaced.
         num_updated: Rows whose file has a new time or manifest columns, but the same content.
         num_deleted: Images in the store that the source no longer has.
         num_dropped: Rows and failures dropped.
-        num_repeated: Lines of a manifest that name a path again.
-        skipped: Files that do not have the extension of an image format, by extension.
-        failures: Of this run, by (stage, error).
-        unreadable: Images that cannot be read now and keep the row that they have, by
-            (stage, error).
         repaired: Why shards were put aside as damaged, by name.
-        seconds: Busy time by stage, summed over threads and workers.
-        decode_cpu_seconds: Of these, what decoding took of the cores.
-        waits: Seconds that shards waited for decode and for the network.
-        num_ready: Images that were decoded by the time they were wanted.
-        first_started: When the first byte was read.
-        last_ended: When the last shard was written.
-        num_shards: Shards written.
-        num_bytes: Bytes written.
-        num_bytes_read: Bytes of image files.
-        engine: Name and device.
-        batch_size: Images in a batch.
         num_workers: Worker processes.
-        num_threads: Threads of a worker that read and decode.
-        num_parallel: Batches that a worker's engine takes at the same time.
-        recipe: What was computed.
         status: `done`, or why not.
         total_rows: Rows in the store after the run; None where they cannot be counted.
         total_failures: Failures in the store after the run; None where they cannot be counted.
@@ -108,30 +167,13 @@ class Summary:
     num_repeated: int
     skipped: Counter[str]
     num_done: int = 0
-    num_embedded: int = 0
-    num_failures: int = 0
     num_retried: int = 0
     num_changed: int = 0
     num_updated: int = 0
     num_deleted: int = 0
     num_dropped: int = 0
-    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
-    unreadable: Counter[tuple[str, str]] = field(default_factory=Counter)
     repaired: dict[str, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    decode_cpu_seconds: float = 0.0
-    waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    num_ready: int = 0
-    first_started: float = float("inf")
-    last_ended: float = 0.0
-    num_shards: int = 0
-    num_bytes: int = 0
-    num_bytes_read: int = 0
-    engine: str = ""
-    batch_size: int = 0
     num_workers: int = 1
-    num_threads: int = 1
-    num_parallel: int = 1
     status: str = "started"
     total_rows: int | None = None
     total_failures: int | None = None
@@ -166,26 +208,6 @@ class Summary:
             skipped=listing.skipped,
         )
 
-    def add(self, receipt: Receipt) -> None:
-        """Count one shard."""
-        self.num_shards += 1
-        self.num_embedded += receipt.num_rows
-        self.num_failures += receipt.failures.total()
-        self.failures += receipt.failures
-        self.unreadable += receipt.kept
-        for stage, seconds in receipt.seconds.items():
-            self.seconds[stage] += seconds
-        for stage, seconds in receipt.waits.items():
-            self.waits[stage] += seconds
-        self.num_bytes += receipt.num_bytes
-        self.num_bytes_read += receipt.num_bytes_read
-        self.first_started = min(self.first_started, receipt.started)
-        self.last_ended = max(self.last_ended, receipt.ended)
-        self.decode_cpu_seconds += receipt.decode_cpu_seconds
-        self.num_ready += receipt.num_ready
-        self.engine, self.batch_size = receipt.engine, receipt.batch_size
-        self.num_threads, self.num_parallel = receipt.num_threads, receipt.num_parallel
-
     @property
     def images_per_second(self) -> float:
         """From the first byte read to the last shard written; 0 where nothing was embedded."""
@@ -195,7 +217,7 @@ class Summary:
 
     @property
     def _elapsed(self) -> float:
-        return max(self.last_ended - self.first_started, 1e-9)
+        return max(self.last_written - self.first_read, 1e-9)
 
     @property
     def engine_idle(self) -> float:

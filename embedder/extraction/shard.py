@@ -13,10 +13,10 @@ import hashlib
 import queue
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ from embedder.errors import (
     ReadError,
     Unfinished,
 )
+from embedder.extraction.record import Receipt, Work
 from embedder.machine import gpus
 from embedder.recipe import Recipe
 from embedder.sources import read_bytes
@@ -43,7 +44,6 @@ from embedder.store import Failure, Row, Store, failures_table, places_of, rows_
 if TYPE_CHECKING:
     from embedder.heads import Model
 
-STAGES = ("read", "decode", "embed", "write")
 _MIN_LOOKAHEAD = 64  # images read and decoded ahead of the network, per shard
 _SHARDS_IN_HAND = 2  # of a worker process
 # A shorter run would be over before measuring batch sizes has paid for itself.
@@ -62,52 +62,6 @@ class Job:
     batch_size: int | None  # None: found by measuring, where the run is long enough to gain by it
     num_images: int = 0
     gpus: tuple[str, ...] | None = None  # None: those of the worker, wherever it is
-
-
-@dataclass
-class Receipt:
-    """What became of one shard; all that travels back from a worker.
-
-    Attributes:
-        shard: File name of the shard.
-        num_rows: Images embedded.
-        failures: Number of failures by (stage, error).
-        kept: Number of images that keep the row they had, since nothing could be made of what
-            they are now, by (stage, error).
-        settled: Ids of images that had a row or a failure, and have another one now.
-        seconds: Busy time of each stage, summed over threads. Threads that share a core are
-            all busy.
-        decode_cpu_seconds: Of these, what decoding took of the cores.
-        waits: Seconds that the shard's thread waited for `decode` (the network had no work) and
-            for `embed` (the network had all it could take).
-        num_ready: Images that were decoded by the time they were wanted.
-        started: Time of the first byte read, in seconds since the epoch.
-        ended: Time when the shard was written.
-        num_bytes: Written to the store.
-        num_bytes_read: Of image files.
-        engine: Name and device of the engine.
-        batch_size: Images in a batch.
-        num_threads: Of the worker, for reading and decoding.
-        num_parallel: Batches that its engine takes at the same time.
-    """
-
-    shard: str
-    num_rows: int = 0
-    failures: Counter[tuple[str, str]] = field(default_factory=Counter)
-    kept: Counter[tuple[str, str]] = field(default_factory=Counter)
-    settled: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    decode_cpu_seconds: float = 0.0
-    waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    num_ready: int = 0
-    started: float = 0.0
-    ended: float = 0.0
-    num_bytes: int = 0
-    num_bytes_read: int = 0
-    engine: str = ""
-    batch_size: int = 0
-    num_threads: int = 0
-    num_parallel: int = 0
 
 
 # What a store has of images that are to be embedded, by id: the sha256 of the row, or None of a
@@ -295,7 +249,7 @@ def extract_shard(
         ShardBuilder(job.recipe, state, refs, of_job)
         for job, state, of_job in zip(jobs, states, earlier or [{}] * len(jobs), strict=True)
     ]
-    loading = _Loading()
+    loading = Work()
     reporter = _Reporter(report)
     try:
         for position, image in enumerate(_load_images(refs, jobs[0].recipe, states[0], loading)):
@@ -310,7 +264,7 @@ def extract_shard(
         for shard in shards:
             shard.give_back()
     receipts = [shard.write(store, loading) for shard, store in zip(shards, stores, strict=True)]
-    reporter.tell(refs.num_rows, receipts[0].failures.total(), at_once=True)
+    reporter.tell(refs.num_rows, receipts[0].num_failures, at_once=True)
     return receipts
 
 
@@ -329,21 +283,8 @@ class _Reporter:
             self._told, self._time = (num_done, num_failures), now
 
 
-@dataclass
-class _Loading:
-    """What reading and decoding a shard took; the fields are those of `Receipt`."""
-
-    started: float = 0.0
-    read_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_cpu_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    num_ready: int = 0
-    num_bytes_read: int = 0
-
-
 def _load_images(
-    refs: pa.Table, recipe: Recipe, state: WorkerState, loading: _Loading
+    refs: pa.Table, recipe: Recipe, state: WorkerState, loading: Work
 ) -> Iterator[LoadedImage]:
     """Images in the refs' order, read and decoded by the worker's threads ahead of need."""
     lookahead = max(_MIN_LOOKAHEAD, 4 * state.engine.batch_size)
@@ -352,7 +293,7 @@ def _load_images(
     ahead: deque[Future[LoadedImage]] = deque()
     try:
         with state.feeding:
-            loading.started = time.time()
+            loading.first_read = time.time()
             for path in refs["path"]:
                 ahead.append(state.decoders.submit(load_image, path.as_py(), recipe))
                 if len(ahead) == lookahead:
@@ -364,13 +305,13 @@ def _load_images(
             future.cancel()
 
 
-def _take(future: Future[LoadedImage], loading: _Loading) -> LoadedImage:
+def _take(future: Future[LoadedImage], loading: Work) -> LoadedImage:
     loading.num_ready += future.done()
     begin = time.perf_counter()
     image = future.result()
-    loading.wait_seconds += time.perf_counter() - begin
-    loading.read_seconds += image.read_seconds
-    loading.decode_seconds += image.decode_seconds
+    loading.waits["decode"] += time.perf_counter() - begin
+    loading.seconds["read"] += image.read_seconds
+    loading.seconds["decode"] += image.decode_seconds
     loading.decode_cpu_seconds += image.decode_cpu_seconds
     loading.num_bytes_read += image.num_bytes or 0
     return image
@@ -467,17 +408,12 @@ class ShardBuilder:
         for future in self._in_flight:
             future.exception()  # its buffer is back
 
-    def write(self, store: Store, loading: _Loading) -> Receipt:
+    def write(self, store: Store, loading: Work) -> Receipt:
         """Write the shard, and tell what became of it."""
         receipt, engine = self.receipt, self.state.engine
+        receipt.add(loading)
         receipt.engine, receipt.batch_size = f"{engine.name} on {engine.device}", engine.batch_size
         receipt.num_threads, receipt.num_parallel = self.state.num_threads, engine.num_parallel
-        receipt.started, receipt.num_ready = loading.started, loading.num_ready
-        receipt.seconds["read"] = loading.read_seconds
-        receipt.seconds["decode"] = loading.decode_seconds
-        receipt.decode_cpu_seconds = loading.decode_cpu_seconds
-        receipt.waits["decode"] = loading.wait_seconds
-        receipt.num_bytes_read = loading.num_bytes_read
         self._set_kept_apart()
         begin = time.perf_counter()
         good = sorted(row for row in self._rows if row.position not in self._not_finite)
@@ -485,7 +421,7 @@ class ShardBuilder:
         failures = failures_table(self.refs, self.failures)
         receipt.num_bytes = store.write_shard(rows, failures, receipt.shard)
         receipt.seconds["write"] = time.perf_counter() - begin
-        receipt.num_rows, receipt.ended = rows.num_rows // self.recipe.views, time.time()
+        receipt.num_embedded, receipt.last_written = rows.num_rows // self.recipe.views, time.time()
         receipt.failures = Counter((failure.stage, failure.error) for _, failure in self.failures)
         return receipt
 
@@ -499,7 +435,7 @@ class ShardBuilder:
             stored = self._earlier.get(self._ids[row.position])
             if stored and (failure.is_passing or row.sha256 in (None, stored)):
                 kept_ids.add(self._ids[row.position])
-                self.receipt.kept[failure.stage, failure.error] += 1
+                self.receipt.unreadable[failure.stage, failure.error] += 1
             else:
                 failures.append((row, failure))
         self.failures = failures

@@ -4,8 +4,7 @@ from collections import Counter
 
 import pytest
 
-from embedder.extraction.record import Summary
-from embedder.extraction.shard import Receipt
+from embedder.extraction.record import Receipt, Summary
 from embedder.recipe import Recipe
 
 
@@ -24,9 +23,9 @@ def summary_of(recipe: Recipe, **receipt: object) -> Summary:
 
 def receipt_of(**receipt: object) -> Receipt:
     facts = {
-        "started": 100.0,
-        "ended": 110.0,
-        "num_rows": 1000,
+        "first_read": 100.0,
+        "last_written": 110.0,
+        "num_embedded": 1000,
         "num_ready": 900,
         "engine": "openvino on CPU",
         "num_threads": 2,
@@ -53,11 +52,10 @@ def test_shards_add_up(
         "waits": {"decode": 1.0, "embed": 2.0},
         "failures": Counter({("decode", "x"): 2, ("decode", "y"): 1, ("read", "z"): 1}),
     }
-    small = {"num_rows": 10, "num_ready": 5, "num_bytes": 1, "num_bytes_read": 2}
+    small = {"num_embedded": 10, "num_ready": 5, "num_bytes": 1, "num_bytes_read": 2}
     summary = summary_of(mean_colour_recipe, **facts)  # from 100 to 110
-    summary.add(receipt_of(started=started, ended=ended, **small, **facts))
+    summary.add(receipt_of(first_read=started, last_written=ended, **small, **facts))
     record = summary.record()
-    assert summary.num_shards == 2
     assert summary.images_per_second == pytest.approx(1010 / elapsed)
     assert (summary.num_bytes, summary.num_bytes_read) == (5_000_001, 50_000_002)
     assert (record["counts"]["embedded"], record["counts"]["failed"]) == (1010, 8)
@@ -140,7 +138,7 @@ def test_two_workers_are_twice_as_large(mean_colour_recipe: Recipe) -> None:
         mean_colour_recipe,
         seconds=seconds(1, 18, 20, 0.2),
         waits={"decode": 8.0, "embed": 0.5},
-        num_rows=800,
+        num_embedded=800,
         failures=Counter({("decode", "x"): 200}),  # took their time too
     )
     summary.num_workers = 2

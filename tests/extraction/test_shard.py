@@ -19,9 +19,9 @@ from embedder.engines import Features, Runtime, batch_size, remembered_batch_siz
 from embedder.engines.model_cache import exported_model
 from embedder.errors import EngineError, OutOfMemory, StoreError
 from embedder.extraction import shard as pipeline
+from embedder.extraction.record import Receipt
 from embedder.extraction.shard import (
     Job,
-    Receipt,
     Stopped,
     WorkerState,
     extract_shard,
@@ -83,7 +83,7 @@ def test_bad_files_among_good_ones_shift_nothing(
     for name in bad:
         (folder / name).write_bytes(b"no image")
     store, receipt = run(mean_colour_recipe, folder, tmp_path / "out")
-    assert receipt.num_rows == 80
+    assert receipt.num_embedded == 80
     assert receipt.failures.total() == len(bad)
     for image_id, vector in zip(store.ids(), store.vectors(), strict=True):
         np.testing.assert_allclose(vector, expected[image_id], atol=1e-4)
@@ -164,7 +164,7 @@ def test_a_vector_that_is_not_finite_is_a_failure_to_embed(
     recipe = mean_colour_recipe.model_copy(update={"store_dtype": "float16"})
     (archive / "zzz.png").write_bytes(b"no image")  # known before the last batch is back
     store, receipt = run(recipe, archive, tmp_path / "out", Overflowing(batch_size=4))
-    assert (receipt.num_rows, receipt.failures.total()) == (15, 6)
+    assert (receipt.num_embedded, receipt.failures.total()) == (15, 6)
     failures = store.failures()
     assert failures["stage"].to_pylist() == ["embed"] * 5 + ["decode"]
     assert failures["image_id"].to_pylist() == sorted(failures["image_id"].to_pylist())
@@ -175,7 +175,7 @@ def test_a_shard_of_failures_alone_has_no_rows(tmp_path: Path, mean_colour_recip
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").touch()
     store, receipt = run(mean_colour_recipe, tmp_path / "photos", tmp_path / "out")
-    assert (len(store), receipt.num_rows, store.failures().num_rows) == (0, 0, 1)
+    assert (len(store), receipt.num_embedded, store.failures().num_rows) == (0, 0, 1)
 
 
 def test_manifest_columns_travel_with_their_rows(
@@ -240,7 +240,7 @@ def test_a_receipt_tells_what_the_shard_took(
     assert receipt.shard == shard.name
     assert receipt.num_bytes == shard.stat().st_size
     assert receipt.num_bytes_read == sum(p.stat().st_size for p in archive.rglob("*.*"))
-    assert before <= receipt.started <= receipt.ended <= time.time()
+    assert before <= receipt.first_read <= receipt.last_written <= time.time()
     assert receipt.seconds["embed"] >= 5 * 0.02
     assert receipt.decode_cpu_seconds > 0
     assert (receipt.engine, receipt.batch_size) == ("mean-colour on CPU", 4)
@@ -371,7 +371,7 @@ def test_the_next_shard_is_fed_while_the_last_one_drains(
     Store.open_or_create(tmp_path / "out", mean_colour_recipe, {})
 
     def num_rows(part: pa.Table) -> int:
-        return run(mean_colour_recipe, part, tmp_path / "out", state)[1].num_rows
+        return run(mean_colour_recipe, part, tmp_path / "out", state)[1].num_embedded
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(num_rows, [refs.slice(0, 17), refs.slice(17)])) == [17, 3]
