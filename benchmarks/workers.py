@@ -24,7 +24,7 @@ import embedder
 from embedder.backbones.resolve import make_recipe
 from embedder.extraction import cluster
 from embedder.extraction.record import Receipt
-from embedder.extraction.shard import Job
+from embedder.extraction.worker import Job
 from embedder.sources.listing import list_images
 
 SHARD_SIZE = 2048

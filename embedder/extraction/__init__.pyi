@@ -9,11 +9,8 @@ from .extract import (
     Progress as Progress,
     run_extraction as run_extraction,
 )
+from .images import load_image as load_image
 from .options import RunOptions as RunOptions
 from .plan import make_plan as make_plan
 from .record import Summary as Summary, grouped_reasons as grouped_reasons
-from .shard import (
-    finished_vectors as finished_vectors,
-    load_head as load_head,
-    load_image as load_image,
-)
+from .worker import finished_vectors as finished_vectors, load_head as load_head

@@ -22,7 +22,8 @@ from embedder.extraction.cluster import Pool, WorkerContext
 from embedder.extraction.options import RunOptions
 from embedder.extraction.plan import Plan, drop_repeated, make_plan
 from embedder.extraction.record import Receipt, Summary, grouped_reasons
-from embedder.extraction.shard import Earlier, Job, extract_shard, worker_state_of
+from embedder.extraction.shard import Earlier, extract_shard
+from embedder.extraction.worker import Job, worker_state_of
 from embedder.libraries import logger, versions
 from embedder.machine import gpus
 from embedder.recipe import Recipe

@@ -7,62 +7,24 @@ it can take, and decoding waits. A worker process keeps two shards in hand: the 
 the first has handed its last image to the decoders, so nothing runs dry between shards.
 """
 
-import contextlib
-import ctypes
-import hashlib
-import queue
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from embedder import engines
-from embedder.columns import LOGITS
-from embedder.decode import DecodedImage, decode_rgb, prepare_decoders
-from embedder.engines import Engine, Features
-from embedder.errors import (
-    DecodeError,
-    EngineError,
-    ModelError,
-    OutOfMemory,
-    ReadError,
-    Unfinished,
-)
+from embedder.errors import Unfinished
+from embedder.extraction.images import LoadedImage, load_images
 from embedder.extraction.record import Receipt, Work
-from embedder.machine import gpus
+from embedder.extraction.worker import Job, WorkerState, finished_vectors
 from embedder.recipe import Recipe
-from embedder.sources import read_bytes
 from embedder.store import Failure, Row, Store, failures_table, places_of, rows_table, shard_name
 
-if TYPE_CHECKING:
-    from embedder.heads import Model
-
-_MIN_LOOKAHEAD = 64  # images read and decoded ahead of the network, per shard
-_SHARDS_IN_HAND = 2  # of a worker process
-# A shorter run would be over before measuring batch sizes has paid for itself.
-_MIN_IMAGES_TO_MEASURE = 2000
 _REPORT_SECONDS = 0.5
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every shard of a run has in common; small enough to send with each of them."""
-
-    recipe: Recipe
-    store: str
-    engine: str
-    batch_size: int | None  # None: found by measuring, where the run is long enough to gain by it
-    num_images: int = 0
-    gpus: tuple[str, ...] | None = None  # None: those of the worker, wherever it is
-
 
 # What a store has of images that are to be embedded, by id: the sha256 of the row, or None of a
 # failure. Images that it does not know are not in it.
@@ -71,150 +33,6 @@ Earlier = Mapping[str, str | None]
 
 class Stopped(Unfinished):
     """The run was stopped while this shard was in work; nothing of it was written."""
-
-
-class WorkerState:
-    """What a worker process keeps between shards: the engine, the threads and the buffers."""
-
-    def __init__(self, recipe: Recipe, engine: Engine, num_threads: int) -> None:
-        """Start the threads.
-
-        Args:
-            recipe: What is computed.
-            engine: Compiled model.
-            num_threads: Threads that read and decode.
-        """
-        prepare_decoders()
-        _give_back_large_blocks()
-        self.engine = engine
-        self.head = load_head(recipe)
-        self.num_threads = num_threads
-        self.decoders = ThreadPoolExecutor(num_threads, "decode")
-        self.embedders = ThreadPoolExecutor(engine.num_parallel, "embed")
-        # For each call of the engine one that is in work and one that waits; and one that each
-        # shard fills. A shard can always hand over the one it has, so none waits for ever.
-        self.buffers: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
-        for _ in range(2 * engine.num_parallel + _SHARDS_IN_HAND):
-            self.buffers.put(np.zeros((engine.batch_size, *recipe.image_size, 3), np.uint8))
-        self.feeding = threading.Lock()  # held by the shard that hands images to the decoders
-        self._resizing = threading.Lock()
-
-    def embed(self, pixels: NDArray[np.uint8]) -> Features:
-        """Embed a buffer: in one call, or in several once the engine has run out of memory.
-
-        Args:
-            pixels: uint8 (buffer's batch size, height, width, 3).
-
-        Returns:
-            By column, float32 (buffer's batch size, dim).
-
-        Raises:
-            EngineError: Not even one image fits into memory.
-        """
-        while True:
-            engine = self.engine
-            try:
-                return _embed_in_parts(engine, pixels)
-            except OutOfMemory as error:
-                with self._resizing:
-                    if self.engine is not engine:
-                        continue  # another thread has made it smaller meanwhile
-                    if engine.batch_size == 1:
-                        raise EngineError(
-                            f"Not even one image of {pixels.shape[1]}x{pixels.shape[2]} pixels "
-                            f"fits into the memory of {engine.device}: {error}"
-                        ) from error
-                    self.engine = engine.resized(engine.batch_size // 2)
-
-
-def _embed_in_parts(engine: Engine, pixels: NDArray[np.uint8]) -> Features:
-    size = engine.batch_size
-    if size == len(pixels):
-        return engine.embed(pixels)
-    padding = np.zeros((-len(pixels) % size, *pixels.shape[1:]), np.uint8)
-    padded = np.concatenate([pixels, padding])
-    parts = [engine.embed(padded[start : start + size]) for start in range(0, len(pixels), size)]
-    return {name: np.concatenate([p[name] for p in parts])[: len(pixels)] for name in parts[0]}
-
-
-def _give_back_large_blocks() -> None:
-    """Have glibc return a shard's vectors to the system as soon as they are freed.
-
-    It would otherwise raise its threshold as it goes and keep a heap for each thread: by
-    `benchmarks/memory.py`, 5,000 images then peak at 1.17 times the memory of 1,000. Pixels stay
-    below the threshold: at 128 KiB their page faults cost a tenth of the speed.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2 * 2**20)
-
-
-_toolboxes: dict[Any, WorkerState] = {}
-_toolboxes_lock = threading.Lock()
-
-
-def worker_state_of(job: Job, num_threads: int) -> WorkerState:
-    """This process's state for a job: made by its first shard, shared by all others."""
-    runtime = engines.choose(job.engine, gpus() if job.gpus is None else job.gpus)
-    key = (job.recipe, runtime, job.batch_size, num_threads)
-    with _toolboxes_lock:
-        if key not in _toolboxes:
-            recipe = job.recipe.of_features
-            engine = engines.load(recipe, runtime, job.batch_size, num_threads)
-            if (
-                job.batch_size is None
-                and job.num_images * job.recipe.views >= _MIN_IMAGES_TO_MEASURE
-                and engines.remembered_batch_size(recipe, runtime, num_threads) is None
-            ):
-                engine = engines.find_batch_size(engine, recipe, runtime, num_threads)
-            _toolboxes[key] = WorkerState(job.recipe, engine, num_threads)
-        return _toolboxes[key]
-
-
-def load_head(recipe: Recipe) -> "Model | None":
-    """The head whose logits the recipe stores; None where it stores features.
-
-    Raises:
-        ModelError: It is not there any more, or is another.
-    """
-    if recipe.head is None:
-        return None
-    # scikit-learn takes half a second to import, which extraction is not to pay.
-    from embedder.heads import Model
-
-    model = Model.load(recipe.head_source)
-    if model.head_sha256 != recipe.head:
-        raise ModelError(f"The model {recipe.head_source} has changed since the run began")
-    return model
-
-
-class LoadedImage(NamedTuple):
-    """An image after reading and decoding, or the failure that came instead."""
-
-    num_bytes: int | None
-    sha256: str | None
-    outcome: DecodedImage | Failure
-    read_seconds: float
-    decode_seconds: float
-    decode_cpu_seconds: float
-
-
-def load_image(path: bytes, recipe: Recipe) -> LoadedImage:
-    """Read and decode one image; what goes wrong is its outcome."""
-    begin = time.perf_counter()
-    try:
-        encoded = read_bytes(path)
-    except ReadError as error:
-        failure = Failure("read", str(error), error.is_passing)
-        return LoadedImage(None, None, failure, time.perf_counter() - begin, 0.0, 0.0)
-    sha256 = hashlib.sha256(encoded).hexdigest()
-    read, cpu = time.perf_counter(), time.thread_time()
-    outcome: DecodedImage | Failure
-    try:
-        outcome = decode_rgb(encoded, recipe)
-    except DecodeError as error:
-        outcome = Failure("decode", str(error), error.is_passing)
-    end, cpu = time.perf_counter(), time.thread_time() - cpu
-    return LoadedImage(len(encoded), sha256, outcome, read - begin, end - read, cpu)
 
 
 def extract_shard(
@@ -252,7 +70,7 @@ def extract_shard(
     loading = Work()
     reporter = _Reporter(report)
     try:
-        for position, image in enumerate(_load_images(refs, jobs[0].recipe, states[0], loading)):
+        for position, image in enumerate(load_images(refs, jobs[0].recipe, states[0], loading)):
             if is_stopped():
                 raise Stopped(f"stopped while shard {shards[0].receipt.shard} was in work")
             for shard in shards:
@@ -281,40 +99,6 @@ class _Reporter:
         if at_once or now - self._time > _REPORT_SECONDS:
             self._report(num_done - self._told[0], num_failures - self._told[1])
             self._told, self._time = (num_done, num_failures), now
-
-
-def _load_images(
-    refs: pa.Table, recipe: Recipe, state: WorkerState, loading: Work
-) -> Iterator[LoadedImage]:
-    """Images in the refs' order, read and decoded by the worker's threads ahead of need."""
-    lookahead = max(_MIN_LOOKAHEAD, 4 * state.engine.batch_size)
-    # An image with several views waits with all their pixels; every thread still has one in work.
-    lookahead = min(lookahead, max(lookahead // recipe.views, state.num_threads + 1))
-    ahead: deque[Future[LoadedImage]] = deque()
-    try:
-        with state.feeding:
-            loading.first_read = time.time()
-            for path in refs["path"]:
-                ahead.append(state.decoders.submit(load_image, path.as_py(), recipe))
-                if len(ahead) == lookahead:
-                    yield _take(ahead.popleft(), loading)
-        while ahead:
-            yield _take(ahead.popleft(), loading)
-    finally:
-        for future in ahead:
-            future.cancel()
-
-
-def _take(future: Future[LoadedImage], loading: Work) -> LoadedImage:
-    loading.num_ready += future.done()
-    begin = time.perf_counter()
-    image = future.result()
-    loading.waits["decode"] += time.perf_counter() - begin
-    loading.seconds["read"] += image.read_seconds
-    loading.seconds["decode"] += image.decode_seconds
-    loading.decode_cpu_seconds += image.decode_cpu_seconds
-    loading.num_bytes_read += image.num_bytes or 0
-    return image
 
 
 class ShardBuilder:
@@ -460,27 +244,3 @@ def _embed(
     mine = {name: f[: len(rows)] for name, f in features.items()}
     vectors = finished_vectors(mine, recipe, state.head)
     return _EmbeddedBatch(rows, vectors, time.perf_counter() - begin)
-
-
-def finished_vectors(
-    features: Features, recipe: Recipe, head: "Model | None" = None
-) -> dict[str, NDArray[Any]]:
-    """Bring the network's outputs, each (batch, dim), to what the recipe stores.
-
-    Returns:
-        Arrays of the same shapes, each vector divided by its Euclidean length if `l2_normalise`,
-        in `store_dtype`. Values too large for float16 become infinite. A feature map that is not
-        pooled, (batch, height, width, channels), counts as one vector. With a head, the logits
-        that it makes of them, (batch, n_classes).
-    """
-    vectors = {name: _finished(vectors, recipe) for name, vectors in features.items()}
-    return vectors if head is None else {LOGITS: head.logits_of_columns(vectors)}
-
-
-def _finished(vectors: NDArray[np.float32], recipe: Recipe) -> NDArray[Any]:
-    if recipe.l2_normalise:
-        axes = tuple(range(1, vectors.ndim))
-        norms = np.sqrt((vectors**2).sum(axis=axes, keepdims=True))
-        vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
-    with np.errstate(over="ignore"):
-        return vectors.astype(recipe.store_dtype)

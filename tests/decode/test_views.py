@@ -25,7 +25,7 @@ from embedder.decode.resize import augment
 from embedder.decode.views import MAX_JITTER, MAX_STRETCH, MIN_AREA, draw_augmentation, part_of
 from embedder.engines import Features
 from embedder.errors import RecipeError
-from embedder.extraction.shard import WorkerState
+from embedder.extraction.worker import WorkerState
 from embedder.recipe import MAX_VIEWS, Recipe
 from embedder.store.store import Store
 from tests.decode.test_decode import CROPS, encode, make_recipe
@@ -272,14 +272,14 @@ def test_no_more_pixels_are_decoded_ahead_than_without_views_unless_threads_woul
 ) -> None:
     folder = make_archive(tmp_path / "photos", 70)
     recipe = mean_colour_recipe.model_copy(update={"views": num_views})
-    toolbox = WorkerState(recipe, MeanColour(), num_threads)
+    state = WorkerState(recipe, MeanColour(), num_threads)
     is_feeding = []
 
     def note() -> bool:
-        is_feeding.append(toolbox.feeding.locked())
+        is_feeding.append(state.feeding.locked())
         return False
 
-    run(recipe, folder, tmp_path / "out", toolbox, is_stopped=note)
+    run(recipe, folder, tmp_path / "out", state, is_stopped=note)
     num_last = num_ahead - 1  # beside the one that is taken
     assert is_feeding == [True] * (70 - num_last) + [False] * num_last
 

@@ -12,7 +12,8 @@ import pytest
 import embedder
 from embedder.checks.verify import verify
 from embedder.errors import RecipeError, Unfinished
-from embedder.extraction.shard import Job, extract_shard, worker_state_of
+from embedder.extraction.shard import extract_shard
+from embedder.extraction.worker import Job, worker_state_of
 from embedder.sources.listing import list_images
 from embedder.store.schema import FAILURES
 from tests.cli.test_app import run

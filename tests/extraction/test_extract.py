@@ -27,7 +27,7 @@ from embedder.errors import (
     StoreError,
     Unfinished,
 )
-from embedder.extraction import shard as pipeline
+from embedder.extraction import worker
 from embedder.store.store import Store
 from tests.extraction.test_cluster import scheduler_with_workers
 from tests.support import make_archive, picture
@@ -70,7 +70,7 @@ def test_every_odd_file_has_the_outcome_that_is_expected(
     odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Pillow's warnings are ignored when a state is made; pytest takes that back after each test.
-    monkeypatch.setattr(pipeline, "_toolboxes", {})
+    monkeypatch.setattr(worker, "_states", {})
     with (odd / "expected.csv").open(encoding="utf-8", newline="") as file:
         expected = {row["file"]: row["expect"] for row in DictReader(file)}
     manifest = odd / "manifest.txt"

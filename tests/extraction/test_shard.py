@@ -1,7 +1,6 @@
 """One shard: every image a row or a failure, every vector with its own row."""
 
 import hashlib
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -15,19 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedder.decode.decode import decode_rgb
-from embedder.engines import Features, Runtime, batch_size, remembered_batch_size
-from embedder.engines.model_cache import exported_model
+from embedder.engines import Features
 from embedder.errors import EngineError, OutOfMemory, StoreError
-from embedder.extraction import shard as pipeline
+from embedder.extraction import images, shard
 from embedder.extraction.record import Receipt
-from embedder.extraction.shard import (
-    Job,
-    Stopped,
-    WorkerState,
-    extract_shard,
-    finished_vectors,
-    worker_state_of,
-)
+from embedder.extraction.shard import Stopped, extract_shard
+from embedder.extraction.worker import Job, WorkerState
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.store.store import Store
@@ -222,7 +214,7 @@ def test_progress_is_told_as_it_goes_and_adds_up(
     monkeypatch: pytest.MonkeyPatch,
     often: bool,
 ) -> None:
-    monkeypatch.setattr(pipeline, "_REPORT_SECONDS", -1.0 if often else 1000.0)
+    monkeypatch.setattr(shard, "_REPORT_SECONDS", -1.0 if often else 1000.0)
     (archive / "bad.jpg").touch()
     told: list[tuple[int, int]] = []
     run(mean_colour_recipe, archive, tmp_path / "out", report=lambda *n: told.append(n))
@@ -245,17 +237,6 @@ def test_a_receipt_tells_what_the_shard_took(
     assert receipt.decode_cpu_seconds > 0
     assert (receipt.engine, receipt.batch_size) == ("mean-colour on CPU", 4)
     assert (receipt.num_threads, receipt.num_parallel) == (3, 2)
-
-
-def test_lengths_are_one_when_asked(mean_colour_recipe: Recipe) -> None:
-    recipe = mean_colour_recipe.model_copy(update={"l2_normalise": True})
-    features = {
-        "embedding": np.array([[3, 4], [0, 0]], np.float32),
-        "map": np.array([[[3, 0], [0, 4]]], np.float32),  # of shape (1, 2, 2)
-    }
-    vectors = finished_vectors(features, recipe)
-    np.testing.assert_allclose(vectors["embedding"], [[0.6, 0.8], [0, 0]], rtol=1e-6)
-    np.testing.assert_allclose(vectors["map"], [[[0.6, 0], [0, 0.8]]], rtol=1e-6)
 
 
 def test_a_vanished_store_is_told(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
@@ -348,7 +329,7 @@ def test_a_shard_hands_images_to_the_decoders_no_further_ahead_than_it_must(
         return False
 
     run(mean_colour_recipe, folder, tmp_path / "out", state, is_stopped=note)
-    ahead = pipeline._MIN_LOOKAHEAD - 1  # beside the one that is taken
+    ahead = images._MIN_LOOKAHEAD - 1  # beside the one that is taken
     assert is_feeding == [True] * (80 - ahead) + [False] * ahead
 
 
@@ -375,36 +356,3 @@ def test_the_next_shard_is_fed_while_the_last_one_drains(
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(num_rows, [refs.slice(0, 17), refs.slice(17)])) == [17, 3]
-
-
-def test_a_toolbox_is_made_once_and_measures_batch_sizes_for_long_runs(
-    lite0: Recipe, model_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exported_model(lite0)
-    keep = shutil.ignore_patterns("batch-sizes")
-    shutil.copytree(model_cache, tmp_path / "cache", ignore=keep)
-    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(batch_size, "_KNEE_SECONDS", 0.01)
-    monkeypatch.setattr(pipeline, "_toolboxes", {})
-
-    def job(num_images: int, batch_size: int | None = None, recipe: Recipe = lite0) -> Job:
-        return Job(recipe, "store", "openvino", batch_size, num_images)
-
-    def is_measured() -> bool:
-        return remembered_batch_size(lite0, Runtime("openvino"), 2) is not None
-
-    short = worker_state_of(job(1999), 2)
-    assert worker_state_of(job(1999), 2) is short
-    assert (
-        worker_state_of(job(1999, recipe=lite0.model_copy(update={"crop": "pad"})), 2) is not short
-    )
-    assert worker_state_of(job(2000, 3), 2).engine.batch_size == 3
-    assert not is_measured()
-    pipeline._toolboxes.clear()
-    found = worker_state_of(job(2000), 2).engine.batch_size
-    assert is_measured()
-    (file,) = (tmp_path / "cache" / "batch-sizes").iterdir()
-    measured = file.read_bytes()
-    pipeline._toolboxes.clear()
-    assert worker_state_of(job(2000), 2).engine.batch_size == found
-    assert file.read_bytes() == measured  # and not measured again

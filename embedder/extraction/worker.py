@@ -1,0 +1,178 @@
+"""What a worker process keeps between shards: the engine, the decoders and the buffers."""
+
+import contextlib
+import ctypes
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder import engines
+from embedder.columns import LOGITS
+from embedder.decode import prepare_decoders
+from embedder.engines import Engine, Features
+from embedder.errors import EngineError, ModelError, OutOfMemory
+from embedder.machine import gpus
+from embedder.recipe import Recipe
+
+if TYPE_CHECKING:
+    from embedder.heads import Model
+
+_SHARDS_IN_HAND = 2  # of a worker process
+# A shorter run would be over before measuring batch sizes has paid for itself.
+_MIN_IMAGES_TO_MEASURE = 2000
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every shard of a run has in common; small enough to send with each of them."""
+
+    recipe: Recipe
+    store: str
+    engine: str
+    batch_size: int | None  # None: found by measuring, where the run is long enough to gain by it
+    num_images: int = 0
+    gpus: tuple[str, ...] | None = None  # None: those of the worker, wherever it is
+
+
+class WorkerState:
+    """What a worker process keeps between shards: the engine, the threads and the buffers."""
+
+    def __init__(self, recipe: Recipe, engine: Engine, num_threads: int) -> None:
+        """Start the threads.
+
+        Args:
+            recipe: What is computed.
+            engine: Compiled model.
+            num_threads: Threads that read and decode.
+        """
+        prepare_decoders()
+        _give_back_large_blocks()
+        self.engine = engine
+        self.head = load_head(recipe)
+        self.num_threads = num_threads
+        self.decoders = ThreadPoolExecutor(num_threads, "decode")
+        self.embedders = ThreadPoolExecutor(engine.num_parallel, "embed")
+        # For each call of the engine one that is in work and one that waits; and one that each
+        # shard fills. A shard can always hand over the one it has, so none waits for ever.
+        self.buffers: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
+        for _ in range(2 * engine.num_parallel + _SHARDS_IN_HAND):
+            self.buffers.put(np.zeros((engine.batch_size, *recipe.image_size, 3), np.uint8))
+        self.feeding = threading.Lock()  # held by the shard that hands images to the decoders
+        self._resizing = threading.Lock()
+
+    def embed(self, pixels: NDArray[np.uint8]) -> Features:
+        """Embed a buffer: in one call, or in several once the engine has run out of memory.
+
+        Args:
+            pixels: uint8 (buffer's batch size, height, width, 3).
+
+        Returns:
+            By column, float32 (buffer's batch size, dim).
+
+        Raises:
+            EngineError: Not even one image fits into memory.
+        """
+        while True:
+            engine = self.engine
+            try:
+                return _embed_in_parts(engine, pixels)
+            except OutOfMemory as error:
+                with self._resizing:
+                    if self.engine is not engine:
+                        continue  # another thread has made it smaller meanwhile
+                    if engine.batch_size == 1:
+                        raise EngineError(
+                            f"Not even one image of {pixels.shape[1]}x{pixels.shape[2]} pixels "
+                            f"fits into the memory of {engine.device}: {error}"
+                        ) from error
+                    self.engine = engine.resized(engine.batch_size // 2)
+
+
+def _embed_in_parts(engine: Engine, pixels: NDArray[np.uint8]) -> Features:
+    size = engine.batch_size
+    if size == len(pixels):
+        return engine.embed(pixels)
+    padding = np.zeros((-len(pixels) % size, *pixels.shape[1:]), np.uint8)
+    padded = np.concatenate([pixels, padding])
+    parts = [engine.embed(padded[start : start + size]) for start in range(0, len(pixels), size)]
+    return {name: np.concatenate([p[name] for p in parts])[: len(pixels)] for name in parts[0]}
+
+
+def _give_back_large_blocks() -> None:
+    """Have glibc return a shard's vectors to the system as soon as they are freed.
+
+    It would otherwise raise its threshold as it goes and keep a heap for each thread: by
+    `benchmarks/memory.py`, 5,000 images then peak at 1.17 times the memory of 1,000. Pixels stay
+    below the threshold: at 128 KiB their page faults cost a tenth of the speed.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2 * 2**20)
+
+
+_states: dict[Any, WorkerState] = {}
+_states_lock = threading.Lock()
+
+
+def worker_state_of(job: Job, num_threads: int) -> WorkerState:
+    """This process's state for a job: made by its first shard, shared by all others."""
+    runtime = engines.choose(job.engine, gpus() if job.gpus is None else job.gpus)
+    key = (job.recipe, runtime, job.batch_size, num_threads)
+    with _states_lock:
+        if key not in _states:
+            recipe = job.recipe.of_features
+            engine = engines.load(recipe, runtime, job.batch_size, num_threads)
+            if (
+                job.batch_size is None
+                and job.num_images * job.recipe.views >= _MIN_IMAGES_TO_MEASURE
+                and engines.remembered_batch_size(recipe, runtime, num_threads) is None
+            ):
+                engine = engines.find_batch_size(engine, recipe, runtime, num_threads)
+            _states[key] = WorkerState(job.recipe, engine, num_threads)
+        return _states[key]
+
+
+def load_head(recipe: Recipe) -> "Model | None":
+    """The head whose logits the recipe stores; None where it stores features.
+
+    Raises:
+        ModelError: It is not there any more, or is another.
+    """
+    if recipe.head is None:
+        return None
+    # scikit-learn takes half a second to import, which extraction is not to pay.
+    from embedder.heads import Model
+
+    model = Model.load(recipe.head_source)
+    if model.head_sha256 != recipe.head:
+        raise ModelError(f"The model {recipe.head_source} has changed since the run began")
+    return model
+
+
+def finished_vectors(
+    features: Features, recipe: Recipe, head: "Model | None" = None
+) -> dict[str, NDArray[Any]]:
+    """Bring the network's outputs, each (batch, dim), to what the recipe stores.
+
+    Returns:
+        Arrays of the same shapes, each vector divided by its Euclidean length if `l2_normalise`,
+        in `store_dtype`. Values too large for float16 become infinite. A feature map that is not
+        pooled, (batch, height, width, channels), counts as one vector. With a head, the logits
+        that it makes of them, (batch, n_classes).
+    """
+    vectors = {name: _finished(vectors, recipe) for name, vectors in features.items()}
+    return vectors if head is None else {LOGITS: head.logits_of_columns(vectors)}
+
+
+def _finished(vectors: NDArray[np.float32], recipe: Recipe) -> NDArray[Any]:
+    if recipe.l2_normalise:
+        axes = tuple(range(1, vectors.ndim))
+        norms = np.sqrt((vectors**2).sum(axis=axes, keepdims=True))
+        vectors = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    with np.errstate(over="ignore"):
+        return vectors.astype(recipe.store_dtype)
