@@ -80,7 +80,7 @@ def test_an_image_that_becomes_unreadable_while_it_is_embedded_keeps_its_row(
     never = lambda: False  # noqa: E731
     (receipt,) = extract_shard([job], [state], refs, lambda *_: None, never, [sha256])
     assert receipt.shard != old.name  # which would have been written over, with that row in it
-    assert receipt.kept.total() == 1
+    assert receipt.unreadable.total() == 1
     assert sorted(receipt.settled) == sorted(before.keys() - {"cats/002.jpg"})
     assert store.failures().num_rows == 0
     embedder.extract(archive, tmp_path / "out", **SMALL)
