@@ -161,9 +161,8 @@ def test_a_scheduler_without_workers_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_workers_with_another_version_are_told(tmp_path: Path) -> None:
-    metadata = tmp_path / "embedder-99.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: embedder\nVersion: 99\n")
+    # Python imports it when it starts.
+    (tmp_path / "sitecustomize.py").write_text('import embedder; embedder.__version__ = "99"')
     with scheduler_with_workers("--nthreads 1", path=tmp_path) as address:
         with pytest.raises(ClusterError, match="must have embedder .* installed.*: 99"):
             with connect(address, 1):
