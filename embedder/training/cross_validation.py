@@ -40,13 +40,7 @@ def judge(
             judged = model
         else:
             own = fit_head(spec, replace(images, split=Split(folds=[(train, test)])))
-            judged = replace(
-                model,
-                estimator=own.estimator,
-                temperature=own.temperature,
-                thresholds=own.thresholds,
-                classes=images.classes[own.known],
-            )
+            judged = own.in_model(model, images)
         evaluations.append(Evaluation.of(judged, images.unaugmented[test], images, test))
     return Evaluation.pooled(evaluations)
 

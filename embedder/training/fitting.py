@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from embedder.evaluation import expand_logits
 from embedder.heads import (
     Calibration,
     KerasHead,
+    Model,
     Settings,
     calibrate,
     find_head,
@@ -63,6 +64,16 @@ class Fitted:
     temperature: float
     thresholds: NDArray[np.float64] | None
     trials: list[dict[str, Any]]
+
+    def in_model(self, model: Model, images: TrainingSet) -> Model:
+        """A model with this head in the place of its own."""
+        return replace(
+            model,
+            estimator=self.estimator,
+            temperature=self.temperature,
+            thresholds=self.thresholds,
+            classes=images.classes[self.known],
+        )
 
 
 def fit_head(spec: HeadSpec, images: TrainingSet) -> Fitted:

@@ -125,12 +125,11 @@ def _with_unlabelled(head: TrainedHead, path: str) -> TrainedHead:
         read_unlabelled(path, head.model, set(images.sha256)),
         head.options.unlabelled_method,
     )
-    fitted = found.fitted
-    model = replace(head.model, estimator=fitted.estimator, temperature=fitted.temperature)
+    model = found.fitted.in_model(head.model, images)
     return replace(
         head,
         model=model,
-        fitted=fitted,
+        fitted=found.fitted,
         test=judge(head.spec, images, model),
         semi_supervised=found,
         supervised_test=head.test,
