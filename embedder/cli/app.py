@@ -3,6 +3,7 @@
 import ast
 import importlib
 import io
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from embedder import __version__
 from embedder.cli import interrupts
 
+_COMPLETION = "_EMBEDDER_COMPLETE"  # what the scripts of shells set
 # Of each command, in the order of the help, the module that has it.
 MODULES = {
     "extract": "extraction",
@@ -96,5 +98,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files hold anything, in any locale
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    shell, _, instruction = os.environ.get(_COMPLETION, "").partition("_")
+    if instruction == "source":  # the order that click has; Typer's is the other
+        os.environ[_COMPLETION] = f"source_{shell}"
     with interrupts.ending_the_process():
         app(prog_name="embedder")

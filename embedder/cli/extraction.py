@@ -44,7 +44,7 @@ def extract(
     """Embed the images of SOURCE into STORE; what is there already is not done again."""
     from embedder.extraction import run_extraction
 
-    recipes = _make_recipes(store, parts_of(backbone), parts_of(weights), recipe)
+    recipes = make_recipes(store, parts_of(backbone), parts_of(weights), recipe)
     with console.progress(quiet) as on_progress:
         summaries = run_extraction(source, recipes, run, on_progress, console.started())
     if not quiet:
@@ -135,10 +135,20 @@ def demo(
     console.print_facts({name: console.interval(metric) for name, metric in metrics.items()})
 
 
-def _make_recipes(
+def make_recipes(
     store: str, backbones: list[str], weights: list[str], options: RecipeOptions
 ) -> "dict[str, Recipe]":
-    """A recipe for each backbone, by the folder of its store."""
+    """A recipe for each backbone, by the folder of its store.
+
+    Args:
+        store: The folder, or with several backbones the one that theirs are in.
+        backbones: As in `RecipeOptions`.
+        weights: As there: none, one for all or one for each.
+        options: All else.
+
+    Raises:
+        RecipeError: There are too many weights, or a backbone comes twice.
+    """
     from embedder.backbones import make_recipe
 
     if len(weights) not in (0, 1, len(backbones)):

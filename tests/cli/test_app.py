@@ -140,6 +140,12 @@ def test_quiet_prints_nothing(archive: Path, tmp_path: Path) -> None:
         (["extract", "{archive}", "{out}", "--max-failures", "7"], "must be at most 1"),
         (["extract", "{archive}", "{out}", "--scheduler", "tcp://127.0.0.1:9"], "not answer"),
         (["extract", "{archive}", "/proc/features"], "cannot be written"),
+        (["extract", "{archive}", "{out}", "--weights", "random,random"], "once for each backbone"),
+        (
+            ["extract", "{archive}", "{out}", "--backbone", "vgg16,VGG16", "--weights", "random"],
+            "different networks",
+        ),
+        (["backbones", "--layers"], "wants the name of a network"),
         (["inspect", "{missing}"], "not a feature store"),
         (["verify", "{archive}"], "not a feature store"),
         (["extract"], "Missing argument"),

@@ -1,5 +1,6 @@
 """Option classes as options of the command line: what is typed, and what a function gets."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from embedder.backbones.options import RecipeOptions
 from embedder.backbones.table import BACKBONES
+from embedder.cli.extraction import make_recipes
 from embedder.cli.options import command, parts_of
 from embedder.engines.engine import ENGINES
 from embedder.extraction.options import RunOptions
@@ -119,6 +121,19 @@ def test_the_choices_are_those_there_are() -> None:
     }
 
 
+def test_several_networks_make_a_store_each() -> None:
+    names = ["mobilenet", "vgg16"]
+    made = make_recipes("out", names, ["random"], RecipeOptions(pooling="max"))
+    assert [recipe.weights for recipe in made.values()] == ["random:0", "random:0"]
+    made = make_recipes("out", names, ["random:1", "random:2"], RecipeOptions())
+    assert list(made) == [f"out{os.sep}mobilenet", f"out{os.sep}vgg16"]
+    assert [(r.backbone, r.weights) for r in made.values()] == [
+        ("mobilenet", "random:1"),
+        ("vgg16", "random:2"),
+    ]
+    assert list(make_recipes("out", ["vgg16"], ["random"], RecipeOptions())) == ["out"]
+
+
 def shell(name: str, script: str, home: Path) -> str:
     """What a shell of a name prints; zsh and fish are bash here, which goes by its name alone."""
     (home / name).symlink_to("/bin/bash")
@@ -172,4 +187,13 @@ def test_completion_is_installed_for_the_shell_that_asks(
 ) -> None:
     shown = shell(name, "embedder --install-completion", tmp_path)
     assert f"{name} completion installed" in shown
-    assert f"_EMBEDDER_COMPLETE=complete_{name}" in (tmp_path / file).read_text()
+    script = (tmp_path / file).read_text().strip()
+    assert f"_EMBEDDER_COMPLETE=complete_{name}" in script
+    done = subprocess.run(  # as click's documentation has it
+        [SCRIPTS / "embedder"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "_EMBEDDER_COMPLETE": f"{name}_source"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == script
