@@ -1,4 +1,4 @@
-"""Peak memory and seconds of decoding the largest pictures, one alone and several at once.
+"""Peak memory and seconds of decoding the largest images, one alone and several at once.
 
 Makes small files that decode to just under `MAX_PIXELS`, of each kind that takes another way
 through `embedder.decode`, and progressive JPEGs with far more scans than a photo has. Each run is a
@@ -63,7 +63,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png(side: int, bits: int, colour_type: int, pixel: bytes, *chunks: bytes) -> bytes:
-    """A square PNG, black but for one pixel in each row, without the whole picture in memory."""
+    """A square PNG, black but for one pixel in each row, without the whole image in memory."""
     header = side.to_bytes(4, "big") * 2 + bytes([bits, colour_type, 0, 0, 0])
     row = b"\0" + pixel + bytes(len(pixel) * (side - 1))
     compressor = zlib.compressobj(1)
@@ -98,7 +98,7 @@ def make_files(folder: Path, side: int) -> list[Path]:
     Image.new("F", square).save(folder / "grey, 32 bits.tif", compression="tiff_lzw")
     Image.new("RGB", square).save(folder / "photo.jpg")
     Image.new("RGB", square).save(folder / "photo, progressive.jpg", progressive=True)
-    # A smaller picture has room for more scans in as many bytes: its first scan is shorter.
+    # A smaller image has room for more scans in as many bytes: its first scan is shorter.
     write_many_scans(folder / "many scans.jpg", side * 3 // 5, 400_000)
     write_many_scans(folder / "very many scans.jpg", side * 3 // 5, 2_800_000)
     return sorted(folder.iterdir())
@@ -122,9 +122,7 @@ def decode(file: Path, num_threads: int, package: Path, options: argparse.Namesp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--side", type=int, default=13_300, help="of the square pictures, in pixels"
-    )
+    parser.add_argument("--side", type=int, default=13_300, help="of the square images, in pixels")
     parser.add_argument("--together", type=int, default=8, help="files that are decoded at once")
     parser.add_argument("--kinds", default="", help="only files in whose name this regex is found")
     parser.add_argument("--most-gib", type=float, default=12, help="memory of a process, in GiB")

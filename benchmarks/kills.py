@@ -39,7 +39,7 @@ SMALL = "--image-size", "64x96"
 
 
 def make_photos(folder: Path, num_images: int, seed: int) -> Path:
-    """Pictures of smooth random colours with a tint for each class, in a folder each."""
+    """Images of smooth random colours with a tint for each class, in a folder each."""
     random_colours = np.random.default_rng(seed)
     for number in range(num_images):
         kind = number % len(CLASSES)

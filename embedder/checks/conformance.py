@@ -112,7 +112,7 @@ def check_resize(recipe: Recipe, card: NDArray[np.uint8], encoded: bytes) -> Che
     Args:
         recipe: Gives crop, size, filter and decoding.
         card: uint8 (height, width, 3).
-        encoded: The same picture as a file, without loss.
+        encoded: The same image as a file, without loss.
     """
     received = decode_rgb(encoded, recipe).pixels.astype(int)
     # Libraries resize rows or columns first, and round in between.
@@ -134,7 +134,7 @@ def reference_resize(
     """Crop and antialiased resize as two products with matrices: uint8 `image_size` + (3,).
 
     Each output pixel is the mean of the input weighted by the filter, which is stretched where the
-    picture becomes smaller. A filter reaches over the edge of the crop, not of the picture. Values
+    image becomes smaller. A filter reaches over the edge of the crop, not of the image. Values
     are rounded to uint8 after each product, which cuts off what the filter overshoots.
     """
     height, width = recipe.image_size

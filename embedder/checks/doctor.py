@@ -47,7 +47,7 @@ def machine() -> dict[str, str]:
 
 
 def self_test(backbone: str, weights: str | None = None) -> list[Check]:
-    """Test a network's way from bytes to vectors against plain references, on generated pictures.
+    """Test a network's way from bytes to vectors against plain references, on generated images.
 
     Args:
         backbone: Name of a row of `BACKBONES`.
@@ -119,7 +119,7 @@ def _check_rotation(recipe: Recipe, upright: bytes, on_its_side: bytes) -> Check
 
 
 def _encode(pixels: NDArray[np.uint8], orientation: int) -> bytes:
-    """Encode as PNG, stored the way a camera stores a picture of that EXIF orientation."""
+    """Encode as PNG, stored the way a camera stores an image of that EXIF orientation."""
     image = Image.fromarray(pixels if orientation == 1 else np.rot90(pixels).copy())
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -29,7 +29,7 @@ MAX_PIXELS = 178_956_970
 
 # A JPEG is decoded in time with its scans times its pixels, whatever its bytes: a scan that
 # changes nothing takes ten. Photos have 1 scan, progressive ones about 10 and rarely above 20; the
-# second number lets the largest picture have 24. The first is that of libjpeg-turbo's own fuzzers.
+# second number lets the largest image have 24. The first is that of libjpeg-turbo's own fuzzers.
 MAX_SCANS = 500
 MAX_SCANNED_PIXELS = 2**32
 
@@ -39,7 +39,7 @@ _REFUSED_FORMATS = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 Image.init()
 FORMATS = tuple(sorted(set(Image.OPEN) - _REFUSED_FORMATS))
 
-# Of all threads of this process. A picture takes about 8 bytes a pixel while it is brought to RGB:
+# Of all threads of this process. An image takes about 8 bytes a pixel while it is brought to RGB:
 # the large ones together take 1.4 GB, each other thread up to 0.27 GB. Photos of a camera of 33
 # megapixels are not large, so that they do not wait on a machine of 64 cores either.
 _budget = PixelBudget(MAX_PIXELS, num_ordinary=2**25)
@@ -50,7 +50,7 @@ _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _NO_FRAME, _PROGRESSIVE = {0xC4, 0xC8, 0xCC}, {0xC2, 0xC6, 0xCA, 0xCE}
 _END, _SCAN = 0xD9, 0xDA
 
-# Of 1 MiB each. Without them each picture's memory is new to the process, and costs page faults.
+# Of 1 MiB each. Without them each image's memory is new to the process, and costs page faults.
 _MAX_KEPT_BLOCKS = 64
 
 
@@ -79,7 +79,7 @@ def decode_rgb(encoded: bytes, recipe: "Recipe") -> DecodedImage:
     Args:
         encoded: The whole file, in any of `FORMATS`. The first frame of an animation or the first
             page is used; EXIF rotation is applied; transparency is blended on white; samples of
-            more than eight bits are stretched from the picture's own range to 0..255. Colour
+            more than eight bits are stretched from the image's own range to 0..255. Colour
             profiles are not applied.
         recipe: Gives `image_size`, `crop`, `crop_fraction`, `interpolation`, `decode` and `views`.
 
@@ -145,7 +145,7 @@ def prepare_decoders() -> None:
 
     Pillow and libtiff no longer warn about images that they can read all the same (libtiff would
     write straight to standard error); images that cannot be read still raise. Memory of decoded
-    pictures is kept for the next ones, up to 64 MiB.
+    images is kept for the next ones, up to 64 MiB.
     """
     _imaging.set_block_size(2**20)
     _imaging.set_blocks_max(_MAX_KEPT_BLOCKS)
@@ -166,7 +166,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _count_scans(encoded: bytes) -> int:
-    """Scans that libjpeg would decode of a JPEG: 1 if the first one holds the whole picture.
+    """Scans that libjpeg would decode of a JPEG: 1 if the first one holds the whole image.
 
     What is inside other segments, such as a preview in the EXIF, and behind the end is not counted.
     """

@@ -1,4 +1,4 @@
-"""How many pixels of large pictures the threads of a process may have in work at once."""
+"""How many pixels of large images the threads of a process may have in work at once."""
 
 import ctypes
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 
 class PixelBudget:
-    """So many pixels of large pictures may be in work at once, whatever the number of threads.
+    """So many pixels of large images may be in work at once, whatever the number of threads.
 
     The first that waits is the next: smaller ones do not overtake it, or it might wait for ever.
     """
@@ -16,8 +16,8 @@ class PixelBudget:
         """Nothing is in work yet.
 
         Args:
-            num_pixels: Of all large pictures in work. A picture of more takes them all.
-            num_ordinary: A picture of so many pixels or fewer is not large, and never waits.
+            num_pixels: Of all large images in work. An image of more takes them all.
+            num_ordinary: An image of so many pixels or fewer is not large, and never waits.
         """
         self.num_pixels, self.num_ordinary = num_pixels, num_ordinary
         self.num_free = num_pixels
@@ -26,9 +26,9 @@ class PixelBudget:
 
     @contextmanager
     def taken(self, num_pixels: int) -> Iterator[None]:
-        """Wait until a picture of so many pixels may be in work, which it is inside the block.
+        """Wait until an image of so many pixels may be in work, which it is inside the block.
 
-        Its memory must be free at the end of the block: the next picture then takes as much.
+        Its memory must be free at the end of the block: the next image then takes as much.
         """
         if num_pixels <= self.num_ordinary:
             yield

@@ -29,7 +29,7 @@ if simd:
         "bicubic": simd.FilterType.catmull_rom,
         "lanczos": simd.FilterType.lanczos3,
     }
-_of_thread = threading.local()  # holds a Resizer, which keeps its intermediate picture
+_of_thread = threading.local()  # holds a Resizer, which keeps its intermediate image
 
 
 def fit(image: Image.Image, box: Box, recipe: "Recipe") -> Image.Image:
@@ -45,7 +45,7 @@ def augment(
     """One view, at the recipe's size, of the part of an image in `box`."""
     if recipe.crop == "center":
         proportions = recipe.image_size[1] / recipe.image_size[0]
-    else:  # the plain view is of the whole picture, whose own proportions are then the measure
+    else:  # the plain view is of the whole image, whose own proportions are then the measure
         proportions = (box[2] - box[0]) / (box[3] - box[1])
     part = part_of(box, augmentation, proportions)
     view = _resize(image, _size_within(part, recipe), part, recipe)
@@ -84,7 +84,7 @@ def _size_within(box: Box, recipe: "Recipe") -> tuple[int, int]:
 
 
 def _pad(image: Image.Image, recipe: "Recipe") -> Image.Image:
-    """Put a picture in the middle of a black one of the recipe's size."""
+    """Put an image in the middle of a black one of the recipe's size."""
     height, width = recipe.image_size
     if image.size == (width, height):
         return image

@@ -8,7 +8,7 @@ from PIL import Image
 # Modes with more than eight bits a sample: `convert("RGB")` would clip them to 0..255.
 _DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 
-# Pixels of a picture that are brought to RGB at a time, where that takes several copies of them: a
+# Pixels of an image that are brought to RGB at a time, where that takes several copies of them: a
 # few MB, which fit the processor's cache.
 _STRIP_PIXELS = 2**18
 
@@ -60,7 +60,7 @@ def _finite_range(image: Image.Image) -> tuple[float, float]:
 
 
 def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """The RGB of what becomes of each strip: copies are of a strip, never of the whole picture."""
+    """The RGB of what becomes of each strip: copies are of a strip, never of the whole image."""
     rgb = Image.new("RGB", image.size)
     for box in _strips(image):
         rgb.paste(convert(image.crop(box)).convert("RGB"), box)

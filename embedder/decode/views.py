@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 # A third, not a quarter: with the widest stretch, 4/3, each side of a view is then still half the
-# picture's, and decoding at a fraction keeps twice the network's: no view is enlarged by it.
+# image's, and decoding at a fraction keeps twice the network's: no view is enlarged by it.
 MIN_AREA = 1 / 3
 MAX_STRETCH = 4 / 3
 MAX_JITTER = 0.2
@@ -19,7 +19,7 @@ class Augmentation(NamedTuple):
     """What is done to one image for one view of it.
 
     Attributes:
-        area: Share of the picture's area that is shown, `MIN_AREA` to 1.
+        area: Share of the image's area that is shown, `MIN_AREA` to 1.
         stretch: Factor between the proportions (width by height) of the part shown and those that
             it is brought to, 1 / `MAX_STRETCH` to `MAX_STRETCH`.
         left: Where the part is: share of the room beside it that is left of it, 0 to 1.
@@ -64,16 +64,16 @@ def draw_augmentation(sha256: str, view: int) -> Augmentation:
 
 
 def part_of(box: Box, augmentation: Augmentation, proportions: float) -> Box:
-    """The part of a picture that a view shows.
+    """The part of an image that a view shows.
 
     Args:
-        box: Of the whole picture, in pixels.
+        box: Of the whole image, in pixels.
         augmentation: Gives `area`, `stretch`, `left` and `top`.
         proportions: Width by height that the part is to be brought to.
 
     Returns:
         A box within `box`. Where a part of that area and those proportions does not fit, it is the
-        largest of those proportions that does: of a very long picture a piece, not all, squeezed.
+        largest of those proportions that does: of a very long image a piece, not all, squeezed.
     """
     left, top, right, bottom = box
     box_width, box_height = right - left, bottom - top

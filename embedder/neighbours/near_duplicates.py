@@ -1,4 +1,4 @@
-"""Groups of near-duplicates: pictures so alike that a split must not divide them."""
+"""Groups of near-duplicates: images so alike that a split must not divide them."""
 
 from typing import Any
 
@@ -26,9 +26,9 @@ def near_duplicate_groups(
     """Number the groups of near-duplicates among vectors.
 
     Two are near-duplicates where the cosine of their differences from the mean of all vectors is at
-    least the threshold. Without the mean, all pictures of one material would be: it is what they
+    least the threshold. Without the mean, all images of one material would be: it is what they
     share. Groups are the connected components of these pairs, so a group can be a chain whose ends
-    are unlike. In a large set of similar pictures chains would join into one: in a group of more
+    are unlike. In a large set of similar images chains would join into one: in a group of more
     than 100 rows and 5 % of all, pairs must be closer and closer, until it falls into smaller ones
     or holds only copies.
 

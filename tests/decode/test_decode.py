@@ -65,7 +65,7 @@ def largest_difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> int:
 def test_extensions_that_are_listed_are_those_of_the_formats_that_are_read() -> None:
     Image.init()
     readable = {extension for extension, name in Image.EXTENSION.items() if name in FORMATS}
-    # Several pictures in one JPEG: Pillow opens it as a JPEG, and has no separate reader.
+    # Several images in one JPEG: Pillow opens it as a JPEG, and has no separate reader.
     assert readable | {".mpo"} == IMAGE_EXTENSIONS
     assert ".mpo" not in readable
 
@@ -514,7 +514,7 @@ def test_scaled_is_close_to_exact(crop: str, height: int, options: dict[str, Any
     exact, scaled = both_ways(encoded, (48, 40), crop=crop)
     assert not is_whole(exact, scaled)
     assert mean_difference(exact, scaled) < 1.5  # of 255
-    assert mean_difference(exact, scaled[:, ::-1]) > 10  # what a wrong picture would show
+    assert mean_difference(exact, scaled[:, ::-1]) > 10  # what a wrong image would show
 
 
 @pytest.mark.parametrize("kind", ["L", "CMYK", "MPO"])
@@ -716,7 +716,7 @@ def test_postscript_is_refused_since_reading_it_would_run_it() -> None:
 
 # Memory and time -------------------------------------------------------------------------------
 
-# Prints the peak after a small picture, and after a large one in so many threads at once.
+# Prints the peak after a small image, and after a large one in so many threads at once.
 PEAK = r"""
 import pathlib, re, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -735,7 +735,7 @@ for file in sys.argv[2:]:
 
 
 def peak_bytes(folder: Path, num_threads: int, mode: str, **options: Any) -> float:
-    """Memory for each of 6 million pixels, beyond that of a small picture."""
+    """Memory for each of 6 million pixels, beyond that of a small image."""
     files = [folder / "small", folder / "large"]
     for file, size in zip(files, ((80, 60), (3000, 2000)), strict=True):
         image = Image.new(mode, size)
@@ -895,13 +895,13 @@ def test_the_larger_a_jpeg_the_fewer_scans_it_may_have(how: str) -> None:
     rule = r"^has 129 scans; a JPEG of 8192 x 4096 pixels may have up to 128$"
     with pytest.raises(DecodeError, match=rule):
         decode_rgb(with_scans(grey, 129), make_recipe(decode=how))
-    # Twice as many as Pillow writes for a colour photo, for the largest picture of all.
+    # Twice as many as Pillow writes for a colour photo, for the largest image of all.
     assert decode.MAX_SCANNED_PIXELS // MAX_PIXELS >= 20
 
 
 def test_scans_of_one_channel_each_are_counted_also_where_nothing_is_progressive() -> None:
     def in_colour(num_scans: int) -> bytes:
-        """A grey picture as each of three channels, in scans of one channel."""
+        """A grey image as each of three channels, in scans of one channel."""
         grey = encode(Image.new("L", (64, 48), 200), "JPEG")
         frame = grey.index(b"\xff\xc0")
         scan = grey.index(b"\xff\xda")
@@ -942,7 +942,7 @@ recipe = Recipe(backbone="any", weights="0" * 64, image_size=(48, 64))
 file = io.BytesIO()
 Image.new("RGB", (8000, 8000)).save(file, "PNG")
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))  # a third of the picture
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))  # a third of the image
 try:
     decode_rgb(file.getvalue(), recipe)
 except DecodeError as error:

@@ -115,7 +115,7 @@ def test_vectors_that_are_none_are_told() -> None:
 
 
 def test_changed_copies_of_a_photograph_are_one_group(shared: Path, tmp_path: Path) -> None:
-    """Among other pictures, as in any archive: the mean must not be that of the copies."""
+    """Among other images, as in any archive: the mean must not be that of the copies."""
     archive = make_archive(tmp_path / "photos", 40)
     for path in (shared / "neardup").rglob("*.jpg"):
         (archive / path.name).write_bytes(path.read_bytes())

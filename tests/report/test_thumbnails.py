@@ -1,4 +1,4 @@
-"""Small pictures of images."""
+"""Thumbnails are of the whole image, and small."""
 
 import io
 
