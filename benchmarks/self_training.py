@@ -63,8 +63,8 @@ class Part:
 
 def read_part(store: embedder.Store, file: Path) -> Part:
     rows = [line.split(",") for line in file.read_text().splitlines() if line.strip()]
-    places = {image_id: place for place, image_id in enumerate(store.ids())}
-    features = store.vectors()[[places[row[0].strip()] for row in rows]]
+    indices = {image_id: index for index, image_id in enumerate(store.ids())}
+    features = store.vectors()[[indices[row[0].strip()] for row in rows]]
     return Part(normalize(features), np.array([row[1].strip() for row in rows]))
 
 

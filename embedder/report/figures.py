@@ -66,7 +66,7 @@ def script() -> str:
 
 
 def symbol(code: int) -> tuple[str, str]:
-    """Colour and marker of the class at a place: neighbours differ in colour."""
+    """Colour and marker of the class of a code: neighbours differ in colour."""
     markers = tuple(MARKERS)
     return COLOURS[code % len(COLOURS)], markers[code // len(COLOURS) % len(markers)]
 
@@ -226,7 +226,7 @@ def embedding_map(points: dict[str, list[Any]]) -> dict[str, Any]:
     """Draw the map of the images.
 
     Args:
-        points: Columns of one length: `x`, `y`, `code` (place of the class among the map's),
+        points: Columns of one length: `x`, `y`, `code` (index of the class among the map's),
             `label`, `predicted`, `image_id`, `is_wrong` (0 or 1: ringed) and `picture`, an `<img>`
             or nothing. The page's script narrows the filter named `chosen`.
     """

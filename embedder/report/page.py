@@ -174,7 +174,7 @@ def _confusions(report: Report) -> list[dict[str, Any]]:
         return []
     wrong = report.confusion * (1 - np.eye(len(report.classes), dtype=int))
     order = np.argsort(-wrong, axis=None, kind="stable")[:_NUM_CONFUSIONS]
-    pairs = [divmod(int(place), len(report.classes)) for place in order]
+    pairs = [divmod(int(index), len(report.classes)) for index in order]
     return [
         {
             "label": report.classes[row],
@@ -203,7 +203,7 @@ def _figures(report: Report, map_columns: dict[str, list[Any]]) -> dict[str, Any
 
 def _map_classes(report: Report) -> list[str]:
     """Labels that the map's points have, in the report's order; others, if any, at the end."""
-    order = {name: place for place, name in enumerate(report.classes)}
+    order = {name: i for i, name in enumerate(report.classes)}
     labels = {point.label for point in report.map_points}
     return sorted(labels, key=lambda label: (order.get(label, len(order)), label))
 
