@@ -73,7 +73,7 @@ def test_the_defaults_are_as_documented() -> None:
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_backbone_weights_and_size_have_no_default(name: str) -> None:
-    with pytest.raises(RecipeError, match=rf"`{name}` must be given. Received: nothing"):
+    with pytest.raises(RecipeError, match=rf"`{name}` must be given. Received: nothing$"):
         Recipe(**{key: value for key, value in NEEDED.items() if key != name})
 
 

@@ -308,3 +308,32 @@ def test_another_protocol_version_is_refused(tmp_path: Path) -> None:
     content = torch_file(state_dict(), {}, version=1002)
     with pytest.raises(WeightsError, match=f"unexpected header {MAGIC_NUMBER}, 1002"):
         read(tmp_path, content)
+
+
+@pytest.mark.parametrize(("shape", "stride"), [((2, 2), (-3, 4)), ((2, 2), (-1, 5))])
+def test_a_negative_stride_does_not_read_before_the_storage(
+    tmp_path: Path, shape: tuple[int, int], stride: tuple[int, int]
+) -> None:
+    with pytest.raises(WeightsError):
+        read(tmp_path, torch_file(state_dict(w=tensor("0", shape, stride)), {"0": FLOATS}))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        state_dict(epoch=b"K\x03"),
+        state_dict(state_dict=state_dict(w=tensor("0", (2,), (1,)))[2:-1]),
+        b"\x80\x02]K\x01a.",
+    ],
+    ids=["number among the tensors", "checkpoint with a nested state dict", "list"],
+)
+def test_another_object_than_a_state_dict_is_refused(tmp_path: Path, state: bytes) -> None:
+    with pytest.raises(WeightsError):
+        read(tmp_path, torch_file(state, {"0": FLOATS} if b"Q" in state else {}))
+
+
+@pytest.mark.parametrize("count", [2**60, 2**62])
+def test_a_storage_that_declares_too_much_is_refused(tmp_path: Path, count: int) -> None:
+    start = len(SOUND) - 6 * 4 - 8
+    with pytest.raises(WeightsError):
+        read(tmp_path, SOUND[:start] + count.to_bytes(8, "little") + SOUND[start + 8 :])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedder.datasets.labels import read_labels
+from embedder.datasets.labels import read_labels, read_named_column
 from embedder.datasets.training_set import read_training_set
 from embedder.errors import RecipeError, SourceError, StoreError
 from embedder.store.store import Store
@@ -100,6 +100,11 @@ def test_a_label_file_without_the_columns_is_refused(
     rule = rf"columns `path` and `kind`\. Received: .*labels\.csv with {header.replace(',', ', ')}$"
     with pytest.raises(SourceError, match=rule):
         read_training_set(zoo, f"{tmp_path}/labels.csv:kind")
+
+
+def test_a_label_file_of_only_a_header_has_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("path,kind\n")
+    assert read_named_column(tmp_path / "labels.csv", "kind") == {}
 
 
 @pytest.mark.parametrize("name", ["nope.csv:kind", "nope.txt:2"])

@@ -953,3 +953,20 @@ except DecodeError as error:
 def test_a_lack_of_memory_may_pass() -> None:
     done = subprocess.run([sys.executable, "-c", _LITTLE_MEMORY], capture_output=True, text=True)
     assert done.stdout == "not enough memory to decode it True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"),
+    [(29, 31, 224), (348, 348, 336), (3024, 4032, 176), (480, 640, 464)],
+)
+def test_rounding_never_puts_the_crop_outside_the_image(height: int, width: int, side: int) -> None:
+    pixels = decode_rgb(
+        encode(Image.new("RGB", (width, height), "red")), make_recipe((side, side))
+    ).pixels
+    assert (pixels == (255, 0, 0)).all()
+
+
+def test_infinite_samples_in_a_picture_of_one_value() -> None:
+    values = np.ones((48, 64), np.float32)
+    values[0, 0] = np.inf
+    assert decode_rgb(encode(values, "TIFF"), make_recipe()).pixels.max() == 0

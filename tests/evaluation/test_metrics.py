@@ -72,6 +72,12 @@ def test_a_resample_may_lack_a_class() -> None:
     assert found["log_loss"]["high"] == pytest.approx(-log(0.9))
 
 
+def test_a_resample_may_lack_a_predicted_class() -> None:
+    probabilities = np.array([[0.9, 0.1]] * 3 + [[0.1, 0.9]] * 2)
+    found = scores(np.array([0, 0, 0, 0, 1]), probabilities)["balanced_accuracy"]
+    assert found == pytest.approx({"value": (3 / 4 + 1) / 2, "low": 0.4, "high": 1.0})
+
+
 def test_the_interval_of_accuracy_is_the_binomial_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "NUM_RESAMPLES", 10_000)  # so that 90 % is told from 95 %
     codes = np.arange(500) % 2
