@@ -1,7 +1,8 @@
 """Errors a caller may want to catch.
 
 EmbedderError
-├── RecipeError        the request makes no sense; nothing was started
+├── RequestError       the request makes no sense; nothing was started
+│   └── RecipeError    the recipe makes no sense
 ├── SourceError        the source is missing, empty or unreadable
 ├── WeightsError       the weights are missing, corrupt or not of this backbone
 ├── EngineError        the engine cannot run here
@@ -23,7 +24,7 @@ started; 1, the job ran but did not finish.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 # How a rule of pydantic's reads, by the type of its error.
 _RULES = {
@@ -42,11 +43,11 @@ class EmbedderError(Exception):
     exit_status = 2
 
 
-class RecipeError(EmbedderError):
+class RequestError(EmbedderError):
     """The request makes no sense; nothing was started."""
 
     @classmethod
-    def of(cls, problems: list[Any], known: Iterable[str]) -> "RecipeError":
+    def of(cls, problems: list[Any], known: Iterable[str]) -> Self:
         """Say of each value that pydantic refused the rule, and what was received.
 
         Args:
@@ -54,6 +55,10 @@ class RecipeError(EmbedderError):
             known: Names of the options there are.
         """
         return cls(" ".join(_explain(problem, known) for problem in problems))
+
+
+class RecipeError(RequestError):
+    """The recipe makes no sense; nothing was started."""
 
 
 def _explain(problem: dict[str, Any], known: Iterable[str]) -> str:
