@@ -136,6 +136,11 @@ def reference_resize(
     Each output pixel is the mean of the input weighted by the filter, which is stretched where the
     image becomes smaller. A filter reaches over the edge of the crop, not of the image. Values
     are rounded to uint8 after each product, which cuts off what the filter overshoots.
+
+    Args:
+        pixels: uint8 (height, width, 3).
+        recipe: Gives `image_size`, `crop` (not `pad`), `crop_fraction` and `interpolation`.
+        rows_first: Whether rows are resized before columns.
     """
     height, width = recipe.image_size
     if recipe.crop == "center":
@@ -175,7 +180,16 @@ def _filter(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
 
 
 def embed(recipe: Recipe, engine_name: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Embed pictures in one batch, on a fresh engine: (n, height, width, 3) to (n, dim)."""
+    """Embed images in one batch, on a fresh engine.
+
+    Args:
+        recipe: Of one feature.
+        engine_name: As in `engines.choose`.
+        pixels: uint8 (n, height, width, 3).
+
+    Returns:
+        float32 (n, dim).
+    """
     engine = engines.load(recipe, engines.choose(engine_name, gpus()), len(pixels), num_cores())
     vectors: NDArray[np.float32] = engine.embed(pixels)[EMBEDDING]
     return vectors

@@ -33,7 +33,16 @@ _of_thread = threading.local()  # holds a Resizer, which keeps its intermediate 
 
 
 def fit(image: Image.Image, box: Box, recipe: "Recipe") -> Image.Image:
-    """Bring the part of an image in `box` to the recipe's size."""
+    """Bring a part of an image to the recipe's size, as it is.
+
+    Args:
+        image: RGB.
+        box: The part, in pixels; with `crop="center"`, its central part is kept.
+        recipe: Gives `image_size`, `crop`, `crop_fraction`, `interpolation` and `decode`.
+
+    Returns:
+        RGB, of the recipe's size.
+    """
     if recipe.crop == "center":
         box = _center(box, recipe)
     return _pad(_resize(image, _size_within(box, recipe), box, recipe), recipe)
@@ -42,7 +51,14 @@ def fit(image: Image.Image, box: Box, recipe: "Recipe") -> Image.Image:
 def augment(
     image: Image.Image, box: Box, augmentation: Augmentation, recipe: "Recipe"
 ) -> Image.Image:
-    """One view, at the recipe's size, of the part of an image in `box`."""
+    """Make one view, at the recipe's size, of a part of an image.
+
+    Args:
+        image: RGB.
+        box: The part, in pixels, of which the view shows another part.
+        augmentation: What is done to it.
+        recipe: As in `fit`.
+    """
     if recipe.crop == "center":
         proportions = recipe.image_size[1] / recipe.image_size[0]
     else:  # the plain view is of the whole image, whose own proportions are then the measure

@@ -61,7 +61,14 @@ class Evaluation:
     def of_logits(
         cls, model: Model, logits: NDArray[np.float32], images: TrainingSet, indices: NDArray[Any]
     ) -> "Evaluation":
-        """As `of`, where the model's logits (n, n_known) have been computed already."""
+        """As `of`, where the model's logits have been computed already.
+
+        Args:
+            model: Trained.
+            logits: (n, n_known), as the model gives them.
+            images: With their labels.
+            indices: (n,) which of them the logits are of.
+        """
         known = np.searchsorted(images.classes, model.classes)
         logits = expand_logits(logits, known, len(images.classes))
         calibrated = probabilities_of(logits, model.temperature, model.is_multilabel)
@@ -87,7 +94,7 @@ class Evaluation:
         return len(self.codes)
 
     def rows(self, indices: NDArray[Any]) -> "Evaluation":
-        """Some of the images: indices or booleans."""
+        """Some of the images: indices, or booleans (n,)."""
         parts = (self.codes, self.logits, self.calibrated, self.chosen)
         return Evaluation(self.classes, *(part[indices] for part in parts))
 
@@ -131,7 +138,11 @@ class Evaluation:
         return {name: all_scores[name] for name in ("log_loss", "ece")}
 
     def hierarchical(self, coarse_of: NDArray[np.integer]) -> Scores:
-        """Scores on the tree of coarse and fine classes; see `evaluation.hierarchical_scores`."""
+        """Scores on the tree of coarse and fine classes.
+
+        Args:
+            coarse_of: (n_classes,), as in `evaluation.hierarchical_scores`.
+        """
         return hierarchical_scores(self.codes, self.predicted, coarse_of)
 
     def per_class(self) -> list[dict[str, Any]]:
@@ -161,7 +172,16 @@ class Evaluation:
 def expand_logits(
     logits: NDArray[np.float32], known: NDArray[np.integer], num_classes: int
 ) -> NDArray[np.float32]:
-    """Logits (n, num_classes), where the head knows only the classes `known`."""
+    """Logits of all classes, where the head knows only some.
+
+    Args:
+        logits: (n, n_known).
+        known: (n_known,) indices of the head's classes among all.
+        num_classes: How many there are.
+
+    Returns:
+        (n, num_classes); classes that are not known are far below those that are.
+    """
     if len(known) == num_classes:
         return logits
     wide = np.repeat(logits.min(axis=1, keepdims=True) - _BELOW_ALL, num_classes, axis=1)

@@ -50,7 +50,7 @@ def scores(codes: NDArray[np.integer], probabilities: NDArray[np.floating]) -> S
 def multilabel_scores(
     codes: NDArray[np.integer], probabilities: NDArray[np.floating], chosen: NDArray[np.bool_]
 ) -> Scores:
-    """Score predictions of several labels an image.
+    """Score multi-label predictions.
 
     Args:
         codes: (n_images, n_classes), one where an image has the label.
@@ -140,7 +140,16 @@ def paired_difference(ours: NDArray[Any], theirs: NDArray[Any]) -> dict[str, flo
 def per_class(
     codes: NDArray[np.integer], predicted: NDArray[np.integer], classes: NDArray[np.str_]
 ) -> list[dict[str, Any]]:
-    """Precision, recall, F1 (each 0 to 1) and number of images of each class that occurs."""
+    """Score each class by itself.
+
+    Args:
+        codes: (n_images,), the true classes.
+        predicted: (n_images,), the predicted classes.
+        classes: (n_classes,), their names.
+
+    Returns:
+        `class`, `precision`, `recall`, `f1` (0 to 1) and `num_images` of each that occurs.
+    """
     confusion = confusion_matrix(codes, predicted, len(classes))
     hits, wanted, made = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     return [
@@ -159,7 +168,16 @@ def per_class(
 def confusion_matrix(
     codes: NDArray[np.integer], predicted: NDArray[np.integer], num_classes: int
 ) -> NDArray[np.int64]:
-    """Number of images by true class (rows) and predicted class (columns)."""
+    """Count images by true and by predicted class.
+
+    Args:
+        codes: (n_images,), the true classes.
+        predicted: (n_images,), the predicted classes.
+        num_classes: How many there are, whether or not they occur.
+
+    Returns:
+        (num_classes, num_classes); rows true, columns predicted.
+    """
     pairs = codes.astype(np.int64) * num_classes + predicted
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -167,7 +185,12 @@ def confusion_matrix(
 def reliability(
     confidence: NDArray[np.floating], is_right: NDArray[np.bool_]
 ) -> list[dict[str, float]]:
-    """Bins of the reliability diagram: mean confidence, accuracy and number of images of each."""
+    """Bins of the reliability diagram: mean confidence, accuracy and number of images of each.
+
+    Args:
+        confidence: (n_images,), 0 to 1.
+        is_right: (n_images,).
+    """
     bins = _bins(confidence)
     return [
         {

@@ -49,7 +49,14 @@ class PairedTest:
 def judge(
     ours: NDArray[np.bool_], theirs: NDArray[np.bool_], seconds: float, is_tuned: bool = True
 ) -> PairedTest:
-    """Compare which of the same images, (n,), are right."""
+    """Compare two models' predictions of the same images.
+
+    Args:
+        ours: (n,) whether the first model is right.
+        theirs: (n,) whether the other is, of the same images in the same order.
+        seconds: That the first took to train.
+        is_tuned: Whether the first is the other, fine-tuned.
+    """
     better, worse = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
     gain = paired_difference(ours, theirs)
