@@ -8,21 +8,22 @@ import struct
 import subprocess
 import sys
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from embedder.decode import decode, resize, tone
+from embedder.decode import decode
 from embedder.decode.decode import FORMATS, MAX_PIXELS, decode_rgb, prepare_decoders
 from embedder.decode.pixel_budget import PixelBudget
 from embedder.errors import DecodeError
 from embedder.recipe import Recipe
 from embedder.sources.refs import IMAGE_EXTENSIONS
+from tests.decode.test_pixel_budget import is_let_in
 from tests.support import picture
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -177,124 +178,7 @@ def test_rotation_is_applied_in_every_format_that_records_it(image_format: str) 
         assert np.abs(decoded.pixels[row].astype(int) - colour).max() < 10  # of 255: JPEG noise
 
 
-# Colour ----------------------------------------------------------------------------------------
-
-
-def test_one_picture_in_several_colour_modes_decodes_alike(odd: Path) -> None:
-    recipe = make_recipe((50, 80), crop="squash")
-
-    def decode_mode(name: str) -> NDArray[np.uint8]:
-        return decode_rgb((odd / "modes" / name).read_bytes(), recipe).pixels
-
-    rgb = decode_mode("RGB.jpg")
-    for name in ("CMYK.jpg", "LAB.webp", "P.png"):
-        assert mean_difference(decode_mode(name), rgb) < 1  # of 255
-    for name in ("L.png", "1.png"):
-        grey = decode_mode(name)
-        assert (grey == grey[:, :, :1]).all()
-        assert mean_difference(grey.mean(axis=2), rgb.mean(axis=2)) < 6  # of 255
-    assert mean_difference(rgb[:, :, ::-1], rgb) > 10  # swapped channels would show
-
-
-@pytest.mark.parametrize(
-    ("dtype", "image_format"),
-    [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<i4", "TIFF"), ("<f4", "TIFF")],
-)
-def test_deep_samples_are_stretched_from_their_own_range(dtype: str, image_format: str) -> None:
-    values = np.linspace(291, 694, 48 * 64).reshape(48, 64).round().astype(dtype)
-    expected = ((values.astype(float) - 291) * 255 / (694 - 291)).round()
-    decoded = decode_rgb(encode(values, image_format), make_recipe())
-    np.testing.assert_array_equal(decoded.pixels, np.repeat(expected[:, :, None], 3, axis=2))
-
-
-def test_a_real_16_bit_file_is_neither_black_nor_white(odd: Path) -> None:
-    recipe = make_recipe((64, 48), crop="squash")
-    for name in ("16bit.MM.deflate.tif", "16bit.cropped.jp2"):
-        pixels = decode_rgb((odd / "formats" / name).read_bytes(), recipe).pixels
-        assert pixels.min() < 30
-        assert pixels.max() > 200
-        assert 30 < pixels.mean() < 100
-
-
-def test_samples_below_zero_and_without_a_value_are_stretched_too() -> None:
-    values = np.full((48, 64), -3.0, np.float32)
-    values[:, 32:] = 1.0
-    values[0, 0], values[0, 1], values[0, 2] = np.nan, np.inf, -np.inf
-    pixels = decode_rgb(encode(values, "TIFF"), make_recipe()).pixels
-    assert (pixels[:, 32:] == 255).all()
-    assert (pixels[:, :32] == 0).all()
-
-
-def test_a_deep_picture_of_one_value_is_black() -> None:
-    values = np.full((48, 64), 40_000, np.uint16)
-    assert colours(decode_rgb(encode(values), make_recipe()).pixels) == {BLACK}
-
-
-@pytest.mark.parametrize("strip", [40, 200, 2**18])  # a part of a row, some rows, the whole
-@pytest.mark.parametrize("dtype", ["<u2", "<i4", "<f4"])
-def test_strips_of_a_deep_picture_are_stretched_like_the_whole(
-    dtype: str, strip: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tone, "_STRIP_PIXELS", strip)
-    generator = np.random.default_rng(0)
-    step = 2**23 if dtype == "<i4" else 256  # of the samples, for one of the result
-    # Halfway between two results, or off by one, which float32 does not see at 32 bits.
-    halves = generator.integers(0, 255, (48, 64)) * step + step // 2
-    values = halves + generator.integers(-1, 2, (48, 64))
-    values[0, 0], values[-1, -1] = 0, 255 * step
-    expected = (values / step).round()
-    values -= {"<u2": 0, "<i4": 2**30, "<f4": 1000}[dtype]
-    decoded = decode_rgb(encode(values.astype(dtype), "TIFF"), make_recipe())
-    np.testing.assert_array_equal(decoded.pixels, np.repeat(expected[:, :, None], 3, axis=2))
-
-
-def test_transparency_is_blended_on_white() -> None:
-    rgba = np.zeros((48, 64, 4), np.uint8)
-    rgba[:, :20] = (*RED, 255)
-    rgba[:, 20:40] = (*GREEN, 0)
-    rgba[:, 40:] = (*BLUE, 128)
-    for image_format in ("PNG", "TIFF"):
-        pixels = decode_rgb(encode(rgba, image_format), make_recipe()).pixels
-        assert colours(pixels[:, :20]) == {RED}
-        assert colours(pixels[:, 20:40]) == {WHITE}
-        assert colours(pixels[:, 40:]) == {(127, 127, 255)}
-
-
-def test_transparency_of_grey_and_palette_pictures_is_blended_on_white() -> None:
-    grey = np.zeros((48, 64, 2), np.uint8)  # grey, alpha
-    grey[:, :32, 1] = 255
-    palette = Image.new("P", (64, 48), 1)
-    palette.putpalette([*RED, *GREEN, *BLUE])
-    palette.paste(2, (32, 0, 64, 48))
-    keyed = Image.fromarray(bands(48, 66)[:, 1:65])
-    cases = {
-        encode(Image.fromarray(grey, "LA")): (BLACK, WHITE),
-        encode(palette, transparency=1): (WHITE, BLUE),
-        encode(palette, "GIF", transparency=2): (GREEN, WHITE),
-        encode(keyed, transparency=RED): (WHITE, BLUE),
-    }
-    for encoded, (left, right) in cases.items():
-        pixels = decode_rgb(encoded, make_recipe(interpolation="nearest")).pixels
-        assert colours(pixels[:, :10]) == {left}
-        assert colours(pixels[:, -10:]) == {right}
-
-
-@pytest.mark.parametrize("strip", [40, 200, 2**18])  # a part of a row, some rows, the whole
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L", "1"])
-def test_strips_of_a_transparent_picture_are_blended_like_the_whole(
-    mode: str, strip: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tone, "_STRIP_PIXELS", strip)
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 4), dtype=np.uint8)
-    image = Image.fromarray(noise).convert("RGB" if mode == "P" else mode).convert(mode)
-    keys: dict[str, Any] = {"P": bytes(range(256)), "RGB": (0, 0, 0), "L": 100, "1": 255}
-    encoded = encode(image, **({"transparency": keys[mode]} if mode in keys else {}))
-    with Image.open(io.BytesIO(encoded)) as image:
-        assert image.has_transparency_data
-        white = Image.new("RGBA", image.size, "white")
-        expected = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    assert len(colours(np.asarray(expected))) > 1
-    np.testing.assert_array_equal(decode_rgb(encoded, make_recipe()).pixels, expected)
+# Formats ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "PNG", "TIFF", "WEBP"])
@@ -321,117 +205,6 @@ def test_the_format_is_that_of_the_bytes_and_the_size_is_the_original(image_form
     assert (decoded.width, decoded.height) == (120, 90)
     assert decoded.pixels.shape == (64, 48, 3)
     assert decoded.pixels.dtype == np.uint8
-
-
-# Geometry --------------------------------------------------------------------------------------
-
-
-def test_center_crops_the_sides_away() -> None:
-    pixels = decode_rgb(encode(bands()), make_recipe((96, 48), interpolation="nearest")).pixels
-    assert pixels.shape == (96, 48, 3)
-    assert colours(pixels) == {GREEN}
-
-
-def test_center_crops_top_and_bottom_away() -> None:
-    upright = bands().transpose(1, 0, 2)
-    pixels = decode_rgb(encode(upright), make_recipe((48, 96), interpolation="nearest")).pixels
-    assert pixels.shape == (48, 96, 3)
-    assert colours(pixels) == {GREEN}
-
-
-def test_a_crop_of_the_images_own_proportions_keeps_all_of_it() -> None:
-    pixels = decode_rgb(encode(bands()), make_recipe((32, 96), interpolation="nearest")).pixels
-    assert colours(pixels[:, :32]) == {RED}
-    assert colours(pixels[:, 32:64]) == {GREEN}
-    assert colours(pixels[:, 64:]) == {BLUE}
-
-
-def test_a_crop_fraction_keeps_the_middle_of_what_fits() -> None:
-    framed = np.zeros((100, 200, 3), np.uint8)
-    framed[25:75, 50:150] = WHITE
-    recipe = make_recipe((40, 80), crop_fraction=0.5, interpolation="nearest")
-    assert colours(decode_rgb(encode(framed), recipe).pixels) == {WHITE}
-    recipe = make_recipe((40, 80), crop_fraction=0.6, interpolation="nearest")
-    pixels = decode_rgb(encode(framed), recipe).pixels
-    frame = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
-    assert all(colours(side) == {BLACK} for side in frame)
-
-
-def test_squash_shows_the_whole_image_in_other_proportions() -> None:
-    recipe = make_recipe((96, 48), crop="squash", interpolation="nearest")
-    pixels = decode_rgb(encode(bands()), recipe).pixels
-    assert pixels.shape == (96, 48, 3)
-    assert colours(pixels[:, :16]) == {RED}
-    assert colours(pixels[:, 16:32]) == {GREEN}
-    assert colours(pixels[:, 32:]) == {BLUE}
-
-
-def test_pad_shows_the_whole_image_between_black_bars() -> None:
-    recipe = make_recipe((96, 48), crop="pad", interpolation="nearest")
-    pixels = decode_rgb(encode(bands()), recipe).pixels
-    assert colours(pixels[:40]) == colours(pixels[56:]) == {BLACK}
-    assert colours(pixels[40:56, :16]) == {RED}
-    assert colours(pixels[40:56, 32:]) == {BLUE}
-    upright = decode_rgb(
-        encode(bands().transpose(1, 0, 2)), make_recipe((48, 96), crop="pad")
-    ).pixels
-    assert colours(upright[:, :40]) == colours(upright[:, 56:]) == {BLACK}
-    assert BLACK not in colours(upright[:, 40:56])
-
-
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
-@pytest.mark.parametrize(("height", "width"), [(90, 130), (130, 90), (30, 41), (333, 96)])
-@pytest.mark.parametrize("size", [(48, 64), (80, 40)])
-@pytest.mark.parametrize(("how", "tolerance"), [("exact", 0.0), ("scaled", 0.3)])
-def test_geometry_is_that_of_pillows_own_operations(
-    interpolation: str, height: int, width: int, size: tuple[int, int], how: str, tolerance: float
-) -> None:
-    photo = picture(7, height, width)
-    image, encoded = Image.fromarray(photo), encode(photo)
-    resample = Image.Resampling[interpolation.upper()]
-    target = (size[1], size[0])  # Pillow's order
-
-    def pixels(crop: str, crop_fraction: float = 1.0) -> NDArray[np.uint8]:
-        options = {"crop": crop, "crop_fraction": crop_fraction, "interpolation": interpolation}
-        return decode_rgb(encoded, make_recipe(size, decode=how, **options)).pixels
-
-    squashed = np.asarray(image.resize(target, resample))
-    assert mean_difference(pixels("squash"), squashed) <= tolerance  # of 255
-    fitted = ImageOps.fit(image, target, resample)
-    assert mean_difference(pixels("center"), np.asarray(fitted)) < 0.1 + tolerance
-    # A bleed takes its share from each of two sides.
-    bled = ImageOps.fit(image, target, resample, bleed=0.125)
-    assert mean_difference(pixels("center", 0.75), np.asarray(bled)) < 0.1 + tolerance
-    contained = np.asarray(ImageOps.contain(image, target, resample))
-    top, left = (size[0] - contained.shape[0]) // 2, (size[1] - contained.shape[1]) // 2
-    padded = np.zeros((*size, 3), np.uint8)
-    padded[top:, left:][: contained.shape[0], : contained.shape[1]] = contained
-    assert mean_difference(pixels("pad"), padded) <= tolerance
-    assert mean_difference(pixels("center"), squashed) > 1  # the crops do differ
-
-
-def test_filters_differ() -> None:
-    board = (np.indices((96, 128)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    found = {
-        name: decode_rgb(encode(board), make_recipe((40, 52), interpolation=name)).pixels
-        for name in ("nearest", "bilinear", "bicubic", "lanczos")
-    }
-    assert colours(found["nearest"]) == {BLACK, WHITE}
-    for name in ("bilinear", "bicubic", "lanczos"):
-        assert abs(found[name].mean() - 127.5) < 5  # antialiased: a board of small squares is grey
-        assert found[name].std() < 40
-    assert len({pixels.tobytes() for pixels in found.values()}) == 4
-
-
-@pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (5000, 1), (1, 5000)])
-def test_images_of_one_pixel_or_one_line_decode(crop: str, height: int, width: int) -> None:
-    encoded = encode(Image.new("RGB", (width, height), RED))
-    decoded = decode_rgb(encoded, make_recipe((48, 64), crop=crop, crop_fraction=0.875))
-    assert decoded.pixels.shape == (48, 64, 3)
-    assert (decoded.width, decoded.height) == (width, height)
-    assert RED in colours(decoded.pixels)
-    assert colours(decoded.pixels) <= ({RED, BLACK} if crop == "pad" else {RED})
 
 
 # Scaled decoding -------------------------------------------------------------------------------
@@ -562,53 +335,6 @@ def test_scaled_shows_the_same_part_in_every_orientation(crop: str, orientation:
 @pytest.mark.parametrize("image_format", ["BMP", "GIF", "PNG", "TIFF", "WEBP"])
 def test_scaled_decodes_all_pixels_of_other_formats(image_format: str) -> None:
     assert is_whole(*both_ways(encode(noisy(400, 500), image_format), (40, 50)))
-
-
-@pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
-@pytest.mark.parametrize("shape", [(300, 400), (57, 41), (1, 1), (3, 700)])
-def test_scaled_resizes_by_the_same_filter(
-    interpolation: str, crop: str, shape: tuple[int, int]
-) -> None:
-    encoded = encode(picture(3, *shape), "PNG")
-    exact, scaled = both_ways(encoded, (48, 40), crop=crop, interpolation=interpolation)
-    assert mean_difference(exact, scaled) < (0.001 if interpolation == "nearest" else 0.5)
-
-
-@pytest.mark.skipif(resize.simd is None, reason="there is no wheel for this platform")
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
-def test_scaled_resizes_with_vector_instructions(interpolation: str) -> None:
-    encoded = encode(noisy(300, 400), "PNG")
-    exact, scaled = both_ways(encoded, (48, 40), interpolation=interpolation)
-    assert (exact != scaled).any()  # they round otherwise
-    for other in {"bilinear", "bicubic", "lanczos"} - {interpolation}:
-        exact_other, _ = both_ways(encoded, (48, 40), interpolation=other)
-        assert mean_difference(exact_other, scaled) > 2 * mean_difference(exact, scaled)
-
-
-def test_scaled_resizes_with_pillow_where_nothing_faster_is_installed(tmp_path: Path) -> None:
-    file = tmp_path / "picture.png"
-    file.write_bytes(encode(noisy(300, 400), "PNG"))
-    code = f"""
-import sys
-sys.modules["cykooz_resizer"] = None
-from embedder.backbones.resolve import make_recipe
-from embedder.decode.decode import decode_rgb
-scaled, exact = (make_recipe(decode=how) for how in ("scaled", "exact"))
-encoded = open({str(file)!r}, "rb").read()
-assert (decode_rgb(encoded, scaled).pixels == decode_rgb(encoded, exact).pixels).all()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_scaled_resizes_in_many_threads_at_once() -> None:
-    files = [encode(noisy(200 + 10 * number, 300), "PNG") for number in range(16)]
-    recipe = make_recipe((48, 40), decode="scaled")
-    alone = [decode_rgb(file, recipe).pixels for file in files]
-    with ThreadPoolExecutor(8) as threads:
-        together = list(threads.map(lambda file: decode_rgb(file, recipe).pixels, files * 8))
-    for number, pixels in enumerate(together):
-        np.testing.assert_array_equal(pixels, alone[number % len(files)])
 
 
 def test_scaled_refuses_a_truncated_jpeg_like_exact() -> None:
@@ -769,63 +495,6 @@ def test_large_pictures_at_once_take_little_more_memory_than_one(tmp_path: Path)
     assert peak_bytes(tmp_path, 8, "CMYK") < 11  # bytes a pixel; alone 8
 
 
-def is_let_in(budget: PixelBudget, future: Future[Any]) -> bool:
-    """Whether a thread gets on, or comes to wait for its turn: one of the two must happen."""
-    for _ in range(6000):
-        if future.done() or budget.turn.locked():
-            return future.done()
-        wait([future], timeout=0.01)  # seconds
-    raise AssertionError("It neither got on nor waited for its turn")
-
-
-def take(budget: PixelBudget, num_pixels: int) -> None:
-    with budget.taken(num_pixels):
-        pass
-
-
-def test_large_pictures_wait_until_enough_of_the_budget_is_free() -> None:
-    budget = PixelBudget(100, num_ordinary=10)
-    with ThreadPoolExecutor(1) as threads:
-        with budget.taken(60):
-            with budget.taken(40):
-                threads.submit(take, budget, 10).result(timeout=60)  # not large
-            threads.submit(take, budget, 40).result(timeout=60)
-            waiting = threads.submit(take, budget, 41)
-            assert not is_let_in(budget, waiting)
-        waiting.result(timeout=60)
-    assert budget.num_free == 100
-
-
-def test_a_picture_above_the_whole_budget_is_let_in_alone() -> None:
-    budget = PixelBudget(100, num_ordinary=10)
-    with ThreadPoolExecutor(1) as threads:
-        threads.submit(take, budget, 1000).result(timeout=60)
-        with budget.taken(11):
-            waiting = threads.submit(take, budget, 1000)
-            assert not is_let_in(budget, waiting)
-        waiting.result(timeout=60)
-    assert budget.num_free == 100
-
-
-def test_a_large_picture_that_waits_is_not_overtaken_but_by_ordinary_ones() -> None:
-    budget = PixelBudget(100, num_ordinary=10)
-    order: list[str] = []
-
-    def note(num_pixels: int, name: str) -> None:
-        with budget.taken(num_pixels):
-            order.append(name)
-
-    with ThreadPoolExecutor(2) as threads:
-        with budget.taken(60):
-            first = threads.submit(note, 100, "first")
-            assert not is_let_in(budget, first)
-            second = threads.submit(note, 20, "second")
-            note(10, "ordinary")
-            with pytest.raises(TimeoutError):  # it would be let in at once
-                second.result(timeout=0.2)
-    assert order == ["ordinary", "first", "second"]
-
-
 def test_pictures_are_decoded_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = PixelBudget(90 * 120, num_ordinary=0)
     monkeypatch.setattr(decode, "_budget", budget)
@@ -953,20 +622,3 @@ except DecodeError as error:
 def test_a_lack_of_memory_may_pass() -> None:
     done = subprocess.run([sys.executable, "-c", _LITTLE_MEMORY], capture_output=True, text=True)
     assert done.stdout == "not enough memory to decode it True\n", done.stderr
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "side"),
-    [(29, 31, 224), (348, 348, 336), (3024, 4032, 176), (480, 640, 464)],
-)
-def test_rounding_never_puts_the_crop_outside_the_image(height: int, width: int, side: int) -> None:
-    pixels = decode_rgb(
-        encode(Image.new("RGB", (width, height), "red")), make_recipe((side, side))
-    ).pixels
-    assert (pixels == (255, 0, 0)).all()
-
-
-def test_infinite_samples_in_a_picture_of_one_value() -> None:
-    values = np.ones((48, 64), np.float32)
-    values[0, 0] = np.inf
-    assert decode_rgb(encode(values, "TIFF"), make_recipe()).pixels.max() == 0
