@@ -13,7 +13,7 @@ from embedder import engines
 from embedder.checks.check import Check
 from embedder.columns import VIEW
 from embedder.decode import decode_rgb
-from embedder.errors import DecodeError, ReadError, RecipeError, SourceError
+from embedder.errors import DecodeError, ReadError, RequestError, SourceError
 from embedder.extraction import finished_vectors, hash_of, load_head, make_plan
 from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
@@ -40,10 +40,10 @@ def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 
 
     Raises:
         SourceError: The source is missing or empty, or none is known for an audit.
-        RecipeError: `audit` is negative.
+        RequestError: `audit` is negative.
     """
     if audit < 0:
-        raise RecipeError(f"`audit` must be 0 or more rows. Received: audit={audit}")
+        raise RequestError(f"`audit` must be 0 or more rows. Received: audit={audit}")
     checks = [_check_shards(store)]
     if not checks[0].passed:
         return checks  # nothing can be read beyond what is damaged

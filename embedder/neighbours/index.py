@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 
 BLOCK_ROWS = 8192  # of vectors that are worked on at a time
 _LISTS_SEARCHED = 8
@@ -27,16 +27,16 @@ class NeighbourIndex:
         """Index vectors of shape (n_rows, dim), float32 or float16; as many float32 are kept.
 
         Raises:
-            RecipeError: They are not finite vectors, or there are none.
+            RequestError: They are not finite vectors, or there are none.
         """
         if vectors.ndim != 2 or len(vectors) == 0:
-            raise RecipeError(
+            raise RequestError(
                 "`vectors` must be of shape (n_rows, dim), of at least one row. "
                 f"Received: vectors of shape {vectors.shape}"
             )
         self._mean: NDArray[np.float32] = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
         if not np.isfinite(self._mean).all():
-            raise RecipeError("`vectors` must be finite. Received: nan or infinity among them")
+            raise RequestError("`vectors` must be finite. Received: nan or infinity among them")
         num_rows, dim = vectors.shape
         num_lists = max(1, min(num_rows // _ROWS_PER_LIST, int(4 * num_rows**0.5)))
         chosen = np.random.default_rng(_SEED).choice(num_rows, num_lists, replace=False)

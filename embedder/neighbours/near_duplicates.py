@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.neighbours.index import BLOCK_ROWS, NeighbourIndex
 from embedder.neighbours.options import DEFAULT_THRESHOLD
 
@@ -49,10 +49,10 @@ def near_duplicate_groups(
         (n_rows,), from 0, in the order of each group's first row. Most groups are of one row.
 
     Raises:
-        RecipeError: The threshold is outside its range, or the vectors are not finite vectors.
+        RequestError: The threshold is outside its range, or the vectors are not finite vectors.
     """
     if not 0 < threshold <= 1:
-        raise RecipeError(
+        raise RequestError(
             f"`threshold` must be a cosine above 0 and at most 1. Received: threshold={threshold}"
         )
     rows, neighbours, cosines = _close_pairs(vectors, threshold)

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.files import whole_file
 from embedder.report import figures
 from embedder.report.thumbnails import MAP_SIDE, MISTAKE_SIDE, Thumbnails
@@ -88,7 +88,7 @@ class Report:
         """Check that the confusion matrix is of these classes."""
         num_classes = len(self.classes)
         if self.confusion.size and self.confusion.shape != (num_classes, num_classes):
-            raise RecipeError(
+            raise RequestError(
                 f"`confusion` must be empty or have a row and a column for each class. "
                 f"Received: shape {self.confusion.shape} for {num_classes} classes"
             )

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 import embedder
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.neighbours.near_duplicates import near_duplicate_groups
 from tests.support import make_archive
 
@@ -101,16 +101,16 @@ def test_float16_vectors_and_a_single_row_will_do() -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 1.1, float("nan")])
 def test_a_threshold_that_is_no_cosine_is_told(threshold: float) -> None:
-    with pytest.raises(RecipeError, match=r"cosine above 0 and at most 1. Received: threshold="):
+    with pytest.raises(RequestError, match=r"cosine above 0 and at most 1. Received: threshold="):
         near_duplicate_groups(np.eye(3, dtype=np.float32), threshold)
 
 
 def test_vectors_that_are_none_are_told() -> None:
-    with pytest.raises(RecipeError, match=r"Received: vectors of shape \(0, 5\)"):
+    with pytest.raises(RequestError, match=r"Received: vectors of shape \(0, 5\)"):
         near_duplicate_groups(np.zeros((0, 5), np.float32))
-    with pytest.raises(RecipeError, match=r"Received: vectors of shape \(2, 3, 4\)"):
+    with pytest.raises(RequestError, match=r"Received: vectors of shape \(2, 3, 4\)"):
         near_duplicate_groups(np.zeros((2, 3, 4), np.float32))
-    with pytest.raises(RecipeError, match="finite"):
+    with pytest.raises(RequestError, match="finite"):
         near_duplicate_groups(np.full((4, 5), np.nan, np.float32))
 
 

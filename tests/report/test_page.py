@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.report import figures
 from embedder.report.page import MapPoint, Mistake, Report, write_report
 from embedder.report.thumbnails import MAP_SIDE, thumbnail_of
@@ -154,7 +154,7 @@ def test_classes_come_with_the_lowest_recall_first(tmp_path: Path) -> None:
 
 
 def test_a_confusion_matrix_of_other_classes_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"Received: shape \(2, 2\) for 5 classes"):
+    with pytest.raises(RequestError, match=r"Received: shape \(2, 2\) for 5 classes"):
         replace(report_of(), confusion=np.zeros((2, 2), int))
 
 
