@@ -32,8 +32,8 @@ DECODE = """
 import json, re, resource, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from embedder.backbones.resolve import make_recipe
-from embedder.decode.decode import decode_rgb, prepare_decoders
+from embedder.backbones import make_recipe
+from embedder.decode import decode_rgb, prepare_decoders
 from embedder.errors import DecodeError
 
 file, num_threads, most_bytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

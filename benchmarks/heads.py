@@ -10,8 +10,8 @@ import argparse
 import time
 
 import embedder
-from embedder.heads.table import HEADS
-from embedder.report.model_report import notes_of
+from embedder.heads import HEADS
+from embedder.report import notes_of
 
 
 def main() -> None:

@@ -28,10 +28,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from embedder.checks.verify import verify
+from embedder.checks import verify
 from embedder.errors import EmbedderError
-from embedder.heads.model import Model
-from embedder.store.store import Store
+from embedder.heads import Model
+from embedder.store import Store
 
 CLASSES = ("red", "green", "blue")
 IN_A_ROW = 5  # kills before the command is left alone

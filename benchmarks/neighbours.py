@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.neighbours.near_duplicates import near_duplicate_groups
-from embedder.store.store import Store
+from embedder.neighbours import near_duplicate_groups
+from embedder.store import Store
 
 THRESHOLDS = (0.98, 0.95, 0.92, 0.9, 0.88, 0.85, 0.8)
 LEAST, MOST = 0.9, 0.99

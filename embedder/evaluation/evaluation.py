@@ -141,7 +141,7 @@ class Evaluation:
         """Scores on the tree of coarse and fine classes.
 
         Args:
-            coarse_of: (n_classes,), as in `evaluation.hierarchical_scores`.
+            coarse_of: (n_classes,), as in `hierarchical_scores`.
         """
         return hierarchical_scores(self.codes, self.predicted, coarse_of)
 

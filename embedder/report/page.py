@@ -209,7 +209,7 @@ def _map_classes(report: Report) -> list[str]:
 
 
 def _map_columns(report: Report, classes: list[str], pictures: Thumbnails) -> dict[str, list[Any]]:
-    """Columns of `report.embedding_map`."""
+    """Columns of `figures.embedding_map`."""
     codes = {name: code for code, name in enumerate(classes)}
     columns: dict[str, list[Any]] = {
         name: [getattr(point, name) for point in report.map_points]
