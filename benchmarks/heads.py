@@ -46,7 +46,7 @@ def main() -> None:
                 flush=True,
             )
     print()
-    print("\n".join(notes_of(head)))
+    print("\n".join(notes_of(head, head.metrics())))
 
 
 if __name__ == "__main__":
