@@ -31,7 +31,7 @@ def lite0() -> Recipe:
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """A folder of 20 pictures in two folders, JPEG and PNG, none like another."""
+    """A folder of 20 images in two folders, JPEG and PNG, none like another."""
     return make_archive(tmp_path / "photos", 20)
 
 

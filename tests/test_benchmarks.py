@@ -179,7 +179,7 @@ def test_startup(photos: Path) -> None:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `photos` and a `model` of them, on features of small pictures."""
+    """A folder with `photos` and a `model` of them, on features of small images."""
     folder = tmp_path_factory.mktemp("head")
     make_archive(folder / "photos", 40)
     store = embedder.extract(folder / "photos", folder / "features", image_size=(64, 96))

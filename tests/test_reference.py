@@ -22,7 +22,7 @@ TOLERANCE = 1e-4  # as a share of the largest value: OpenVINO sums in another or
 
 
 def vectors_now(folder: Path) -> dict[str, list[float]]:
-    """First values of the vectors of three generated pictures and two demo photographs."""
+    """First values of the vectors of three generated images and two demo photographs."""
     archive = folder / "photos"
     archive.mkdir()
     for seed, (height, width) in enumerate([(300, 400), (640, 480), (224, 900)]):

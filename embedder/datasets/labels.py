@@ -31,7 +31,7 @@ def codes_of(
 
     Args:
         texts: As `texts_of` gives them.
-        is_multilabel: Whether they can name several labels.
+        is_multilabel: Whether they are multi-label.
         known: Classes that there are whether or not a text names them.
     """
     several = [text.split(_JOINT) if is_multilabel else [text] for text in texts]
@@ -46,7 +46,7 @@ def check_joinable(classes: NDArray[np.str_]) -> None:
     """
     if torn := [name for name in classes if _JOINT in name]:
         raise RecipeError(
-            f"Where images have several labels, none may contain `{_JOINT}`, which separates them "
+            f"Where labels are multi-label, none may contain `{_JOINT}`, which separates them "
             f"in what is written. Received: {torn[0]}"
         )
 

@@ -100,7 +100,7 @@ class Evaluation:
 
     @property
     def is_multilabel(self) -> bool:
-        """Whether an image can have several labels."""
+        """Whether an image can have several labels (multi-label)."""
         return self.codes.ndim == 2
 
     @property

@@ -139,7 +139,7 @@ def _named(outputs: "dict[str, keras.KerasTensor]", layer: str, option: str) -> 
 
 
 def seed_layers(network: "keras.Model", seed: int) -> None:
-    """Seed what layers such as dropout draw in training, each by its place in the network."""
+    """Seed what layers such as dropout draw in training, each by its index in the network."""
     generator = import_keras().random.SeedGenerator
     for number, layer in enumerate(leaf_layers(network)):
         for value in vars(layer).values():

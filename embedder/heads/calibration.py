@@ -13,7 +13,7 @@ _LARGEST_FACTOR = 1000.0  # a temperature of 1/1000 to 1000; margins of an SVM w
 def probabilities_of(
     logits: NDArray[np.floating], temperature: float, is_multilabel: bool
 ) -> NDArray[np.float64]:
-    """Probabilities (n, n_classes): each row sums to 1, or with several labels each is its own."""
+    """Probabilities (n, n_classes): each row sums to 1, or if multi-label, each is its own."""
     scaled = logits.astype(np.float64) / temperature
     result: NDArray[np.float64] = expit(scaled) if is_multilabel else softmax(scaled, axis=1)
     return result
@@ -56,7 +56,7 @@ def fit_temperature(logits: NDArray[np.floating], codes: NDArray[np.integer]) ->
 
     Args:
         logits: (n, n_classes), of rows that the head was not trained on.
-        codes: (n,) true classes, or (n, n_classes) with several labels an image.
+        codes: (n,) true classes, or (n, n_classes) if multi-label.
     """
     span, smoothing = np.log(_LARGEST_FACTOR), 1 / (len(codes) + 2)
     found = minimize_scalar(
@@ -74,7 +74,7 @@ def log_loss(
 
     Args:
         logits: (n, n_classes).
-        codes: (n,) true classes, or (n, n_classes) with several labels an image.
+        codes: (n,) true classes, or (n, n_classes) if multi-label.
         smoothing: Share of each truth, 0 to 1, that goes to the other classes.
     """
     wide = logits.astype(np.float64)

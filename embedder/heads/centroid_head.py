@@ -48,8 +48,8 @@ class CentroidHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # sci
     def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """Classes (n,)."""
         logits = self.decision_function(X)
-        places = (logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)
-        return np.asarray(self.classes_[places])
+        indices = (logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)
+        return np.asarray(self.classes_[indices])
 
     def predict_proba(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """Softmax of the logits, (n, n_classes); not calibrated."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SCALINGS = ("standard", "l2", "none")
 _LAYERS = ("Normalization", "UnitNormalization", "Rescaling", "Dense", "Dropout")
-_ROWS_AT_ONCE = 8192  # through the network when nothing is learnt: 40 MB at 1,280 features
+_ROWS_AT_ONCE = 8192  # through the network when nothing is learned: 40 MB at 1,280 features
 
 Batch: TypeAlias = tuple[NDArray[Any], NDArray[Any]]  # features (n, dim) and labels of n images
 MakeBatches: TypeAlias = Callable[[int], Iterable[Batch]]  # from the number of the epoch
@@ -61,15 +61,15 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         validation_fraction: Share of the images, alike in every class, that is held out for that
             where no validation data are given; 0 trains for all `epochs`.
         class_weight: None, `balanced` or weights by class, as scikit-learn has them. Must be None
-            where an image can have several labels.
+            where labels are multi-label.
         scaling: `standard` brings each feature to mean 0 and variance 1, `l2` each vector to the
             length sqrt(dim), so that its values are near 1 too; `none` leaves them.
         seed: Of initial weights, order, views, dropout and what is held out; at least 0.
 
     Attributes:
-        classes_: (n_classes,) sorted; for several labels an image, their places 0 to n_labels - 1.
+        classes_: (n_classes,) sorted; if multi-label, 0 to n_labels - 1.
         n_features_in_: Length of a vector.
-        is_multilabel_: Whether an image can have several labels.
+        is_multilabel_: Whether an image can have several labels (multi-label).
         validation_losses_: One for each epoch; none where there were no validation data.
         network_: `keras.Sequential` from features (n, dim) to logits (n, n_classes), float32.
     """
@@ -107,7 +107,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.seed = seed
 
     def __sklearn_tags__(self) -> Any:
-        """Tell scikit-learn that an image can have several labels."""
+        """Tell scikit-learn that labels can be multi-label."""
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags
@@ -156,7 +156,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         if labels.ndim == 1 or labels.shape[1] == 1:
             labels = checks.column_or_1d(labels, warn=True)
         elif not np.isin(labels, (0, 1)).all():
-            raise ValueError("A matrix of labels must be of 0 and 1: several labels an image")
+            raise ValueError("A matrix of labels must be of 0 and 1: multi-label")
         return views, labels
 
     def fit_stream(self, make_batches: MakeBatches, validation: Batch | None = None) -> Self:
@@ -242,7 +242,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         labels = np.repeat(self.classes_, [sizes[label] for label in self.classes_])
         if self.is_multilabel_ and self.class_weight is not None:
             raise RecipeError(
-                f"`class_weight` must be None where an image can have several labels. "
+                f"`class_weight` must be None where labels are multi-label. "
                 f"Received: {self.class_weight!r}"
             )
         weights = compute_class_weight(self.class_weight, classes=self.classes_, y=labels)
@@ -319,7 +319,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         """The probabilities of the classes, of features (n, dim).
 
         Returns:
-            float32 (n, n_classes), 0 to 1. They sum to 1, unless an image can have several labels.
+            float32 (n, n_classes), 0 to 1. They sum to 1, unless labels are multi-label.
         """
         logits = self._logits(X)
         probabilities: NDArray[np.float32] = (

@@ -30,7 +30,7 @@ def as_keras_layers(model: Model) -> "keras.Sequential":
     """The head of a model, its temperature included, as Keras layers of their own.
 
     What it gives is `model.logits(features) / model.temperature`, up to rounding: softmax of it, or
-    sigmoid where an image can have several labels, is the model's calibrated probabilities.
+    sigmoid where labels are multi-label, is the model's calibrated probabilities.
     Training the layers does not change the model.
 
     Returns:

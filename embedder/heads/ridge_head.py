@@ -32,8 +32,8 @@ NUM_FOLDS = 5
 def stratified_folds(codes: NDArray[np.integer[Any]], num_folds: int) -> NDArray[np.int64]:
     """Give each row a fold, so that every fold has its share of every class.
 
-    A class's neighbouring rows go into one fold, not into different ones: pictures taken one after
-    the other are alike, and would tell a held-out picture's class.
+    A class's neighbouring rows go into one fold, not into different ones: images taken one after
+    the other are alike, and would tell a held-out image's class.
 
     Args:
         codes: (n_rows,), each row's class.

@@ -32,7 +32,7 @@ class HeadKind:
             choose. `scaling` says what is done to features before: `l2`, each divided by its
             Euclidean length, as if absent; or `standard`, each dimension brought to mean 0 and
             variance 1.
-        can_multilabel: Whether it takes several labels an image.
+        can_multilabel: Whether it takes multi-label targets.
         is_one_vs_rest: Whether it does so by a classifier for each label.
     """
 
@@ -95,7 +95,7 @@ def find_head(name: str, class_weight: str | None, is_multilabel: bool) -> HeadK
     if is_multilabel and not kind.can_multilabel:
         able = ", ".join(other for other, row in HEADS.items() if row.can_multilabel)
         raise RecipeError(
-            f"Several labels an image need one of the heads {able}. Received: head={name!r}"
+            f"Multi-label targets need one of the heads {able}. Received: head={name!r}"
         )
     return kind
 

@@ -323,7 +323,7 @@ def test_pictures_with_a_hostile_name_go_the_whole_way(world: Path, tmp_path: Pa
         ("--duplicates 1.5", "`duplicates` must be at most 1. Received: duplicates="),
         ("--class-weight even", "must be balanced. Received: class_weight='even'"),
         ("--class-weight balanced --head knn", "Class weights need one of the heads logistic"),
-        ("--separator ; --head lda", "Several labels an image need one of the heads"),
+        ("--separator ; --head lda", "Multi-label targets need one of the heads"),
         ("--layer top", "must be one of the store's features: embedding. Received: top"),
         ("--unlabelled nowhere", "nowhere is not a feature store"),
         ("--unlabelled nowhere --head knn", "Unlabelled images need one of the heads"),

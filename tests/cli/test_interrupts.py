@@ -17,7 +17,7 @@ from PIL import Image
 
 from embedder.store.store import Store
 
-# A decoder that never ends, in C, for pictures of one size; it tells that it has begun.
+# A decoder that never ends, in C, for images of one size; it tells that it has begun.
 STUCK = """
 import ctypes, os, pathlib
 import PIL.Image
@@ -42,7 +42,7 @@ ENOUGH_SECONDS = 60  # in which what ends at all has ended
 
 @pytest.fixture
 def stuck(archive: Path, tmp_path: Path) -> dict[str, str]:
-    """An environment in which one picture of the archive is never decoded."""
+    """An environment in which one image of the archive is never decoded."""
     Image.new("RGB", (31, 17)).save(archive / "dogs" / "stuck.png")
     (tmp_path / "shim").mkdir()
     (tmp_path / "shim" / "sitecustomize.py").write_text(STUCK)

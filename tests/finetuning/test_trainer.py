@@ -190,7 +190,7 @@ def test_an_epochs_loss_is_the_mean_over_its_images_of_both_heads() -> None:
 
 
 class Negative(Augmenter):
-    """Makes pictures negative, and their classes others."""
+    """Makes images negative, and their classes others."""
 
     def __call__(self, pixels: Any, targets: Any) -> tuple[Any, Any]:
         return 255.0 - pixels, import_keras().ops.roll(targets, 1, axis=1)

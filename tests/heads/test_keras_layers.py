@@ -43,7 +43,7 @@ def features_of(num_images: int, num_classes: int) -> NDArray[np.float32]:
 
 
 def model_of(head: str, settings: dict[str, Any], labels: NDArray[Any]) -> Model:
-    """A head fitted to `features_of`: of classes (n,), or of several labels (n, n_labels)."""
+    """A head fitted to `features_of`: of classes (n,), or multi-label (n, n_labels)."""
     is_multilabel = labels.ndim == 2
     num_classes = labels.shape[1] if is_multilabel else len(np.unique(labels))
     estimator = make_estimator(head, settings, None, 0, is_multilabel)
