@@ -132,7 +132,11 @@ def layer_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
 
 
 def tapped_tensors(network: "keras.Model", recipe: Recipe) -> "dict[str, keras.KerasTensor]":
-    """The tensors that become the recipe's columns."""
+    """The tensors, (batch, ...), that become the recipe's columns, by column.
+
+    Raises:
+        RecipeError: The network has no such layer.
+    """
     if not recipe.layers:
         is_own = recipe.weights_source.endswith(".keras")
         return {EMBEDDING: _before_the_classifier(network) if is_own else network.outputs[0]}
@@ -163,7 +167,16 @@ def _before_the_classifier(network: "keras.Model") -> "keras.KerasTensor":
 
 
 def pool(features: "keras.KerasTensor", pooling: str, name: str) -> "keras.KerasTensor":
-    """Pool over all axes but the first and the last: positions of a map, or tokens."""
+    """Pool over all axes but the first and the last: positions of a map, or tokens.
+
+    Args:
+        features: (batch, ..., channels).
+        pooling: As in `Recipe`.
+        name: Of the output.
+
+    Returns:
+        float32 (batch, channels); with `flatten` (batch, values), with `none` as it was.
+    """
     keras = import_keras()
     ops = keras.ops
     features = ops.cast(features, "float32")

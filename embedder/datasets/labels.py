@@ -57,9 +57,9 @@ def encoded(
     """Classes and codes, as `TrainingSet` has them, of the names of each image's labels.
 
     Args:
-        several: Of each image; one each, unless images can have several. Empty ones are none.
-        is_multilabel: Whether they can.
-        known: Classes that there are whether or not an image has them.
+        several: Of each image; one each, unless they are multi-label. Empty ones are none.
+        is_multilabel: Whether they are.
+        known: (n_known,) classes that there are whether or not an image has them.
     """
     pairs = [(row, name) for row, names in enumerate(several) for name in names if name]
     names = np.array([name for _, name in pairs], np.str_)

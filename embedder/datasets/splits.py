@@ -127,6 +127,12 @@ def share_of(spec: str) -> float | None:
 def grouped_folds(codes: Codes, groups: Groups, num_folds: int, seed: int) -> Folds:
     """Stratified folds that no group straddles: (train, test) rows of each, sorted.
 
+    Args:
+        codes: (n,), or if multi-label (n, n_classes).
+        groups: (n,).
+        num_folds: How many.
+        seed: Of the order.
+
     Raises:
         RecipeError: There are fewer groups than folds.
     """

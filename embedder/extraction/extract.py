@@ -59,7 +59,7 @@ def run_extraction(
             holds, where that is listed already.
         recipes: What to compute, by folder of the store. With several, an image that more than
             one of them lacks is read and decoded once for all those that want the same pixels.
-        options: How.
+        options: Workers, engine, shard size and the like.
         on_progress: Called often, from several threads, with the same object.
         started: When the command began, in seconds since the epoch; now, if None.
 

@@ -195,7 +195,15 @@ class Summary(Work):
         listing: Listing,
         started: float,
     ) -> "Summary":
-        """Start the record of a run with `extraction.RunOptions`."""
+        """Start the record of a run.
+
+        Args:
+            source: Where the images are.
+            store: Where their features go.
+            options: The run's `RunOptions`.
+            listing: What the source holds.
+            started: When, in seconds since 1970.
+        """
         num_listed: int = listing.refs.num_rows
         return cls(
             source=os.fspath(source),

@@ -111,7 +111,14 @@ class ShardBuilder:
     def __init__(
         self, recipe: Recipe, state: WorkerState, refs: pa.Table, earlier: Earlier
     ) -> None:
-        """Begin with no image."""
+        """Begin with no image.
+
+        Args:
+            recipe: What is stored.
+            state: The worker's engine and buffers.
+            refs: Rows of the listing.
+            earlier: What the store had of these images; see `Earlier`.
+        """
         self.refs = refs
         self.recipe = recipe
         self.state = state

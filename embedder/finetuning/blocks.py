@@ -115,7 +115,13 @@ def last_layers(network: "keras.Model") -> "list[keras.Layer]":
 
 
 def can_cut(network: "keras.Model", output: "keras.KerasTensor", top: "keras.KerasTensor") -> bool:
-    """Whether `top` can be computed from `output` alone, and without what is trained below it."""
+    """Whether `top` can be computed from `output` alone, and without what is trained below it.
+
+    Args:
+        network: What both are of.
+        output: (batch, ...), of a layer.
+        top: (batch, ...), of a layer above.
+    """
     keras = import_keras()
     try:
         above = keras.Model(output, top)

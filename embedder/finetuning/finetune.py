@@ -124,8 +124,8 @@ def finetune(
         model_path: Folder of the model: a head on frozen features, or a tuned model.
         source: Its images, as `extract` takes them; or what that holds, where it is listed already.
         out: Folder to write.
-        options: How.
-        run_options: How images are extracted.
+        options: Strategy and training; None for the defaults.
+        run_options: Workers, engine and shard size of the extractions; None for the defaults.
         activations: Store of the activations at the cut, to make or to take; None for one that
             goes at the end.
         watch: What is called meanwhile.

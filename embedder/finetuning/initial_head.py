@@ -34,7 +34,7 @@ def with_head_features(
         images: Its images.
         listing: Where they are.
         work: Folder for their features, where the model's own store is no longer what it was.
-        run_options: How they are extracted.
+        run_options: Workers, engine and shard size of the extraction.
 
     Returns:
         The images in the order of the store.

@@ -129,6 +129,11 @@ def mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
 
     A disk that was full only then would end the process, with SIGBUS and without a word.
 
+    Args:
+        file: What to write.
+        dtype: Of the array.
+        shape: Of the array.
+
     Raises:
         Unfinished: There is no place for it.
     """

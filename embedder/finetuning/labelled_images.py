@@ -120,9 +120,15 @@ def targets_of(images: TrainingSet, model: Model) -> NDArray[np.float32]:
 def weights_of(
     targets: NDArray[np.float32], train: NDArray[np.int64], class_weight: str | None
 ) -> NDArray[np.float32]:
-    """Weight of each image's loss, (n,): 1, or with `balanced`, more for those of rare classes.
+    """Weight of each image's loss: 1, or with `balanced`, more for those of rare classes.
 
-    Images have one label each where class weights are asked for.
+    Args:
+        targets: (n, n_classes); images have one label each where class weights are asked for.
+        train: (m,), indices of the images that the classes' frequencies are of.
+        class_weight: None or `balanced`.
+
+    Returns:
+        (n,).
     """
     if class_weight is None:
         return np.ones(len(targets), np.float32)

@@ -49,7 +49,7 @@ def plan_groups(tunable: TrainableNetwork, examples: Examples, options: TuneOpti
     Args:
         tunable: Network and heads.
         examples: What `partial` chooses channels by.
-        options: How.
+        options: Give the strategy, and how rates fall from the top down.
 
     Raises:
         RecipeError: As in `tuned_blocks` and `finetuning.channel_masks`.

@@ -66,7 +66,7 @@ def add_pseudo_labels(
         with_features: The same images with their features, in any order.
         unlabelled: The images without labels.
         work: Folder for their features.
-        run_options: How they are extracted.
+        run_options: Workers, engine and shard size of the extraction.
 
     Raises:
         RecipeError: The head cannot learn from pseudo-labels, or no image is new.
@@ -89,7 +89,13 @@ def add_pseudo_labels(
 
 
 def extended(labelled: TrainingSet, images: Unlabelled, pseudo: PseudoLabels) -> TrainingSet:
-    """Labelled images, and those with pseudo-labels after them, to learn from."""
+    """Labelled images, and those with pseudo-labels after them, to learn from.
+
+    Args:
+        labelled: With their split, whose test images stay as they are.
+        images: Without labels.
+        pseudo: Labels of some of these.
+    """
     ids, count = images.ids[pseudo.rows], len(labelled.ids)
     codes = np.searchsorted(labelled.classes, pseudo.labels).astype(np.int64)
     groups = labelled.groups.max() + 1 + np.arange(len(ids))  # each for itself

@@ -19,7 +19,13 @@ _REQUEST_FILE = "request.json"
 
 
 def request_of(model: Model, labelled: TrainingSet, options: TuneOptions) -> dict[str, Any]:
-    """What decides the result: another one begins anew."""
+    """What decides the result: another one begins anew.
+
+    Args:
+        model: What is tuned.
+        labelled: What it learns from.
+        options: Of the strategy and its training.
+    """
     images = [labelled.sha256.tolist(), labelled.codes.tolist(), labelled.split.train.tolist()]
     schedule = asdict(options.schedule())  # what is usual can change from version to version
     schedule["loss_weights"] = schedule["loss_weights"][::-1]  # as it has always been written
@@ -44,7 +50,11 @@ def done_before(folder: Path, request: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def open_work(work: Path, request: dict[str, Any]) -> None:
-    """Make the folder of a training, or leave the one that the same request began."""
+    """Make the folder of a training, or leave the one that the same request began.
+
+    Raises:
+        RequestError: It holds something else.
+    """
     if _is_of(work, request):
         logger.info("continuing what is in %s", work)
         return
@@ -64,6 +74,12 @@ def finish(work: Path, request: dict[str, Any], folder: Path, features: Path) ->
     """Put the features beside the model, and delete the folder of a training that is done.
 
     After a kill the same request comes here again: the model is in its place.
+
+    Args:
+        work: The training's folder.
+        request: What it was of; another's folder is left alone.
+        folder: Of the model.
+        features: Where they go.
     """
     remove_abandoned(work.parent)
     if not _is_of(work, request):

@@ -36,7 +36,7 @@ class Group:
 
     @property
     def masked(self) -> "list[tuple[keras.Variable, NDArray[np.float32] | None]]":
-        """Each variable with its mask."""
+        """Each variable with its mask, of the same shape."""
         masks = self.masks or [None] * len(self.variables)
         return list(zip(self.variables, masks, strict=True))
 
@@ -92,6 +92,11 @@ def find_optimizer(name: str) -> "type[keras.Optimizer]":
 
 def make_optimizer(group: Group, schedule: Schedule, steps_per_epoch: int) -> "keras.Optimizer":
     """An optimizer for one group: Keras has one learning rate for each optimizer.
+
+    Args:
+        group: Its rate, and the epoch it begins in.
+        schedule: The optimizer's name, its rate and its warm-up.
+        steps_per_epoch: Batches.
 
     Raises:
         RecipeError: As in `find_optimizer`.

@@ -72,7 +72,7 @@ def train(
         tunable: Network and heads; its weights change.
         groups: What is trained, and how.
         examples: What is learned from.
-        schedule: How.
+        schedule: Epochs, batches, rates and losses.
         augmenter: What is done to training batches of pixels.
         checkpoint: File to continue from and to write; None for none.
         watch: Called after each epoch.

@@ -35,7 +35,7 @@ class Tuning:
 
     Attributes:
         model: Folder of the model it started from.
-        options: How.
+        options: The strategy and its training, as asked for.
         request: What decides the result.
         epochs: What they came to.
         num_tuned: Weights that could change, the heads' too.
@@ -85,6 +85,12 @@ def save_backbone(
     network: "keras.Model", recipe: Recipe, options: TuneOptions, folder: Path
 ) -> Recipe:
     """Write a tuned backbone into a folder, unless it is there.
+
+    Args:
+        network: The tuned one.
+        recipe: Of the features that were tuned.
+        options: Of the strategy: `scratch` made the network itself.
+        folder: Of the model.
 
     Returns:
         The recipe of its features.

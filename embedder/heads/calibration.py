@@ -13,7 +13,16 @@ _LARGEST_FACTOR = 1000.0  # a temperature of 1/1000 to 1000; margins of an SVM w
 def probabilities_of(
     logits: NDArray[np.floating], temperature: float, is_multilabel: bool
 ) -> NDArray[np.float64]:
-    """Probabilities (n, n_classes): each row sums to 1, or if multi-label, each is its own."""
+    """Probabilities of logits at a temperature.
+
+    Args:
+        logits: (n, n_classes).
+        temperature: What they are divided by.
+        is_multilabel: Whether each probability is its own; else each row sums to 1.
+
+    Returns:
+        (n, n_classes).
+    """
     scaled = logits.astype(np.float64) / temperature
     result: NDArray[np.float64] = expit(scaled) if is_multilabel else softmax(scaled, axis=1)
     return result

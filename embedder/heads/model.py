@@ -92,7 +92,7 @@ class Model:
         return logits_of(self.estimator, features)
 
     def logits_of_columns(self, vectors: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """As `logits`, of a recipe's vectors by column, in any stored data type."""
+        """As `logits`, of a recipe's vectors (n, dim) by column, in any stored data type."""
         return self.logits(vectors[self.column].astype(np.float32))
 
     def logits_recipe(self, folder: str | os.PathLike[str]) -> Recipe:

@@ -195,8 +195,8 @@ class Record(_Said):
     """How a model was trained, as `model.json` says it.
 
     Attributes:
-        labels: As in `datasets.read_targets`.
-        options: How.
+        labels: As in `datasets.read_training_set`.
+        options: As it was asked for.
         coarse_of: (n_classes,) the coarse class of each class of the labels, if there are any.
         provenance: On what.
         tuning: How it was fine-tuned; None of a head on frozen features.

@@ -83,6 +83,11 @@ HEADS = {
 def find_head(name: str, class_weight: str | None, is_multilabel: bool) -> HeadKind:
     """The row of `HEADS` by its name.
 
+    Args:
+        name: Of the row.
+        class_weight: None, or `balanced`, which not every head can.
+        is_multilabel: Whether an image can have several labels, which not every head can.
+
     Raises:
         RecipeError: There is no such head, or it cannot do what is asked.
     """
@@ -103,7 +108,15 @@ def find_head(name: str, class_weight: str | None, is_multilabel: bool) -> HeadK
 def make_estimator(
     head: str, settings: Settings, class_weight: str | None, seed: int, is_multilabel: bool
 ) -> Any:
-    """An unfitted estimator of features, by its kind and settings; see `HeadKind.grid`."""
+    """An unfitted estimator of features.
+
+    Args:
+        head: Its kind, a name of `HEADS`.
+        settings: As in `HeadKind.grid`.
+        class_weight: None or `balanced`.
+        seed: Of what it draws.
+        is_multilabel: Whether an image can have several labels.
+    """
     kind = HEADS[head]
     classifier = clone(kind.classifier)
     parameters = {name: value for name, value in settings.items() if name != "scaling"}

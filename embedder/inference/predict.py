@@ -93,7 +93,7 @@ def predict(
             given to it; `probability` that of the most probable class; `top_k` the most probable
             ones. Images that failed have an `error` and nothing else.
         top_k: How many of the most probable classes to write.
-        options: How images are run.
+        options: Workers, engine and shard size of the extraction.
         keep: Store to keep the features in, in place of the hidden one.
         watch: The `on_progress` of `extraction.run_extraction`.
 
@@ -162,7 +162,15 @@ def prediction_table(
     logits: NDArray[np.floating],
     top_k: int,
 ) -> pa.Table:
-    """Rows of `SCHEMA` for images with logits (n, n_classes), not yet calibrated."""
+    """Rows of `SCHEMA`.
+
+    Args:
+        model: Whose classes they are.
+        ids: (n,), of the images.
+        sha256: (n,), of their bytes.
+        logits: (n, n_classes), not yet calibrated.
+        top_k: How many classes are ranked, or all there are.
+    """
     probabilities = model.calibrated(logits)
     top_k = min(top_k, len(model.classes))
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]

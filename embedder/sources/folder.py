@@ -62,7 +62,11 @@ def list_folder(
 
 
 def list_glob(glob: str) -> tuple[pa.Table, Counter[str]]:
-    """As `list_folder`, of what a glob matches; ids begin at its first part with a wildcard."""
+    """As `list_folder`, of what a glob matches; ids begin at its first part with a wildcard.
+
+    Raises:
+        SourceError: There is no folder where it begins.
+    """
     from fsspec.utils import glob_translate
 
     parts = Path(glob).parts

@@ -33,9 +33,9 @@ def scan(
         columns: Names of columns.
         view: Number of the view, of which each image has one row; None for all of them, of which
             an image has as many rows, one after the other.
-        images: Places in `store.ids()`, rising, each once; None for all images. Shards with none
-            of them are not read.
-        shards: Names of shards, in any order: `images` are then places among theirs. None for
+        images: (m,), indices in `store.ids()`, rising, each once; None for all images. Shards
+            with none of them are not read.
+        shards: Names of shards, in any order: `images` are then indices among theirs. None for
             all, in the order of `store.ids()`.
 
     Yields:

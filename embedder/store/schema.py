@@ -68,6 +68,11 @@ def row_schema(
     """Schema of `embeddings/`: who, which bytes, the manifest's columns, then the vectors.
 
     Where the recipe has several views, `view` follows `image_id`.
+
+    Args:
+        recipe: Gives the vectors' names.
+        types: Of the vectors, by column; see `vector_array`.
+        extra_fields: The manifest's columns.
     """
     vectors = [pa.field(name, types[name], nullable=False) for name in recipe.columns]
     fields = [*own_fields(recipe), *extra_fields, *vectors]

@@ -74,7 +74,7 @@ def vector_array(vectors: NDArray[Any]) -> pa.Array:
 
 
 def vectors_of(array: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
-    """The vectors that `vector_array` wrapped; read-only, and without a copy of a single chunk."""
+    """The vectors, (n, ...), that `vector_array` wrapped; read-only, a single chunk uncopied."""
     if isinstance(array, pa.ChunkedArray):
         array = array.chunk(0) if array.num_chunks == 1 else array.combine_chunks()
     if isinstance(array, pa.FixedShapeTensorArray):
@@ -298,7 +298,12 @@ def _check_digests(path: Path, table: pa.Table, expected: Columns) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Tell damage from trouble: only what is in the file can be damage."""
+    """Tell damage from trouble: only what is in the file can be damage.
+
+    Raises:
+        DamagedShard: It is in the file.
+        StoreError: It is not.
+    """
     try:
         _check_regular(path)
         yield

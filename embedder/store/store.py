@@ -117,6 +117,11 @@ class Store:
     ) -> "Store":
         """Open the store at a path, or make an empty one there.
 
+        Args:
+            path: Folder.
+            recipe: What is stored.
+            versions: Of the libraries that compute it, by name; written into a new store.
+
         Raises:
             RecipeMismatch: The store was made with another recipe.
             StoreError: The folder holds something else, or cannot be written.
@@ -223,6 +228,11 @@ class Store:
         self, name: str, kind: str = EMBEDDINGS, columns: list[str] | None = None
     ) -> pa.Table:
         """Read one shard, or some of its columns.
+
+        Args:
+            name: Of the file.
+            kind: `embeddings` or `failures`.
+            columns: Names of columns; None for all.
 
         Raises:
             DamagedShard: It is not as it was written.
@@ -407,7 +417,16 @@ class Store:
         return num_bytes
 
     def replace_shard(self, name: str, table: pa.Table, kind: str = EMBEDDINGS) -> None:
-        """Put a changed table in a shard's place; the file goes where no row is left."""
+        """Put a changed table in a shard's place; the file goes where no row is left.
+
+        Args:
+            name: Of the file.
+            table: All its rows.
+            kind: `embeddings` or `failures`.
+
+        Raises:
+            StoreError: It cannot be written, or removed.
+        """
         path = self.path / kind / name
         if table.num_rows:
             self._write(path, table)

@@ -48,6 +48,12 @@ def judge(
 def refit(spec: HeadSpec, images: TrainingSet, model: Model, indices: Indices) -> Model:
     """The model with its settings, trained on other images.
 
+    Args:
+        spec: What kind of head it has.
+        images: With their labels, their features in memory.
+        model: Whose settings are taken.
+        indices: (m,), of the images to train on.
+
     Raises:
         ModelError: It has settings that its kind of head does not know.
     """
@@ -65,7 +71,12 @@ def refit(spec: HeadSpec, images: TrainingSet, model: Model, indices: Indices) -
 
 
 def metrics_of(test: Evaluation, coarse_of: NDArray[np.int64] | None) -> dict[str, Any]:
-    """The part of `metrics.json` that says how good predictions are: `test`, and its intervals."""
+    """The part of `metrics.json` that says how good predictions are: `test`, and its intervals.
+
+    Args:
+        test: The predictions.
+        coarse_of: (n_classes,), the coarse class of each class; None where there are none.
+    """
     found = dict(test.scores)
     if coarse_of is not None:
         found |= test.hierarchical(coarse_of)
@@ -87,6 +98,9 @@ def coarse_classes(store: Store, coarse: str, images: TrainingSet) -> NDArray[np
         store: Where the images are of.
         coarse: Labels of the coarser level, as in `datasets.read_training_set`.
         images: Their classes.
+
+    Returns:
+        (n_classes,).
 
     Raises:
         RecipeError: Images of one class are of several coarse classes, or of none.

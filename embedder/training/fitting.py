@@ -121,6 +121,12 @@ def fit(spec: HeadSpec, estimator: Any, images: TrainingSet, indices: Indices) -
     A Keras head takes one random view an epoch. Classes are learned by name, or multi-label, as
     their indicators.
 
+    Args:
+        spec: What kind of head, for what is said of errors.
+        estimator: As `HeadSpec.estimator` makes it.
+        images: With their labels, their features in memory.
+        indices: (m,), of those to fit to.
+
     Raises:
         RecipeError: The images are too few, or of too few classes.
     """
@@ -138,7 +144,11 @@ def fit(spec: HeadSpec, estimator: Any, images: TrainingSet, indices: Indices) -
 
 @contextmanager
 def explain_fit_errors(head: str, num_images: int) -> Iterator[None]:
-    """Say what could not be learned from, where scikit-learn only says that it could not."""
+    """Say what could not be learned from, where scikit-learn only says that it could not.
+
+    Raises:
+        RequestError: In place of scikit-learn's `ValueError`.
+    """
     try:
         yield
     except ValueError as error:

@@ -77,12 +77,12 @@ def parts_of(store: Store, column: str, rows: Indices) -> Iterator[NDArray[np.fl
 
 
 def read_features(store: Store, column: str, rows: Indices) -> NDArray[np.float32]:
-    """Features (m, dim) of a few images; see `parts_of`."""
+    """Features of a few images, (m, dim); arguments as of `parts_of`."""
     return np.concatenate([*parts_of(store, column, rows)])
 
 
 def read_logits(estimator: Any, store: Store, column: str, rows: Indices) -> NDArray[np.float32]:
-    """Logits (m, n_classes) of any number of images; see `parts_of`."""
+    """Logits of any number of images, (m, n_classes); further arguments as of `parts_of`."""
     return np.concatenate([logits_of(estimator, part) for part in parts_of(store, column, rows)])
 
 

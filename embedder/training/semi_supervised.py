@@ -121,7 +121,7 @@ def fit_semi_supervised(
     """Add pseudo-labels of unlabelled images to a head, as far as they help.
 
     Whether they help is judged by labelled images that the judged heads have not seen, each fifth
-    in turn; see `training.self_train`.
+    in turn; see `self_training.self_train`.
 
     Args:
         spec: What kind of head.

@@ -44,7 +44,7 @@ def train(
         store: Features.
         labels: As in `datasets.read_training_set`.
         head: `logistic`, `svm`, `ridge`, `lda`, `knn`, `centroid`, `linear` or `mlp`.
-        options: How.
+        options: Split, near-duplicates, weights and seed; None for the defaults.
 
     Raises:
         RecipeError: The request makes no sense, or the labels name fewer than two classes.

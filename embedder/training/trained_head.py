@@ -34,7 +34,7 @@ class TrainedHead:
     Attributes:
         model: Trained on all images that were not tested on; with `kfold:K`, on all.
         store: The features.
-        options: How.
+        options: As it was asked for.
         images: What it was trained and tested on.
         fitted: The model's estimator, and how its settings were chosen.
         test: What was predicted for the images tested on.
@@ -89,7 +89,7 @@ class TrainedHead:
         """Metrics on the images that were not trained on, with 95 % intervals.
 
         Returns:
-            As `evaluation.scores`, or with several labels an image, `evaluation.multilabel_scores`.
+            As `evaluation.metrics.scores`, or if multi-label, `multilabel_scores` there.
         """
         return self.test.scores
 
@@ -109,7 +109,7 @@ class TrainedHead:
             the `largest`. With a split of our own: `naive`, the accuracy of the same head on a
             split that takes no care. With an official split, which is left as it is:
             `num_straddling`, test images with a near-duplicate among the training images, and
-            `without_them`, the accuracy on the others. Accuracies are as in `evaluation.scores`.
+            `without_them`, the accuracy on the others. Accuracies are as in `evaluate`.
         """
         images, split = self.images, self.images.split
         _, group, counts = np.unique(images.groups, return_inverse=True, return_counts=True)
