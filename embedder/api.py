@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hi
 
 from embedder import analysis, checks, finetuning, heads, inference, training
 from embedder.backbones import BACKBONES, RecipeOptions, make_recipe
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.extraction import OnProgress, Progress, RunOptions, run_extraction
 from embedder.finetuning import TuneOptions
 from embedder.inference import ExportFormat
@@ -61,7 +61,7 @@ def _with_options(function: Callable[..., Result]) -> Callable[..., Result]:
     @wraps(function)
     def call(*args: Any, **given: Any) -> Result:
         if unknown := given.keys() - parameters.keys():
-            raise RecipeError(
+            raise RequestError(
                 f"Unknown option: {', '.join(sorted(unknown))}. There are: {', '.join(parameters)}"
             )
         made = {
@@ -104,7 +104,7 @@ def extract(
         The store, of which every image of the source is now a row or a failure.
 
     Raises:
-        RecipeError: The request makes no sense.
+        RequestError: The request makes no sense.
         SourceError: The source is missing, empty or unreadable.
         StoreError: The store cannot be written, was made with another recipe, or is being written
             by another run.
@@ -136,7 +136,7 @@ def train(
         The trained head; its `save` writes the model's folder, that the other functions take.
 
     Raises:
-        RecipeError: The request makes no sense, or the labels name fewer than two classes.
+        RequestError: The request makes no sense, or the labels name fewer than two classes.
         SourceError: A label file or a list cannot be read.
         StoreError: The store has no rows.
     """
@@ -165,7 +165,7 @@ def evaluate(
     Raises:
         ModelError: There is no such model.
         RecipeMismatch: The features are of another recipe.
-        RecipeError: The request makes no sense, or nothing is left to test on.
+        RequestError: The request makes no sense, or nothing is left to test on.
     """
     return training.evaluate_model(model, _opened(store), labels, coarse, include_trained)
 
@@ -235,7 +235,7 @@ def finetune(
         The tuned model, and whether it paid.
 
     Raises:
-        RecipeError: The request makes no sense.
+        RequestError: The request makes no sense.
         ModelError: The model cannot be read, or `out` holds something else.
         SourceError: The source cannot be listed.
         Unfinished: Training diverged, or images are no longer what they were.
@@ -257,7 +257,7 @@ def compare(models: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
 
     Raises:
         ModelError: One of them is no model, or was not tested on images of its own.
-        RecipeError: They were not tested on the same images.
+        RequestError: They were not tested on the same images.
     """
     return [analysis.row_of(tested, against) for tested, against in analysis.compare(models)]
 
@@ -288,7 +288,7 @@ def export(
 
     Raises:
         ModelError: There is no such model, or `out` holds something else or cannot be written.
-        RecipeError: The request makes no sense.
+        RequestError: The request makes no sense.
         Unfinished: The format cannot hold the network, or computes something else.
     """
     with _watching(quiet, on_progress) as watch:
@@ -314,7 +314,7 @@ def verify(
 
     Raises:
         SourceError: The source is missing or empty, or none is known for an audit.
-        RecipeError: `audit` is negative.
+        RequestError: `audit` is negative.
     """
     return checks.verify(_opened(store), source, audit, seed)
 

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, InstanceOf, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 
 Class = TypeVar("Class", bound=type)
 Name = InstanceOf[str]  # of a file, or one that holds it: such names need not be UTF-8
@@ -28,7 +28,7 @@ _DOC_WIDTH = 100  # characters
 def checked(cls: Class) -> Class:
     """Make a class, whose annotations are pydantic's, a frozen dataclass.
 
-    Making one raises a `RecipeError` where a value breaks its rule, or is of no attribute.
+    Making one raises a `RequestError` where a value breaks its rule, or is of no attribute.
     """
     made: Any = pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid"))
     check = made.__init__
@@ -38,7 +38,7 @@ def checked(cls: Class) -> Class:
         try:
             check(self, *args, **values)
         except ValidationError as error:
-            raise RecipeError.of(error.errors(), made.__dataclass_fields__) from None
+            raise RequestError.of(error.errors(), made.__dataclass_fields__) from None
 
     made.__init__ = init
     result: Class = documented(made)

@@ -12,7 +12,7 @@ import pytest
 
 import embedder
 from embedder.backbones.options import RecipeOptions
-from embedder.errors import RecipeError, StoreError
+from embedder.errors import RequestError, StoreError
 from embedder.extraction.options import RunOptions
 from embedder.finetuning.options import TuneOptions
 from embedder.training.options import TrainOptions
@@ -88,11 +88,11 @@ def test_options_are_parameters_with_their_defaults(
 
 
 def test_an_unknown_option_is_refused_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"Unknown option: bakcbone\. There are: .*backbone"):
+    with pytest.raises(RequestError, match=r"Unknown option: bakcbone\. There are: .*backbone"):
         embedder.extract(tmp_path, tmp_path / "store", bakcbone="resnet50")  # type: ignore[call-arg]
-    with pytest.raises(RecipeError, match=r"Unknown option: limit\. There are: .*engine, workers"):
+    with pytest.raises(RequestError, match=r"Unknown option: limit\. There are: .*engine, workers"):
         embedder.finetune("model", tmp_path, tmp_path / "out", limit=5)  # type: ignore[call-arg]
-    with pytest.raises(RecipeError, match="`crop` must be .*center.* Received: crop='middle'"):
+    with pytest.raises(RequestError, match="`crop` must be .*center.* Received: crop='middle'"):
         embedder.extract(tmp_path, tmp_path / "store", crop="middle")  # type: ignore[arg-type]
     assert not any(tmp_path.iterdir())
 

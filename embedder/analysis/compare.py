@@ -12,7 +12,7 @@ def against(ours: TestedModel, theirs: TestedModel) -> PairedTest:
     """Compare two models.
 
     Raises:
-        RecipeError: They were not tested on the same images.
+        RequestError: They were not tested on the same images.
     """
     check_same_images(ours, theirs)
     return judge(ours.is_right, theirs.is_right, ours.seconds, bool(ours.tuning))
@@ -23,7 +23,7 @@ def compare(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[TestedModel, 
 
     Raises:
         ModelError: One of them is no model, or was not tested on images of its own.
-        RecipeError: They were not tested on the same images.
+        RequestError: They were not tested on the same images.
     """
     first, *others = (read_tested(path) for path in paths)
     return [(first, None), *((other, against(other, first)) for other in others)]

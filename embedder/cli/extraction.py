@@ -11,7 +11,7 @@ import typer
 from embedder.backbones import RecipeOptions
 from embedder.cli import console
 from embedder.cli.options import Quiet, Source, StorePath, backbone_names, command, option, parts_of
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.extraction import RunOptions
 from embedder.options import description_of
 
@@ -152,7 +152,7 @@ def make_recipes(
     from embedder.backbones import make_recipe
 
     if len(weights) not in (0, 1, len(backbones)):
-        raise RecipeError(
+        raise RequestError(
             f"`weights` must be given once, or once for each backbone. Received: {len(weights)} "
             f"for {len(backbones)}"
         )
@@ -165,7 +165,7 @@ def make_recipes(
         return {store: recipes[0]}
     by_store = {os.path.join(store, recipe.label): recipe for recipe in recipes}
     if len(by_store) < len(recipes):
-        raise RecipeError(
+        raise RequestError(
             f"`backbone` must name different networks. Received: {', '.join(backbones)}"
         )
     return by_store

@@ -7,7 +7,7 @@ import typer
 from embedder.backbones import RecipeOptions
 from embedder.cli import console
 from embedder.cli.options import backbone_names, command
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 
 if TYPE_CHECKING:
     from embedder.backbones import Backbone
@@ -27,7 +27,7 @@ def backbones(
     from embedder.backbones import BACKBONES, find_backbone, layer_shapes
 
     if name is None and layers:
-        raise RecipeError("`--layers` wants the name of a network. Received: none")
+        raise RequestError("`--layers` wants the name of a network. Received: none")
     if name is None:
         console.print_table(
             ("backbone", "dim", "size", "parameters", "licence", "weights at hand"),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from embedder.cli import console
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.options import description_of
 
 Source = Annotated[str, typer.Argument(help="Folder, glob, manifest (.txt .csv .parquet) or URL.")]
@@ -148,13 +148,13 @@ def _value(field: Field[Any], typed: Any) -> Any:
     if typed in words:
         return words[typed]
     if words and not re.fullmatch(_NUMBER, typed):
-        raise RecipeError(
+        raise RequestError(
             f"`{field.name}` must be {', '.join(words)} or a number. Received: {typed}"
         )
     if field.name == _IMAGE_SIZE:
         height, cross, width = typed.lower().partition("x")
         if not (height.isdecimal() and (width.isdecimal() or not cross)):
-            raise RecipeError(
+            raise RequestError(
                 f"`image_size` must be SIDE or HEIGHTxWIDTH in pixels, such as 224 or 192x256. "
                 f"Received: {typed}"
             )

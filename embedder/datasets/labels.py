@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError, SourceError
+from embedder.errors import RequestError, SourceError
 from embedder.files import regular
 from embedder.store import Store
 
@@ -42,10 +42,10 @@ def check_joinable(classes: NDArray[np.str_]) -> None:
     """Refuse classes that could not be told apart once several are joined.
 
     Raises:
-        RecipeError: The name of one holds what joins them.
+        RequestError: The name of one holds what joins them.
     """
     if torn := [name for name in classes if _JOINT in name]:
-        raise RecipeError(
+        raise RequestError(
             f"Where labels are multi-label, none may contain `{_JOINT}`, which separates them "
             f"in what is written. Received: {torn[0]}"
         )
@@ -87,7 +87,7 @@ def read_labels(
         rows: (n,), where these are in `Store.ids()`, if they are not all that there are.
 
     Raises:
-        RecipeError: The labels make no sense.
+        RequestError: The labels make no sense.
         SourceError: The label file cannot be read.
     """
     if labels in ("folder", "parent"):
@@ -104,13 +104,13 @@ def read_labels(
         return read_named_column(Path(kind), name)
     if kind.endswith(".txt") and name.isdecimal():
         return _read_list(kind, int(name))
-    raise RecipeError(f"{_RULE} Received: labels={labels!r}")
+    raise RequestError(f"{_RULE} Received: labels={labels!r}")
 
 
 def _read_column(store: Store, name: str) -> list[Any]:
     """A column of a store, a value for each image."""
     if name not in store.column_names():
-        raise RecipeError(
+        raise RequestError(
             f"`labels` must name a column of the store. Received: {name}. "
             f"It has: {', '.join(store.column_names())}"
         )

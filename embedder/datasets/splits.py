@@ -11,7 +11,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from embedder.columns import CROSS_VALIDATED, TEST, TRAIN, UNUSED, VALIDATION
 from embedder.datasets.labels import read_fields, read_labels
-from embedder.errors import RecipeError, SourceError
+from embedder.errors import RequestError, SourceError
 from embedder.store import Store
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def make_split(spec: str, store: Store, images: "TrainingSet", seed: int) -> Spl
         seed: Of the shuffling.
 
     Raises:
-        RecipeError: The split makes no sense, or leaves nothing to train or to test on.
+        RequestError: The split makes no sense, or leaves nothing to train or to test on.
         SourceError: A list cannot be read.
     """
     codes, groups = images.codes, images.groups
@@ -103,7 +103,7 @@ def make_split(spec: str, store: Store, images: "TrainingSet", seed: int) -> Spl
     if share is None:
         return _official(spec, store, images)
     if not 0 < share <= 0.5:
-        raise RecipeError(
+        raise RequestError(
             f"The share to test on must be above 0 and at most 0.5. Received: split={spec}"
         )
     # Of 1/K one of K folds is tested on; of another share so many of twenty as come nearest.
@@ -134,11 +134,11 @@ def grouped_folds(codes: Codes, groups: Groups, num_folds: int, seed: int) -> Fo
         seed: Of the order.
 
     Raises:
-        RecipeError: There are fewer groups than folds.
+        RequestError: There are fewer groups than folds.
     """
     num_groups = len(np.unique(groups))
     if num_groups < num_folds:
-        raise RecipeError(
+        raise RequestError(
             f"Labelled images must be of at least {num_folds} groups of near-duplicates, one for "
             f"each fold. Received: {len(groups)} images in {num_groups} group(s)"
         )
@@ -166,14 +166,14 @@ def _official(spec: str, store: Store, images: "TrainingSet") -> Split:
     ids, by_id = images.ids, _parts(spec, store, images)
     unknown = sorted({part for part in by_id.values() if part.lower() not in _NAMES})
     if unknown:
-        raise RecipeError(
+        raise RequestError(
             f"A split must say train, val or test of each image. Received: {', '.join(unknown[:5])}"
         )
     parts = np.array([_NAMES[by_id[i].lower()] if i in by_id else UNUSED for i in ids])
     train = np.flatnonzero(np.isin(parts, [TRAIN, VALIDATION]))
     test = np.flatnonzero(parts == TEST)
     if not (parts == TRAIN).any() or not len(test):
-        raise RecipeError(
+        raise RequestError(
             f"A split must name labelled images of the store both to train and to test on. "
             f"Received: {spec}, which names {(parts == TRAIN).sum()} to train on and {len(test)} "
             f"to test on, of {len(ids)} labelled images"
@@ -196,4 +196,4 @@ def _parts(spec: str, store: Store, images: "TrainingSet") -> dict[str, str]:
         return parts
     if spec.startswith("column:") or ".csv:" in spec:
         return read_labels(store, spec, images.ids, images.rows)
-    raise RecipeError(f"{_RULE} Received: split={spec!r}")
+    raise RequestError(f"{_RULE} Received: split={spec!r}")

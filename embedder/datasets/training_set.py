@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from embedder.datasets.labels import check_joinable, encoded, read_labels, texts_of
 from embedder.datasets.splits import Indices, Split, no_indices
-from embedder.errors import RecipeError, StoreError
+from embedder.errors import RequestError, StoreError
 from embedder.store import Store
 
 
@@ -115,7 +115,7 @@ def read_training_set(
         known: Classes that there are whether or not an image has them.
 
     Raises:
-        RecipeError: The labels make no sense, or name fewer than two classes.
+        RequestError: The labels make no sense, or name fewer than two classes.
         SourceError: The label file cannot be read.
         StoreError: The store has an image twice.
     """
@@ -138,7 +138,7 @@ def read_training_set(
     if separator is not None:
         check_joinable(classes)
     if len(classes) < 2:
-        raise RecipeError(
+        raise RequestError(
             f"Labels must name at least two classes. "
             f"Received: labels={labels!r}, which gives {len(rows)} of {len(ids)} images a label "
             f"and {len(classes) if len(rows) else 0} class(es)"

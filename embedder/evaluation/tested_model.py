@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedder.columns import TEST
-from embedder.errors import ModelError, RecipeError
+from embedder.errors import ModelError, RequestError
 from embedder.heads import ModelFolder
 
 
@@ -77,11 +77,11 @@ def check_same_images(ours: TestedModel, theirs: TestedModel) -> None:
     """Refuse models that were not tested on the same bytes.
 
     Raises:
-        RecipeError: They were not.
+        RequestError: They were not.
     """
     if ours.ids.tolist() != theirs.ids.tolist() or ours.sha256.tolist() != theirs.sha256.tolist():
         common = len(set(ours.ids) & set(theirs.ids))
-        raise RecipeError(
+        raise RequestError(
             f"Models must be tested on the same images to be compared. Received: {ours.path} on "
             f"{len(ours.ids):,} and {theirs.path} on {len(theirs.ids):,} images, of which "
             f"{common:,} have the same id"

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from embedder import engines
 from embedder.columns import VIEW
-from embedder.errors import RecipeError, StoreError, Unfinished
+from embedder.errors import RequestError, StoreError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.cluster import Pool, WorkerContext
 from embedder.extraction.options import RunOptions
@@ -68,7 +68,7 @@ def run_extraction(
 
     Raises:
         SourceError: The source is missing, empty or unreadable.
-        RecipeError: The request makes no sense.
+        RequestError: The request makes no sense.
         StoreError: A store cannot be written, was made with another recipe, or is being written
             by another run.
         Unfinished: Too many images failed, or the disk is full; what is done is kept, and so is
@@ -161,12 +161,12 @@ def _settled(targets: list[Target]) -> Iterator[None]:
 
 def _check_columns(refs: pa.Table, recipe: Recipe) -> None:
     if taken := set(refs.column_names).intersection(recipe.columns):
-        raise RecipeError(
+        raise RequestError(
             f"A manifest's columns must have other names than the layers. "
             f"Received: {', '.join(sorted(taken))} in both"
         )
     if recipe.views > 1 and VIEW in refs.column_names:
-        raise RecipeError(
+        raise RequestError(
             f"With several views, `{VIEW}` is the column of their numbers, and a manifest cannot "
             f"have one of that name. Received: {', '.join(refs.column_names)}"
         )

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedder.engines import Runtime
-from embedder.errors import RecipeError, Unfinished
+from embedder.errors import RequestError, Unfinished
 from embedder.extraction.changed_files import Refreshed, refresh_shard
 from embedder.extraction.cluster import Pool, WorkerContext
 from embedder.extraction.options import RunOptions
@@ -139,7 +139,7 @@ def compare(
         runtime: What computes, unless workers elsewhere do.
 
     Raises:
-        RecipeError: More would be pruned than is allowed.
+        RequestError: More would be pruned than is allowed.
         StoreError: The store has damaged shards, or shards of another recipe.
     """
     if options.repair:
@@ -170,10 +170,10 @@ def _check_prune(plan: Plan, prune_share: float) -> None:
     """Refuse to drop more than is likely to have been deleted.
 
     Raises:
-        RecipeError: It is more.
+        RequestError: It is more.
     """
     if plan.num_deleted > math.ceil(prune_share * plan.num_stored):
-        raise RecipeError(
+        raise RequestError(
             f"`--prune` drops a share of {prune_share} of a store at most, in case a disk is "
             f"missing or the source is another. Received: a source that no longer has "
             f"{plan.num_deleted:,} of {plan.num_stored:,} images. If they are to go, say so with "

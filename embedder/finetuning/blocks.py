@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedder.backbones import layer_outputs, leaf_layers, single_output, with_canonical_names
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
@@ -57,14 +57,14 @@ def layers_of(network: "keras.Model", block: str) -> "list[keras.Layer]":
     Names are those of `backbones.layer_outputs`.
 
     Raises:
-        RecipeError: There are none.
+        RequestError: There are none.
     """
     begins = re.compile(rf"{re.escape(block)}(?![0-9a-zA-Z])")
     named = with_canonical_names({layer.name: layer for layer in network.layers})
     layers = [layer for name, layer in named.items() if begins.match(name)]
     if not layers:
         names = dict.fromkeys(block_name(name) for name in named)
-        raise RecipeError(
+        raise RequestError(
             f"A block must be the name of layers of {network.name}, or their beginning, such as "
             f"{', '.join(list(names)[-8:])}. Received: {block}"
         )
@@ -85,7 +85,7 @@ def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None
         the layers above it need.
 
     Raises:
-        RecipeError: There is no such block, or nothing close below it to cut at.
+        RequestError: There is no such block, or nothing close below it to cut at.
     """
     below = import_keras().Model(network.inputs, top)
     start = _last_resolution(below) if block is None else layers_of(below, block)[0]
@@ -96,7 +96,7 @@ def find_cut(network: "keras.Model", top: "keras.KerasTensor", block: str | None
         name = names.get(id(layer.output))
         if name is not None and can_cut(network, layer.output, top):
             return name
-    raise RecipeError(
+    raise RequestError(
         f"The network must have a place at most {_MAX_BETWEEN} layers below the block where it can "
         f"be cut in two; other strategies need none. Received: {network.name}, with none below "
         f"{start.name}"
@@ -107,7 +107,7 @@ def last_layers(network: "keras.Model") -> "list[keras.Layer]":
     """Layers from the block up that brings the last layer with weights to its resolution.
 
     Raises:
-        RecipeError: The network has no feature maps.
+        RequestError: The network has no feature maps.
     """
     layers = network.layers
     above = layers[layers.index(_last_resolution(network)) :]
@@ -138,7 +138,7 @@ def _last_resolution(network: "keras.Model") -> "keras.Layer":
     outputs = {layer: single_output(layer) for layer in layers if layer.weights}
     sizes = {x: y.shape[1:3] for x, y in outputs.items() if y is not None and len(y.shape) == 4}
     if not sizes:
-        raise RecipeError(
+        raise RequestError(
             f"The network must have feature maps for its last blocks to be found, or a block must "
             f"be named. Received: {network.name}"
         )

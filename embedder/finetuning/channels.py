@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
 from embedder.finetuning.options import Importance
@@ -45,11 +45,11 @@ def channel_masks(
         Kernels and biases, with 1 where a value belongs to a chosen channel and 0 elsewhere.
 
     Raises:
-        RecipeError: No layer has channels.
+        RequestError: No layer has channels.
     """
     kernels = [(layer, kernel) for layer in layers if (kernel := _kernel_of(layer)) is not None]
     if not kernels:
-        raise RecipeError("The blocks must have layers with channels. Received: none that has any")
+        raise RequestError("The blocks must have layers with channels. Received: none that has any")
     scores = _scores(tunable, kernels, examples, criterion, batch_size, seed)
     masks = []
     for (layer, kernel), score in zip(kernels, scores, strict=True):
@@ -111,7 +111,7 @@ def _scores(
         found = gradients_of(examples.inputs[batch, 0], examples.targets[batch])
         for total, (layer, kernel), gradient in zip(totals, kernels, found, strict=True):
             if gradient is None:
-                raise RecipeError(
+                raise RequestError(
                     f"Channels can be chosen in layers that the features are made of. "
                     f"Received: {layer.name}"
                 )

@@ -14,7 +14,7 @@ from embedder.backbones import dtype_policy, is_preset, load_network, tapped_ten
 from embedder.columns import EMBEDDING
 from embedder.datasets import TrainingSet
 from embedder.engines import best_training_precision
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.evaluation import accuracy_in_words
 from embedder.extraction import Progress, RunOptions, run_extraction
 from embedder.files import local_path
@@ -131,7 +131,7 @@ def finetune(
         watch: What is called meanwhile.
 
     Raises:
-        RecipeError: The request makes no sense.
+        RequestError: The request makes no sense.
         ModelError: The model cannot be read, or OUT holds something else.
         SourceError: The source cannot be listed.
         Unfinished: Training diverged, or images are no longer what they were.
@@ -207,12 +207,12 @@ def _check(model: Model, path: Path, folder: Path, features: Path, options: Tune
     """Refuse what cannot be done before anything is made."""
     ModelFolder(folder).check_free()
     if is_preset(model.recipe.backbone):
-        raise RecipeError(
+        raise RequestError(
             f"Backbones of `embedder backbones` and `.keras` files can be fine-tuned, presets of "
             f"KerasHub cannot. Received: {model.recipe.backbone}"
         )
     if folder.resolve() == path.resolve():
-        raise RecipeError(f"OUT must be another folder than MODEL. Received: {folder} for both")
+        raise RequestError(f"OUT must be another folder than MODEL. Received: {folder} for both")
     weights, own = (
         Path(model.recipe.weights_source),
         [Path(model.recorded().provenance.store)],
@@ -220,20 +220,20 @@ def _check(model: Model, path: Path, folder: Path, features: Path, options: Tune
     if weights.name in BACKBONE_FILES:
         own.append(weights.parent)
     if taken := {folder.resolve(), features.resolve()} & {place.resolve() for place in own}:
-        raise RecipeError(
+        raise RequestError(
             f"OUT and OUT.features are written over, and must not hold the weights or the features "
             f"that MODEL is made from. Received: {', '.join(map(str, taken))}"
         )
     if features.exists():
         older = Path(Store(features).recipe.weights_source)
         if older.name not in BACKBONE_FILES:
-            raise RecipeError(
+            raise RequestError(
                 f"OUT.features is written over, and must be of an older fine-tuning, or not be "
                 f"there. Received: {features}, features of the weights {older}"
             )
     find_optimizer(options.resolved("optimizer"))
     if options.class_weight is not None and model.is_multilabel:
-        raise RecipeError("Class weights need images of one label each. Received: several")
+        raise RequestError("Class weights need images of one label each. Received: several")
     if options.kind.keeps_head:
         as_keras_layers(model)  # refuses a head that is not made of layers
 
@@ -321,7 +321,7 @@ class _Job:
         precision: str = options.precision
         if not is_scratch and self.recipe.weights_source.endswith(".keras"):
             if precision == "bfloat16":
-                raise RecipeError(
+                raise RequestError(
                     f"A .keras network is trained in the precision that it was saved in. Received: "
                     f"precision={precision} for {self.recipe.weights_source}"
                 )

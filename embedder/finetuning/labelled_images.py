@@ -10,7 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from embedder.columns import TEST, TRAIN, VALIDATION
 from embedder.datasets import Split, TrainingSet, codes_of, grouped_folds, share_of
-from embedder.errors import ModelError, RecipeError, Unfinished
+from embedder.errors import ModelError, RequestError, Unfinished
 from embedder.heads import PREDICTIONS_FILE, Model, ModelFolder
 from embedder.sources import Listing
 from embedder.store import Store
@@ -31,7 +31,7 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Trai
 
     Raises:
         ModelError: The model does not tell.
-        RecipeError: It was not tested on images of its own.
+        RequestError: It was not tested on images of its own.
     """
     try:
         table = ModelFolder(path).read_predictions()
@@ -43,7 +43,7 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Trai
     name = model.recorded().options.split
     test = np.flatnonzero(parts == TEST)
     if not len(test):
-        raise RecipeError(
+        raise RequestError(
             f"The model must have been tested on images of its own, which fine-tuning is then "
             f"judged by. Received: {path}, trained with {name}; train it with "
             f"--split 0.2 or with official lists"
@@ -143,12 +143,12 @@ def find_paths(listing: Listing, images: TrainingSet) -> list[bytes]:
     """Where each labelled image is.
 
     Raises:
-        RecipeError: The source lacks some of them.
+        RequestError: The source lacks some of them.
     """
     path_of = listing.paths()
     missing = [image for image in images.ids if image not in path_of]
     if missing:
-        raise RecipeError(
+        raise RequestError(
             f"SOURCE must hold the images that the model was trained and tested on. Received: "
             f"{listing.source}, which lacks {len(missing):,} of {len(images.ids):,}, such as "
             f"{missing[0]}. Name what the model's features were extracted from, or train the head "

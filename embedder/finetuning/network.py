@@ -11,7 +11,7 @@ from embedder.backbones import (
     row_of,
     tapped_tensors,
 )
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.finetuning.blocks import can_cut
 from embedder.libraries import import_keras
 from embedder.recipe import Recipe
@@ -90,7 +90,7 @@ def make_trainable(
         auxiliary: Layer above the cut whose pooled output is given too.
 
     Raises:
-        RecipeError: A layer does not exist, or is not where it must be.
+        RequestError: A layer does not exist, or is not where it must be.
         WeightsError: The weights are not at hand.
     """
     keras = import_keras()
@@ -110,12 +110,12 @@ def make_trainable(
     if cut is not None:
         bottom = _named(named, cut, "cut")
         if not can_cut(network, bottom, outputs[FEATURES]):
-            raise RecipeError(f"The network cannot be cut in two there. Received: cut={cut}")
+            raise RequestError(f"The network cannot be cut in two there. Received: cut={cut}")
     if auxiliary is not None:
         tensor = _named(named, auxiliary, "auxiliary")
         is_below = all(tensor is not layer.output for layer in below.operations)
         if is_below or (cut is not None and not can_cut(network, bottom, tensor)):
-            raise RecipeError(
+            raise RequestError(
                 f"The auxiliary output must be of a layer above the cut and below the features. "
                 f"Received: auxiliary={auxiliary}"
             )
@@ -131,7 +131,7 @@ def make_trainable(
 
 def _named(outputs: "dict[str, keras.KerasTensor]", layer: str, option: str) -> "keras.KerasTensor":
     if layer not in outputs:
-        raise RecipeError(
+        raise RequestError(
             f"`{option}` must name a layer, as `embedder backbones NAME --layers` lists them, such "
             f"as {', '.join(list(outputs)[-5:])}. Received: {option}={layer}"
         )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.options import Name, checked
 from embedder.training import ClassWeight, Seed
 
@@ -163,7 +163,7 @@ class TuneOptions:
         """Refuse options that would not be heeded.
 
         Raises:
-            RecipeError: One would not.
+            RequestError: One would not.
         """
         kind, name = self.kind, self.strategy
         with_new_head = not kind.keeps_head, "strategies with a new head"
@@ -193,7 +193,7 @@ class TuneOptions:
             is_heeded, whose = heeded.get(field.name, (True, ""))
             value = getattr(self, field.name)
             if not is_heeded and value != field.default:
-                raise RecipeError(
+                raise RequestError(
                     f"`{field.name}` is of {whose}. Received: strategy={name}, "
                     f"{field.name}={value!r}"
                 )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedder.backbones import leaf_layers
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.finetuning.blocks import last_layers, layer_groups, layers_of
 from embedder.finetuning.channels import channel_masks
 from embedder.finetuning.inputs import Examples
@@ -21,7 +21,7 @@ def tuned_blocks(tunable: TrainableNetwork, options: TuneOptions) -> "dict[str, 
     """Layers that are trained beside the heads, from the bottom up, by the name of their group.
 
     Raises:
-        RecipeError: There are none, or there is no such block.
+        RequestError: There are none, or there is no such block.
     """
     if options.strategy == HEAD:
         return {}
@@ -30,13 +30,13 @@ def tuned_blocks(tunable: TrainableNetwork, options: TuneOptions) -> "dict[str, 
         return {"channels": list(dict.fromkeys(named)) or last_layers(tunable.upper)}
     layers = list(leaf_layers(tunable.upper))
     if options.train_norm and not any(is_normalisation(layer) for layer in layers):
-        raise RecipeError(
+        raise RequestError(
             f"`train_norm` is of networks with BatchNormalization. Received: train_norm=True for "
             f"{tunable.network.name}"
         )
     blocks = layer_groups(tunable.upper)
     if not any(_trained(layer, options) for found in blocks.values() for layer in found):
-        raise RecipeError(
+        raise RequestError(
             f"The network must have weights that the strategy trains. Received: "
             f"strategy={options.strategy} for {tunable.network.name}, which has none"
         )
@@ -52,7 +52,7 @@ def plan_groups(tunable: TrainableNetwork, examples: Examples, options: TuneOpti
         options: Give the strategy, and how rates fall from the top down.
 
     Raises:
-        RecipeError: As in `tuned_blocks` and `finetuning.channel_masks`.
+        RequestError: As in `tuned_blocks` and `finetuning.channel_masks`.
     """
     heads = [variable for head in tunable.heads for variable in head.trainable_variables]
     groups, blocks = [Group("head", heads)], tuned_blocks(tunable, options)

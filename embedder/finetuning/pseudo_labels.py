@@ -69,7 +69,7 @@ def add_pseudo_labels(
         run_options: Workers, engine and shard size of the extraction.
 
     Raises:
-        RecipeError: The head cannot learn from pseudo-labels, or no image is new.
+        RequestError: The head cannot learn from pseudo-labels, or no image is new.
         SourceError: The source cannot be listed.
     """
     check_head(model.head, model.is_multilabel)

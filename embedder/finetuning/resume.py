@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedder.datasets import TrainingSet
-from embedder.errors import EmbedderError, RecipeError
+from embedder.errors import EmbedderError, RequestError
 from embedder.files import remove_abandoned, remove_folder
 from embedder.finetuning.options import TuneOptions
 from embedder.heads import Model, ModelFolder
@@ -60,7 +60,7 @@ def open_work(work: Path, request: dict[str, Any]) -> None:
         return
     file = work / _REQUEST_FILE
     if work.is_dir() and not file.is_file() and any(work.iterdir()):
-        raise RecipeError(
+        raise RequestError(
             f"{work} is where a training is kept until it is done, and must be of embedder. "
             f"Received: a folder that holds something else"
         )

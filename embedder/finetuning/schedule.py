@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
@@ -79,12 +79,12 @@ def find_optimizer(name: str) -> "type[keras.Optimizer]":
     """A kind of optimizer by its name.
 
     Raises:
-        RecipeError: Keras has no such optimizer.
+        RequestError: Keras has no such optimizer.
     """
     try:
         return type(import_keras().optimizers.get(name))
     except ValueError:
-        raise RecipeError(
+        raise RequestError(
             f"`optimizer` must be the name of a Keras optimizer, such as adamw, rmsprop or "
             f"sgd. Received: optimizer={name}"
         ) from None
@@ -99,7 +99,7 @@ def make_optimizer(group: Group, schedule: Schedule, steps_per_epoch: int) -> "k
         steps_per_epoch: Batches.
 
     Raises:
-        RecipeError: As in `find_optimizer`.
+        RequestError: As in `find_optimizer`.
     """
     keras = import_keras()
     steps = max(1, (schedule.epochs + 1 - group.from_epoch) * steps_per_epoch)

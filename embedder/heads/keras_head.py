@@ -21,7 +21,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 
 from embedder.backbones import load_keras_model, save_network
-from embedder.errors import RecipeError, WeightsError
+from embedder.errors import RequestError, WeightsError
 from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ Batch: TypeAlias = tuple[NDArray[Any], NDArray[Any]]  # features (n, dim) and la
 MakeBatches: TypeAlias = Callable[[int], Iterable[Batch]]  # from the number of the epoch
 
 
-class _TooFewClasses(RecipeError, ValueError):  # noqa: N818 - says what it is
+class _TooFewClasses(RequestError, ValueError):  # noqa: N818 - says what it is
     """Both: the command line reports the one, scikit-learn's contract wants the other."""
 
 
@@ -122,7 +122,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                 held out, and seen in its first view.
 
         Raises:
-            RecipeError: A parameter is out of its range, or there are fewer than two classes.
+            RequestError: A parameter is out of its range, or there are fewer than two classes.
             ValueError: The arrays are not finite, or do not belong together.
         """
         self._check_parameters()
@@ -171,7 +171,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             validation: Features (m, dim) and labels; without them training lasts all `epochs`.
 
         Raises:
-            RecipeError: A parameter is out of its range, or there are fewer than two classes.
+            RequestError: A parameter is out of its range, or there are fewer than two classes.
             ValueError: Features are not finite.
         """
         self._check_parameters()
@@ -219,7 +219,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         }
         for name, (rule, is_kept) in allowed.items():
             if not is_kept:
-                raise RecipeError(f"`{name}` must be {rule}. Received: {getattr(self, name)!r}")
+                raise RequestError(f"`{name}` must be {rule}. Received: {getattr(self, name)!r}")
 
     def _survey(self, make_batches: MakeBatches) -> tuple[StandardScaler, int, NDArray[np.float32]]:
         """One epoch's scale of features, number of batches and weights of the classes."""
@@ -241,7 +241,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self.n_features_in_ = scaler.n_features_in_
         labels = np.repeat(self.classes_, [sizes[label] for label in self.classes_])
         if self.is_multilabel_ and self.class_weight is not None:
-            raise RecipeError(
+            raise RequestError(
                 f"`class_weight` must be None where labels are multi-label. "
                 f"Received: {self.class_weight!r}"
             )
@@ -258,7 +258,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         codes = np.searchsorted(self.classes_, labels).clip(max=len(self.classes_) - 1)
         is_unknown = self.classes_[codes] != labels
         if is_unknown.any():
-            raise RecipeError(
+            raise RequestError(
                 f"Every label must be one of the classes of training. "
                 f"Received: {np.unique(labels[is_unknown]).tolist()}"
             )
@@ -365,7 +365,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             head._check_parameters()
             head.classes_ = np.array(list(description["classes"]))
             head.is_multilabel_ = bool(description["is_multilabel"])
-        except (KeyError, TypeError, ValueError, RecipeError) as error:
+        except (KeyError, TypeError, ValueError, RequestError) as error:
             raise WeightsError(
                 f"A head's description must be what `to_json` gave. "
                 f"Received: {repr(description)[:200]}"

@@ -11,7 +11,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.heads.centroid_head import CentroidHead
 from embedder.heads.keras_head import KerasHead
 from embedder.heads.model import Model
@@ -38,7 +38,7 @@ def as_keras_layers(model: Model) -> "keras.Sequential":
         Its layers are of the kinds that `KerasHead.load` takes; the last is a Dense `logits`.
 
     Raises:
-        RecipeError: The head is not made of such layers, as k nearest neighbours are not.
+        RequestError: The head is not made of such layers, as k nearest neighbours are not.
     """
     if isinstance(model.estimator, KerasHead):
         layers, kernel, bias = _of_network(model.estimator)
@@ -77,7 +77,7 @@ def _of_pipeline(model: Model) -> _Folded:
     """Layers of a scaler and a linear classifier; a scaler by dimension becomes part of the last.
 
     Raises:
-        RecipeError: There is another step, or the classifier is not linear.
+        RequestError: There is another step, or the classifier is not linear.
     """
     if not isinstance(model.estimator, Pipeline) or len(model.estimator) != 2:
         raise _not_foldable(model)
@@ -116,8 +116,8 @@ def _terms_of_label(model: Model, classifier: Any) -> tuple[NDArray[Any], NDArra
     return _linear_terms(model, classifier)
 
 
-def _not_foldable(model: Model) -> RecipeError:
-    return RecipeError(
+def _not_foldable(model: Model) -> RequestError:
+    return RequestError(
         f"The head must be linear or a network, to become layers of Keras: one of "
         f"{', '.join(FOLDABLE)}. Received: a model with a head of kind {model.head}"
     )

@@ -20,7 +20,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from threadpoolctl import threadpool_limits
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.heads.ridge_statistics import SufficientStatistics, one_vs_rest_targets, sums_by_fold
 
 # Standardised features have a scatter matrix of trace `rows * dim`: these go from hardly any
@@ -94,7 +94,7 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 any number of classes.
 
         Raises:
-            RecipeError: The alphas, or class weights of an indicator matrix, make no sense.
+            RequestError: The alphas, or class weights of an indicator matrix, make no sense.
             ValueError: Not such arrays, or a single class; scikit-learn's contract asks for this.
         """
         features, labels = validate_data(
@@ -107,7 +107,7 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         weights = None
         if self.class_weight is not None:
             if is_multilabel:
-                raise RecipeError(
+                raise RequestError(
                     "`class_weight` must be None where a row can have several classes. "
                     f"Received: class_weight={self.class_weight!r}"
                 )
@@ -131,15 +131,15 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             is_multilabel: Whether a row can have any number of classes.
 
         Raises:
-            RecipeError: An alpha is not above 0, or there are several and fewer than two folds
+            RequestError: An alpha is not above 0, or there are several and fewer than two folds
                 that have rows.
         """
         alphas = np.asarray(self.alphas, np.float64)
         if len(alphas) == 0 or not (alphas > 0).all():
-            raise RecipeError(f"Every alpha must be more than 0. Received: alphas={self.alphas}")
+            raise RequestError(f"Every alpha must be more than 0. Received: alphas={self.alphas}")
         folds = [sums for sums in sums_by_fold if sums.weight > 0]
         if len(folds) < 2 and (len(alphas) > 1 or not folds):
-            raise RecipeError(
+            raise RequestError(
                 "At least two folds must have rows, for an alpha to be chosen. "
                 f"Received: {len(folds)} of {len(sums_by_fold)}"
             )

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import LinearSVC
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.heads.centroid_head import CentroidHead
 from embedder.heads.keras_head import KerasHead
 from embedder.heads.ridge_head import RidgeHead
@@ -89,17 +89,17 @@ def find_head(name: str, class_weight: str | None, is_multilabel: bool) -> HeadK
         is_multilabel: Whether an image can have several labels, which not every head can.
 
     Raises:
-        RecipeError: There is no such head, or it cannot do what is asked.
+        RequestError: There is no such head, or it cannot do what is asked.
     """
     if name not in HEADS:
-        raise RecipeError(f"`head` must be one of {', '.join(HEADS)}. Received: head={name!r}")
+        raise RequestError(f"`head` must be one of {', '.join(HEADS)}. Received: head={name!r}")
     kind = HEADS[name]
     if class_weight is not None and not kind.can_balance:
         able = ", ".join(other for other, row in HEADS.items() if row.can_balance)
-        raise RecipeError(f"Class weights need one of the heads {able}. Received: head={name!r}")
+        raise RequestError(f"Class weights need one of the heads {able}. Received: head={name!r}")
     if is_multilabel and not kind.can_multilabel:
         able = ", ".join(other for other, row in HEADS.items() if row.can_multilabel)
-        raise RecipeError(
+        raise RequestError(
             f"Multi-label targets need one of the heads {able}. Received: head={name!r}"
         )
     return kind

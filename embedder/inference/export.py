@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 
 from embedder import backbones
 from embedder.decode import decode_rgb
-from embedder.errors import DecodeError, ModelError, ReadError, RecipeError, SourceError, Unfinished
+from embedder.errors import (
+    DecodeError,
+    ModelError,
+    ReadError,
+    RequestError,
+    SourceError,
+    Unfinished,
+)
 from embedder.extraction import Progress, RunOptions
 from embedder.files import is_temporary, local_path, whole_folder
 from embedder.heads import Model, as_keras_layers
@@ -109,7 +116,7 @@ def export(
 
     Raises:
         ModelError: There is no such model, or `out` holds something else or cannot be written.
-        RecipeError: The request makes no sense: such as a head that is not made of layers, a
+        RequestError: The request makes no sense: such as a head that is not made of layers, a
             package that is not installed, or no images to compare on.
         Unfinished: The format cannot hold the network, or computes something else; nothing is
             written.
@@ -118,7 +125,7 @@ def export(
     model = Model.load(model_path)
     _check_folder(folder)
     if num_images < 1:
-        raise RecipeError(f"`num_images` must be at least 1. Received: num_images={num_images}")
+        raise RequestError(f"`num_images` must be at least 1. Received: num_images={num_images}")
     model = _in_float32(model)
     with tempfile.TemporaryDirectory() as work, import_keras().device("cpu:0"):
         pixels = _sample(model, source, num_images, Path(work, "images"))
@@ -170,11 +177,11 @@ def _sample(
     if source is None and model.record is not None:
         source = model.record.provenance.source
     if source is None:
-        raise RecipeError(f"The model does not say where its images are. {_ADVICE}")
+        raise RequestError(f"The model does not say where its images are. {_ADVICE}")
     try:
         paths = list_images(source).refs["path"].to_pylist()
     except SourceError as error:
-        raise RecipeError(f"{error}. {_ADVICE}") from error
+        raise RequestError(f"{error}. {_ADVICE}") from error
     folder.mkdir()
     pixels = []
     for number in np.linspace(0, len(paths) - 1, min(num_images, len(paths))).astype(int):
@@ -185,7 +192,7 @@ def _sample(
             continue
         (folder / f"{number:09d}.jpg").write_bytes(encoded)  # whatever its format: see FORMATS
     if not pixels:
-        raise RecipeError(f"None of the images tried of {source} can be decoded. {_ADVICE}")
+        raise RequestError(f"None of the images tried of {source} can be decoded. {_ADVICE}")
     return np.stack(pixels)
 
 

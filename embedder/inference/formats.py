@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.backbones import load_keras_model, save_network
-from embedder.errors import RecipeError, Unfinished
+from embedder.errors import RequestError, Unfinished
 from embedder.libraries import DISTRIBUTION, import_openvino
 
 if TYPE_CHECKING:
@@ -124,13 +124,13 @@ def find_format(name: str) -> Format:
     """The row of `FORMATS` by its name.
 
     Raises:
-        RecipeError: There is none, or a package that it needs is not installed.
+        RequestError: There is none, or a package that it needs is not installed.
     """
     if name not in FORMATS:
-        raise RecipeError(f"The format must be one of {', '.join(FORMATS)}. Received: {name}")
+        raise RequestError(f"The format must be one of {', '.join(FORMATS)}. Received: {name}")
     row = FORMATS[name]
     if absent := [package for package in row.packages if not importlib.util.find_spec(package)]:
-        raise RecipeError(
+        raise RequestError(
             f"The format {name} needs {' and '.join(absent)}. Install with: "
             f"pip install '{DISTRIBUTION}[{name}]'"
         )

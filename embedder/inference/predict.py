@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedder.columns import LOGITS
-from embedder.errors import RecipeError, StoreBusy, Unfinished
+from embedder.errors import RequestError, StoreBusy, Unfinished
 from embedder.extraction import Progress, RunOptions, Summary, run_extraction
 from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
 from embedder.heads import Model
@@ -100,15 +100,15 @@ def predict(
     Raises:
         ModelError: There is no such model.
         RecipeMismatch: The store's features are of another recipe than the model's.
-        RecipeError: The request makes no sense.
+        RequestError: The request makes no sense.
         EmbedderError: As in `extract`.
     """
     model, path = Model.load(model_path), local_path(out)
     if top_k < 1:
-        raise RecipeError(f"`top_k` must be at least 1. Received: top_k={top_k}")
+        raise RequestError(f"`top_k` must be at least 1. Received: top_k={top_k}")
     # `Path.is_file` raises where a name is longer than a name may be; these do not.
     if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
-        raise RecipeError(f"OUT must be a file in a folder that exists. Received: {path}")
+        raise RequestError(f"OUT must be a file in a folder that exists. Received: {path}")
     if Store.exists(source):
         store = Store(source)
         model.check_recipe(store.recipe, f"the store {store}")

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedder.columns import VIEW
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.store.shard_file import vectors_of
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ def scan(
         Tables of these columns, without rows where a shard has none that are asked for.
 
     Raises:
-        RecipeError: The store has no such view.
+        RequestError: The store has no such view.
         StoreError: A shard cannot be read, or has no such column.
     """
     num_views, start = store.recipe.views, 0
     if view is not None and not 0 <= view < num_views:
-        raise RecipeError(
+        raise RequestError(
             f"`view` must be one of the store's views, 0 to {num_views - 1}, or None for all. "
             f"Received: view={view}"
         )
@@ -112,7 +112,7 @@ def shuffled_batches(
         Features (n, dim) and labels of n images.
 
     Raises:
-        RecipeError: The store has no such feature, or several of which none is named.
+        RequestError: The store has no such feature, or several of which none is named.
         StoreError: A shard cannot be read.
     """
     column = store.recipe.column(column)

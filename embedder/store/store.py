@@ -275,7 +275,7 @@ class Store:
         """Image ids, in the order of `vectors(view=view)`: array of str of shape (n_rows,).
 
         Raises:
-            RecipeError: The store has no such view.
+            RequestError: The store has no such view.
         """
         ids = [table["image_id"].to_numpy() for table in scan(self, ["image_id"], view=view)]
         return np.concatenate([np.array([], dtype=object), *ids])
@@ -306,7 +306,7 @@ class Store:
             is a single shard that has no other rows.
 
         Raises:
-            RecipeError: The store has no such view or feature, or several features of which none
+            RequestError: The store has no such view or feature, or several features of which none
                 is named.
             StoreError: The store has no rows.
         """

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from embedder.columns import CROSS_VALIDATED, TRAIN, VALIDATION
 from embedder.datasets import Indices, Split, TrainingSet, read_labels, read_training_set
-from embedder.errors import ModelError, RecipeError
+from embedder.errors import ModelError, RequestError
 from embedder.evaluation import Evaluation, accuracy_in_words
 from embedder.heads import PREDICTIONS_FILE, Model, ModelFolder
 from embedder.store import Store
@@ -103,16 +103,16 @@ def coarse_classes(store: Store, coarse: str, images: TrainingSet) -> NDArray[np
         (n_classes,).
 
     Raises:
-        RecipeError: Images of one class are of several coarse classes, or of none.
+        RequestError: Images of one class are of several coarse classes, or of none.
     """
     if images.is_multilabel:
-        raise RecipeError("Coarse labels need images of one label each")
+        raise RequestError("Coarse labels need images of one label each")
     by_id = read_labels(store, coarse, images.ids, images.rows)
     names: dict[int, str] = {}
     for image_id, code in zip(images.ids, images.codes, strict=True):
         name = by_id.get(image_id)
         if name is None or names.setdefault(int(code), name) != name:
-            raise RecipeError(
+            raise RequestError(
                 f"Every image of a class must be of the same coarse class. Received: {image_id} of "
                 f"the class {images.classes[code]}, which is of {name}"
                 + (f", others of {names[int(code)]}" if name is not None else "")
@@ -162,7 +162,7 @@ def evaluate_model(
     Raises:
         ModelError: There is no such model.
         RecipeMismatch: The features are of another recipe.
-        RecipeError: The request makes no sense, or nothing is left to test on.
+        RequestError: The request makes no sense, or nothing is left to test on.
     """
     model = Model.load(model_path)
     model.check_recipe(store.recipe, f"the store {store}")
@@ -177,7 +177,7 @@ def evaluate_model(
         if left_out := len(images.ids) - len(indices):
             notes.append(f"{left_out:,} images were trained on, and are left out.")
     if not len(indices):
-        raise RecipeError(
+        raise RequestError(
             f"There must be labelled images that the model was not trained on. Received: "
             f"{store}, of which all {len(images.ids):,} labelled images were; "
             f"--include-trained tests on them all the same"

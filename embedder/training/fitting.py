@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.datasets import Folds, Indices, TrainingSet, grouped_folds
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.evaluation import expand_logits
 from embedder.heads import (
     Calibration,
@@ -84,7 +84,7 @@ def fit_head(spec: HeadSpec, images: TrainingSet) -> Fitted:
     fitted on all training images, held-out ones included.
 
     Raises:
-        RecipeError: The head cannot do what is asked, or there are too few images.
+        RequestError: The head cannot do what is asked, or there are too few images.
     """
     kind = find_head(spec.kind, spec.class_weight, images.is_multilabel)
     folds = _selection_folds(spec, images)
@@ -95,7 +95,7 @@ def fit_head(spec: HeadSpec, images: TrainingSet) -> Fitted:
     for settings in kind.grid:
         try:
             logits = [_held_out_logits(spec, settings, images, *fold) for fold in folds]
-        except RecipeError as error:  # such as more neighbours than images
+        except RequestError as error:  # such as more neighbours than images
             refusal = error
             continue
         tried.append(calibrate(np.concatenate(logits), images.codes[held]))
@@ -128,7 +128,7 @@ def fit(spec: HeadSpec, estimator: Any, images: TrainingSet, indices: Indices) -
         indices: (m,), of those to fit to.
 
     Raises:
-        RecipeError: The images are too few, or of too few classes.
+        RequestError: The images are too few, or of too few classes.
     """
     features, codes = images.in_memory[indices], images.codes[indices]
     if not images.is_multilabel:
@@ -152,7 +152,7 @@ def explain_fit_errors(head: str, num_images: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise RecipeError(
+        raise RequestError(
             f"The head {head} cannot be trained on so few images, or classes. "
             f"Received: {num_images:,} images: {error}"
         ) from error

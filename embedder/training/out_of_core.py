@@ -19,7 +19,7 @@ from embedder.datasets import (
     make_split,
     strata_of,
 )
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.extraction import connect
 from embedder.heads import (
     NUM_FOLDS,
@@ -96,14 +96,14 @@ def is_read_in_parts(store: Store, column: str, head: str, options: TrainOptions
         options: What is asked of it.
 
     Raises:
-        RecipeError: They are too many for the head, or for what is asked of it.
+        RequestError: They are too many for the head, or for what is asked of it.
     """
     num_rows, dim = shape_of(store, column)
     num_bytes = num_rows * dim * np.dtype(np.float32).itemsize
     received = f"Received: {store}, with {num_bytes / 2**30:,.1f} GiB of features"
     if num_bytes <= IN_CORE_BYTES or head not in OUT_OF_CORE_HEADS:
         if num_bytes > memory_bytes() / 2:
-            raise RecipeError(
+            raise RequestError(
                 f"The head {head} needs all features in at most half of the memory. Take one of "
                 f"{', '.join(OUT_OF_CORE_HEADS)}, which read them in parts. {received} and "
                 f"{memory_bytes() / 2**30:,.1f} GiB of memory"
@@ -111,12 +111,12 @@ def is_read_in_parts(store: Store, column: str, head: str, options: TrainOptions
         return False
     limit = f"more than {IN_CORE_BYTES / 2**30:,.1f} GiB of features, which are read in parts"
     if options.duplicates is not None:
-        raise RecipeError(
+        raise RequestError(
             f"Near-duplicates cannot be looked for in {limit}. Go without, with duplicates=None or "
             f"--duplicates none. {received}, and duplicates={options.duplicates}"
         )
     if options.split.startswith("kfold:"):
-        raise RecipeError(
+        raise RequestError(
             f"There is no cross-validation on {limit}. Test on a share, such as 0.2. {received}, "
             f"and split={options.split}"
         )
@@ -140,7 +140,7 @@ def make_out_of_core_split(spec: str, store: Store, images: TrainingSet, seed: i
         seed: Of the shuffling.
 
     Raises:
-        RecipeError: As in `make_split`; also where no image can be held out.
+        RequestError: As in `make_split`; also where no image can be held out.
         SourceError: A list cannot be read.
     """
     split = make_split(spec, store, replace(images, groups=_blocks(images.codes)), seed)
@@ -153,7 +153,7 @@ def make_out_of_core_split(spec: str, store: Store, images: TrainingSet, seed: i
         # The head learns from the others only, and has to know each class.
         held = held[np.isin(images.codes[held], images.codes[np.setdiff1d(train, held)])]
     if not len(held):
-        raise RecipeError(
+        raise RequestError(
             f"Some training images must be held out, of classes that have others. Received: "
             f"{len(train)} training images of {len(images.known_classes(train))} classes"
         )
@@ -180,10 +180,10 @@ def fit_out_of_core(spec: HeadSpec, images: TrainingSet, store: Store, column: s
         column: Which.
 
     Raises:
-        RecipeError: Class weights are asked for with several labels an image.
+        RequestError: Class weights are asked for with several labels an image.
     """
     if images.is_multilabel and spec.class_weight is not None:
-        raise RecipeError(
+        raise RequestError(
             f"`class_weight` must be None where an image can have several labels. "
             f"Received: class_weight={spec.class_weight!r}"
         )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from embedder.errors import RecipeError, StoreError
+from embedder.errors import RequestError, StoreError
 from embedder.extraction import Pool, WorkerContext
 from embedder.heads import CHUNK_ROWS, SufficientStatistics, one_vs_rest_targets, sums_by_fold
 from embedder.store import Store, scan, shard_groups, vectors_of
@@ -60,7 +60,7 @@ def ridge_sums(
         digits of float64 can show.
 
     Raises:
-        RecipeError: There is no such feature, it is a feature map, or no row has a fold.
+        RequestError: There is no such feature, it is a feature map, or no row has a fold.
         StoreError: The store does not have as many rows as there are codes, or cannot be read.
     """
     _check(store, codes, folds)
@@ -83,7 +83,7 @@ def ridge_sums(
 
 def _check(store: Store, codes: Codes, folds: Codes) -> None:
     if not (folds >= 0).any():
-        raise RecipeError(f"At least one row must have a fold. Received: none of {len(folds)}")
+        raise RequestError(f"At least one row must have a fold. Received: none of {len(folds)}")
     num_rows = len(store) * store.recipe.views
     if {num_rows} != {len(codes), len(folds)}:
         raise StoreError(
@@ -96,12 +96,12 @@ def vector_column(store: Store, column: str | None) -> str:
     """Name of a store's feature, or of its only one.
 
     Raises:
-        RecipeError: There is no such feature, several of which none is named, or it is a feature
+        RequestError: There is no such feature, several of which none is named, or it is a feature
             map.
     """
     name = store.recipe.column(column)
     if store.recipe.pooling == "none":
-        raise RecipeError(
+        raise RequestError(
             f"A head needs features of one vector an image. Received: {name}, a feature map of "
             f"pooling={store.recipe.pooling}; extract with --pooling avg"
         )

@@ -18,7 +18,7 @@ from scipy.special import log_softmax
 from sklearn.neighbors import NearestNeighbors
 from sklearn.semi_supervised import LabelSpreading
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.evaluation import paired_difference
 from embedder.heads import fit_temperature
 from embedder.training.options import SelfTrainOptions
@@ -181,7 +181,7 @@ def self_train(
         options: How pseudo-labels are chosen.
 
     Raises:
-        RecipeError: The arrays do not fit each other, or there is nothing to judge by.
+        RequestError: The arrays do not fit each other, or there is nothing to judge by.
     """
     task = _Task(fit, features, labels, unlabelled, options or SelfTrainOptions())
     _check(task, guard_features, guard_labels)
@@ -210,19 +210,19 @@ def _check(task: _Task, guard_features: Features | None, guard_labels: Labels | 
         or [shape[0] for shape in shapes[::2]] != sizes
         or len(classes) < 2
     ):
-        raise RecipeError(
+        raise RequestError(
             "Features must be (n, dim), not empty, of the same dim, with a label each, or none if "
             f"unlabelled, and of at least two classes. Received: features {shapes}, "
             f"labels {sizes} of {len(classes)} class(es)"
         )
     if guard_labels is None and counts.max() < 2:
-        raise RecipeError(
+        raise RequestError(
             "Without a guard, a class must have at least two labels, so that one can be held out. "
             f"Received: {len(classes)} classes of one label"
         )
     strange = [] if guard_labels is None else sorted(set(guard_labels) - set(classes))
     if strange:
-        raise RecipeError(
+        raise RequestError(
             "The guard must be of classes that are trained on. "
             f"Received: {len(strange)} other class(es), such as {strange[0]}"
         )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import has_fit_parameter
 
 from embedder.datasets import Indices, TrainingSet, grouped_folds
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.evaluation import expand_logits
 from embedder.heads import (
     HEADS,
@@ -73,13 +73,13 @@ def check_head(head: str, is_multilabel: bool) -> None:
     """Refuse a head that cannot learn from pseudo-labels.
 
     Raises:
-        RecipeError: It knows no weights, or images have several labels.
+        RequestError: It knows no weights, or images have several labels.
     """
     able = [
         name for name, row in HEADS.items() if has_fit_parameter(row.classifier, "sample_weight")
     ]
     if head not in able or is_multilabel:
-        raise RecipeError(
+        raise RequestError(
             f"Unlabelled images need one of the heads {', '.join(able)}, and labelled images of "
             f"one label each. Received: head={head!r}"
         )
@@ -95,14 +95,14 @@ def read_unlabelled(path: str, model: Model, labelled: set[str]) -> Unlabelled:
 
     Raises:
         RecipeMismatch: The store's features are of another recipe than the model's.
-        RecipeError: No image is left.
+        RequestError: No image is left.
     """
     store = Store(path)
     model.check_recipe(store.recipe, f"the store {path}")
     sha256 = store.sha256()
     is_new = np.array([checksum not in labelled for checksum in sha256], dtype=bool)
     if not is_new.any():
-        raise RecipeError(
+        raise RequestError(
             f"A store of unlabelled images must hold some that are not among the labelled ones. "
             f"Received: {path}, of {len(sha256):,} images"
         )
@@ -132,7 +132,7 @@ def fit_semi_supervised(
         method: `self-training` or `label-spreading`.
 
     Raises:
-        RecipeError: No class has two labels.
+        RequestError: No class has two labels.
     """
     features, labels = images.unaugmented[indices], images.classes[images.codes[indices]]
     options = SelfTrainOptions(method=method, seed=spec.seed)

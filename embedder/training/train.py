@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedder.datasets import TrainingSet, make_split, read_training_set
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.evaluation import Evaluation
 from embedder.heads import Model, Provenance, Record, RecordedOptions, find_head
 from embedder.libraries import versions
@@ -47,7 +47,7 @@ def train(
         options: Split, near-duplicates, weights and seed; None for the defaults.
 
     Raises:
-        RecipeError: The request makes no sense, or the labels name fewer than two classes.
+        RequestError: The request makes no sense, or the labels name fewer than two classes.
         SourceError: A label file or a list cannot be read.
         StoreError: The store has no rows.
     """
@@ -56,7 +56,7 @@ def train(
     if options.unlabelled is not None:
         check_head(head, options.separator is not None)
         if options.split.startswith("kfold:"):
-            raise RecipeError("Unlabelled images need a split with one part to test on, not kfold")
+            raise RequestError("Unlabelled images need a split with one part to test on, not kfold")
     column = vector_column(store, options.column)
     watch = Stopwatch()
     is_out_of_core = is_read_in_parts(store, column, head, options)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from embedder.datasets import TrainingSet, make_split
-from embedder.errors import ModelError, RecipeError
+from embedder.errors import ModelError, RequestError
 from embedder.evaluation import Evaluation, Scores, paired_difference
 from embedder.files import whole_folder
 from embedder.heads import BACKBONE_FILES, Model, ModelFolder
@@ -157,7 +157,7 @@ class TrainedHead:
             indices = np.sort(order[rank < size])
             try:
                 evaluation = self._refitted(indices) if size < largest else self.test
-            except RecipeError:  # so few images are not enough for this head
+            except RequestError:  # so few images are not enough for this head
                 continue
             accuracy = evaluation.scores["accuracy"]
             curve.append(
@@ -198,10 +198,10 @@ class TrainedHead:
         """What unlabelled images did: rounds, the guard's verdict, and accuracy with and without.
 
         Raises:
-            RecipeError: The head was trained without any.
+            RequestError: The head was trained without any.
         """
         if self.semi_supervised is None or self.supervised_test is None:
-            raise RecipeError("The head was trained without unlabelled images")
+            raise RequestError("The head was trained without unlabelled images")
         training = self.semi_supervised.training
         return {
             "method": self.options.unlabelled_method,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from embedder.analysis.compare import compare, row_of
 from embedder.cli.app import app
-from embedder.errors import ModelError, RecipeError
+from embedder.errors import ModelError, RequestError
 from embedder.evaluation.paired_test import judge
 from embedder.evaluation.tested_model import read_tested
 from embedder.heads.model_folder import ModelFolder
@@ -115,7 +115,7 @@ def test_the_order_of_the_images_makes_no_difference(tmp_path: Path) -> None:
 def test_models_that_were_tested_on_other_images_are_refused(tmp_path: Path) -> None:
     first = write_model(tmp_path / "first", [True, False], ["a", "b"])
     second = write_model(tmp_path / "second", [True, False], ["a", "c"])
-    with pytest.raises(RecipeError, match="on 2 images, of which 1 have the same id"):
+    with pytest.raises(RequestError, match="on 2 images, of which 1 have the same id"):
         compare([first, second])
     table = pq.read_table(first / "predictions.parquet")
     other = table.set_column(1, "sha256", pa.array(["other bytes", "bytes of b"]))
@@ -123,7 +123,7 @@ def test_models_that_were_tested_on_other_images_are_refused(tmp_path: Path) -> 
     for name in ("metrics.json", "model.json"):
         (tmp_path / "third" / name).write_text((first / name).read_text())
     pq.write_table(other, tmp_path / "third" / "predictions.parquet")
-    with pytest.raises(RecipeError, match="of which 2 have the same id"):
+    with pytest.raises(RequestError, match="of which 2 have the same id"):
         compare([first, tmp_path / "third"])
 
 
@@ -133,7 +133,7 @@ def test_the_same_bytes_under_other_names_are_refused(tmp_path: Path) -> None:
         table = pq.read_table(path / "predictions.parquet")
         table = table.set_column(1, "sha256", pa.array(["same bytes"]))
         pq.write_table(table, path / "predictions.parquet")
-    with pytest.raises(RecipeError, match="of which 0 have the same id"):
+    with pytest.raises(RequestError, match="of which 0 have the same id"):
         compare(paths)
 
 
@@ -184,7 +184,7 @@ def test_heads_that_were_trained_are_compared_on_their_test_images(
 
 def test_heads_of_other_splits_or_of_no_test_images_are_refused(zoo: Store, tmp_path: Path) -> None:
     first = saved(zoo, tmp_path / "first", "centroid")
-    with pytest.raises(RecipeError, match="must be tested on the same images to be compared"):
+    with pytest.raises(RequestError, match="must be tested on the same images to be compared"):
         compare([first, saved(zoo, tmp_path / "half", "centroid", "0.5")])
     with pytest.raises(ModelError, match="cross-validation; train it with --split"):
         compare([first, saved(zoo, tmp_path / "folds", "centroid", "kfold:3")])

@@ -12,7 +12,7 @@ import pytest
 from embedder import extract
 from embedder.backbones.graph import layer_shapes
 from embedder.checks.verify import verify
-from embedder.errors import RecipeError
+from embedder.errors import RecipeError, RequestError
 from tests.support import assert_same_vectors
 
 SMALL: dict[str, Any] = {"backbone": "mobilenet", "weights": "random", "image_size": (64, 96)}
@@ -91,7 +91,9 @@ def test_a_layer_that_is_not_there_is_refused_with_those_near_it(
 
 def test_a_manifests_column_must_not_be_called_like_a_layer(archive: Path, tmp_path: Path) -> None:
     (archive / "list.csv").write_text("path,conv_pw_6_relu\ncats/000.png,1\n")
-    with pytest.raises(RecipeError, match=r"other names than the layers. Received: conv_pw_6_relu"):
+    with pytest.raises(
+        RequestError, match=r"other names than the layers. Received: conv_pw_6_relu"
+    ):
         extract(
             *(archive / "list.csv", tmp_path / "out"),
             **SMALL,

@@ -9,7 +9,7 @@ import pytest
 from embedder.backbones.resolve import find_backbone, make_recipe, weights_file
 from embedder.backbones.table import BACKBONES, Backbone
 from embedder.backbones.weights import PackagedWeights
-from embedder.errors import RecipeError, WeightsError
+from embedder.errors import RecipeError, RequestError, WeightsError
 
 
 def test_an_unknown_backbone_is_refused_with_those_there_are() -> None:
@@ -18,7 +18,7 @@ def test_an_unknown_backbone_is_refused_with_those_there_are() -> None:
 
 
 def test_an_unknown_option_is_refused_with_those_there_are() -> None:
-    with pytest.raises(RecipeError, match="option: colour. There are: backbone, weights"):
+    with pytest.raises(RequestError, match="option: colour. There are: backbone, weights"):
         make_recipe(colour="red")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from embedder.datasets.labels import read_labels, read_named_column
 from embedder.datasets.training_set import read_training_set
-from embedder.errors import RecipeError, SourceError, StoreError
+from embedder.errors import RequestError, SourceError, StoreError
 from embedder.store.store import Store
 from tests.support import DIM, add_rows
 
@@ -80,7 +80,7 @@ def test_a_field_that_a_list_lacks_is_refused(store: Store, tmp_path: Path, numb
 @pytest.mark.parametrize("labels", ["", "folders", "kind", "labels.csv", "labels.txt:kind", ":x"])
 def test_labels_of_no_known_spelling_are_refused(store: Store, labels: str) -> None:
     rule = r"must be folder, parent, FILE\.csv:COLUMN, LIST\.txt:NUMBER or column:NAME\. Received:"
-    with pytest.raises(RecipeError, match=rule) as caught:
+    with pytest.raises(RequestError, match=rule) as caught:
         read_labels(store, labels, store.ids())
     assert str(caught.value).endswith(repr(labels))
 
@@ -88,7 +88,7 @@ def test_labels_of_no_known_spelling_are_refused(store: Store, labels: str) -> N
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(store: Store) -> None:
     add_rows(store, ["1.jpg"], np.zeros((1, DIM)), {"kind": ["x"]})
     rule = r"must name a column of the store\. Received: colour\. It has: image_id, .*, kind, "
-    with pytest.raises(RecipeError, match=rule):
+    with pytest.raises(RequestError, match=rule):
         read_labels(store, "column:colour", store.ids())
 
 
@@ -145,7 +145,7 @@ def test_several_labels_are_one_indicator_each(store: Store) -> None:
 
 def test_labels_that_would_be_torn_apart_are_refused(store: Store) -> None:
     add_rows(store, ["0.jpg", "1.jpg"], np.zeros((2, DIM)), {"tags": ["red;ish|round", "round"]})
-    with pytest.raises(RecipeError, match="none may contain `;`.*Received: red;ish"):
+    with pytest.raises(RequestError, match="none may contain `;`.*Received: red;ish"):
         read_training_set(store, "column:tags", separator="|")
     whole = read_training_set(store, "column:tags")  # one label an image: nothing is torn
     assert whole.classes.tolist() == ["red;ish|round", "round"]
@@ -164,12 +164,12 @@ def test_fewer_than_two_classes_are_refused_with_what_was_found(
     extras = {"same": ["x"] * 30, "none": [None] * 30}
     add_rows(store, [f"{i}.jpg" for i in range(30)], np.zeros((30, DIM)), extras)
     rule = rf"at least two classes\. Received: labels='{labels}', {found}$"
-    with pytest.raises(RecipeError, match=rule):
+    with pytest.raises(RequestError, match=rule):
         read_training_set(store, labels)
 
 
 def test_a_store_without_rows_is_refused(store: Store) -> None:
-    with pytest.raises((StoreError, RecipeError), match="no rows yet|0 of 0 images"):
+    with pytest.raises((StoreError, RequestError), match="no rows yet|0 of 0 images"):
         read_training_set(store, "folder")
 
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from embedder.datasets.splits import Split, grouped_folds, make_split
-from embedder.errors import RecipeError, SourceError
+from embedder.errors import RequestError, SourceError
 from embedder.store.store import Store
 from tests.support import training_set
 
@@ -77,7 +77,7 @@ def test_each_set_of_labels_is_in_every_fold_alike() -> None:
 
 
 def test_fewer_groups_than_folds_are_refused() -> None:
-    with pytest.raises(RecipeError, match="at least 3 groups.*Received: 60 images in 2 group"):
+    with pytest.raises(RequestError, match="at least 3 groups.*Received: 60 images in 2 group"):
         grouped_folds(CODES, ALONE // 30, 3, seed=0)
 
 
@@ -118,13 +118,13 @@ def test_a_column_can_say_what_an_image_is_for(store: Store, tmp_path: Path) -> 
     ],
 )
 def test_a_split_that_makes_no_sense_is_refused(store: Store, spec: str, rule: str) -> None:
-    with pytest.raises(RecipeError, match=rule):
+    with pytest.raises(RequestError, match=rule):
         split_of(spec, store)
 
 
 def test_a_folder_without_a_test_list_is_refused(store: Store, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("1.jpg, 1\n")
-    with pytest.raises(RecipeError, match="which names 1 to train on and 0 to test on, of 60"):
+    with pytest.raises(RequestError, match="which names 1 to train on and 0 to test on, of 60"):
         split_of(str(tmp_path), store)
 
 
@@ -137,5 +137,5 @@ def test_an_image_in_two_lists_is_refused(store: Store, tmp_path: Path) -> None:
 
 def test_a_part_of_no_known_name_is_refused(store: Store, tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text("path,part\n1.jpg,train\n2.jpg,holdout\n")
-    with pytest.raises(RecipeError, match=r"train, val or test of each image\. Received: holdout"):
+    with pytest.raises(RequestError, match=r"train, val or test of each image\. Received: holdout"):
         split_of(f"{tmp_path}/s.csv:part", store)

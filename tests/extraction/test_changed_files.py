@@ -11,7 +11,7 @@ import pytest
 
 import embedder
 from embedder.checks.verify import verify
-from embedder.errors import RecipeError, Unfinished
+from embedder.errors import RequestError, Unfinished
 from embedder.extraction.shard import extract_shard
 from embedder.extraction.worker import Job, worker_state_of
 from embedder.sources.listing import list_images
@@ -121,7 +121,7 @@ def test_pruning_more_than_a_tenth_must_be_said(archive: Path, tmp_path: Path) -
     store = embedder.extract(archive, tmp_path / "out", **SMALL)
     for number in (0, 2, 4):
         next((archive / "cats").glob(f"{number:03d}.*")).unlink()
-    with pytest.raises(RecipeError, match=r"share of 0\.1.*no longer has 3 of 20.*prune-share"):
+    with pytest.raises(RequestError, match=r"share of 0\.1.*no longer has 3 of 20.*prune-share"):
         embedder.extract(archive, tmp_path / "out", prune=True, **SMALL)
     assert len(store) == 20
     embedder.extract(archive, tmp_path / "out", prune=True, prune_share=0.2, **SMALL)

@@ -21,8 +21,8 @@ from PIL import Image
 import embedder
 from embedder.checks.verify import verify
 from embedder.errors import (
-    RecipeError,
     RecipeMismatch,
+    RequestError,
     SourceError,
     StoreError,
     Unfinished,
@@ -390,13 +390,13 @@ def test_too_many_failures_stop_the_run_and_keep_what_is_done(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"backbone": "resnet51"}, RecipeError, "`backbone` must be one of"),
-        ({"crop": "round"}, RecipeError, "crop"),
-        ({"image_size": (8, 8)}, RecipeError, "32 to 4096 pixels"),
-        ({"colour": "red"}, RecipeError, "Unknown option: colour"),
-        ({"engine": "jax"}, RecipeError, "auto, openvino or tensorflow"),
-        ({"batch_size": 0}, RecipeError, "`batch_size` must be at least 1"),
-        ({"max_failures": 2}, RecipeError, "`max_failures` must be at most 1"),
+        ({"backbone": "resnet51"}, RequestError, "`backbone` must be one of"),
+        ({"crop": "round"}, RequestError, "crop"),
+        ({"image_size": (8, 8)}, RequestError, "32 to 4096 pixels"),
+        ({"colour": "red"}, RequestError, "Unknown option: colour"),
+        ({"engine": "jax"}, RequestError, "auto, openvino or tensorflow"),
+        ({"batch_size": 0}, RequestError, "`batch_size` must be at least 1"),
+        ({"max_failures": 2}, RequestError, "`max_failures` must be at most 1"),
     ],
     ids=str,
 )

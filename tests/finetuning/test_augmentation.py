@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from embedder.backbones.graph import dtype_policy
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.finetuning.augmentation import AUGMENTATIONS, Augmenter
 from embedder.finetuning.options import TuneOptions
 
@@ -106,7 +106,7 @@ def test_none_changes_nothing() -> None:
 
 
 def test_one_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(RecipeError, match="must be flip, .*Received: augment='sepia'"):
+    with pytest.raises(RequestError, match="must be flip, .*Received: augment='sepia'"):
         TuneOptions(augment=("flip", "sepia"))
 
 

@@ -7,7 +7,7 @@ import pytest
 from embedder.backbones.layers import leaf_layers
 from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.finetuning.blocks import (
     MAX_GROUPS,
     block_name,
@@ -56,12 +56,12 @@ def test_a_network_is_cut_below_a_block(backbone: str, block: str | None, cut: s
 
 def test_a_block_that_is_not_there_or_has_nothing_below_is_refused() -> None:
     network = BACKBONES["mobilenet"].make(SIZE)
-    with pytest.raises(RecipeError, match="such as .*conv_pw_13.*Received: conv_dw_99"):
+    with pytest.raises(RequestError, match="such as .*conv_pw_13.*Received: conv_dw_99"):
         find_cut(network, network.outputs[0], "conv_dw_99")
-    with pytest.raises(RecipeError, match="none below conv1"):
+    with pytest.raises(RequestError, match="none below conv1"):
         find_cut(network, network.outputs[0], "conv1")
     network = BACKBONES["nasnet-mobile"].make(SIZE)  # its stem alone could be cut off
-    with pytest.raises(RecipeError, match="at most 100 layers below"):
+    with pytest.raises(RequestError, match="at most 100 layers below"):
         find_cut(network, network.outputs[0], None)
 
 
@@ -110,7 +110,7 @@ def test_a_block_is_not_another_ones_beginning() -> None:
     network = chain("conv5", "conv5_block1", "conv50_block1", "conv5a_block1", "my_conv5_block1")
     assert [layer.name for layer in layers_of(network, "conv5")] == ["conv5", "conv5_block1"]
     assert [layer.name for layer in layers_of(network, "conv50")] == ["conv50_block1"]
-    with pytest.raises(RecipeError, match=r"Received: conv\.$"):
+    with pytest.raises(RequestError, match=r"Received: conv\.$"):
         layers_of(network, "conv.")  # a name, not a pattern
 
 
@@ -121,7 +121,7 @@ def test_there_is_no_cut_where_another_path_leads_around_it() -> None:
         assert can_cut(network, network.get_layer(name).output, network.outputs[0]) is is_one, name
     recipe = make_recipe("mobilenet-v2", "random", image_size=SIZE)
     assert make_trainable(recipe, "embedding", network, "block_12_add").lower is not None
-    with pytest.raises(RecipeError, match="in two there. Received: cut=block_14_expand_relu"):
+    with pytest.raises(RequestError, match="in two there. Received: cut=block_14_expand_relu"):
         make_trainable(recipe, "embedding", network, "block_14_expand_relu")
 
 
@@ -130,7 +130,7 @@ def test_without_feature_maps_the_place_to_cut_must_be_named() -> None:
     features = keras.Input((5,))
     x = keras.layers.Dense(3, name="low")(features)
     network = keras.Model(features, keras.layers.Dense(3, name="top")(x))
-    with pytest.raises(RecipeError, match="must have feature maps"):
+    with pytest.raises(RequestError, match="must have feature maps"):
         find_cut(network, network.outputs[0], None)
     assert find_cut(network, network.outputs[0], "top") == "low"
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.finetuning.channels import CRITERIA, channel_masks
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
@@ -183,7 +183,7 @@ def test_choosing_changes_no_weight_and_the_same_seed_chooses_alike() -> None:
 
 def test_layers_without_channels_are_refused() -> None:
     relu = import_keras().layers.ReLU()
-    with pytest.raises(RecipeError, match="must have layers with channels. Received: none"):
+    with pytest.raises(RequestError, match="must have layers with channels. Received: none"):
         masks_of(make_tiny([relu], random_kernel(3)), [relu], 0.5, "taylor")
 
 
@@ -204,5 +204,5 @@ def test_layers_that_the_features_do_not_come_from_are_refused(criterion: str) -
     tiny = make_tiny([conv], random_kernel(4))
     above = keras.layers.Conv2D(4, 1, name="above")
     above(tiny.network.output)
-    with pytest.raises(RecipeError, match="Received: above"):
+    with pytest.raises(RequestError, match="Received: above"):
         masks_of(tiny, [conv, above], 0.5, criterion)

@@ -24,7 +24,7 @@ import embedder
 from embedder.analysis.compare import compare
 from embedder.backbones.graph import load_network
 from embedder.decode.decode import decode_rgb
-from embedder.errors import ModelError, RecipeError, Unfinished, WeightsError
+from embedder.errors import ModelError, RequestError, Unfinished, WeightsError
 from embedder.evaluation.tested_model import read_tested
 from embedder.extraction.options import RunOptions
 from embedder.finetuning import scratch_network as scratch
@@ -397,7 +397,7 @@ def test_scratch_is_a_network_of_its_own(tmp_path: Path) -> None:
     predict(tuned.path, photos, tmp_path / "p.parquet")
     assert pq.read_metadata(tmp_path / "p.parquet").num_rows == NUM_IMAGES
     half = TuneOptions(strategy="full", precision="bfloat16")
-    with pytest.raises(RecipeError, match="in the precision that it was saved in"):
+    with pytest.raises(RequestError, match="in the precision that it was saved in"):
         finetune(tuned.path, photos, tmp_path / "half", half)
 
 
@@ -466,19 +466,19 @@ def test_a_kill_leaves_the_older_model_and_its_features_until_the_newer_are_whol
 def test_what_makes_no_sense_is_refused_and_nothing_started(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     few = make_archive(tmp_path / "few", 4)
-    with pytest.raises(RecipeError, match="SOURCE must hold the images.*lacks 36 of 40"):
+    with pytest.raises(RequestError, match="SOURCE must hold the images.*lacks 36 of 40"):
         finetune(world / "model", few, out)
     store = Store(world / "features")
     options = TrainOptions(duplicates=None, split="kfold:2")
     train(store, "folder", "logistic", options).save(tmp_path / "kfold")
-    with pytest.raises(RecipeError, match="tested on images of its own"):
+    with pytest.raises(RequestError, match="tested on images of its own"):
         finetune(tmp_path / "kfold", world / "photos", out)
     train(store, "folder", "knn", TrainOptions(duplicates=None)).save(tmp_path / "knn")
-    with pytest.raises(RecipeError, match="knn"):
+    with pytest.raises(RequestError, match="knn"):
         finetune(tmp_path / "knn", world / "photos", out)
-    with pytest.raises(RecipeError, match="OUT must be another folder than MODEL"):
+    with pytest.raises(RequestError, match="OUT must be another folder than MODEL"):
         finetune(world / "model", world / "photos", world / "model")
-    with pytest.raises(RecipeError, match="name of a Keras optimizer.*optimizer=adm"):
+    with pytest.raises(RequestError, match="name of a Keras optimizer.*optimizer=adm"):
         finetune(world / "model", world / "photos", out, TuneOptions(optimizer="adm"))
     assert {path.name for path in tmp_path.iterdir()} == {"few", "kfold", "knn"}
     out.mkdir()
@@ -487,21 +487,21 @@ def test_what_makes_no_sense_is_refused_and_nothing_started(world: Path, tmp_pat
         finetune(world / "model", world / "photos", out)
     assert (out / "diary.txt").read_text() == "mine"
     partial = TuneOptions(strategy="partial", blocks=("stage99",))
-    with pytest.raises(RecipeError, match="Received: stage99"):
+    with pytest.raises(RequestError, match="Received: stage99"):
         finetune(world / "model", world / "photos", tmp_path / "new", partial)
     assert not (tmp_path / "new.tuning").exists()
     shutil.copytree(world / "features", tmp_path / "new.features")
-    with pytest.raises(RecipeError, match="OUT.features is written over, and must be of an older"):
+    with pytest.raises(RequestError, match="OUT.features is written over, and must be of an older"):
         finetune(world / "model", world / "photos", tmp_path / "new")
     train(Store(tmp_path / "new.features"), "folder").save(tmp_path / "own")
-    with pytest.raises(RecipeError, match="must not hold the weights or the features.*new.feat"):
+    with pytest.raises(RequestError, match="must not hold the weights or the features.*new.feat"):
         finetune(tmp_path / "own", world / "photos", tmp_path / "new")
     assert len(Store(tmp_path / "new.features")) == NUM_IMAGES
     shutil.rmtree(tmp_path / "new.features")
     work = tmp_path / "new.tuning"
     work.mkdir()
     (work / "diary.txt").write_text("mine")
-    with pytest.raises(RecipeError, match="must be of embedder.*holds something else"):
+    with pytest.raises(RequestError, match="must be of embedder.*holds something else"):
         finetune(world / "model", world / "photos", tmp_path / "new")
     assert (work / "diary.txt").read_text() == "mine"
 
@@ -511,7 +511,7 @@ def test_out_must_not_hold_the_weights_that_the_model_is_made_from(
 ) -> None:
     shutil.copytree(world / "norm.features", tmp_path / "features")
     train(Store(tmp_path / "features"), "folder").save(tmp_path / "model")
-    with pytest.raises(RecipeError, match=f"must not hold the weights.*Received: {norm.path}$"):
+    with pytest.raises(RequestError, match=f"must not hold the weights.*Received: {norm.path}$"):
         finetune(tmp_path / "model", world / "photos", norm.path)
     load_network(Model.load(norm.path).recipe)  # as it was
 
@@ -608,7 +608,7 @@ def test_several_labels_an_image_are_tuned_in_half_precision(world: Path, tmp_pa
     labels = f"{tmp_path}/labels.csv:labels"
     train(Store(world / "features"), labels, "logistic", options).save(tmp_path / "model")
     balanced = TuneOptions(strategy="scratch", class_weight="balanced")
-    with pytest.raises(RecipeError, match="Class weights need images of one label each"):
+    with pytest.raises(RequestError, match="Class weights need images of one label each"):
         finetune(tmp_path / "model", world / "photos", tmp_path / "out", balanced)
     tuning = TuneOptions(strategy="scratch", epochs=1, precision="bfloat16")
     tuned = finetune(tmp_path / "model", world / "photos", tmp_path / "out", tuning)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from embedder.backbones.resolve import make_recipe
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.finetuning.channels import channel_masks
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork, is_normalisation, make_trainable
@@ -194,15 +194,15 @@ def test_the_channels_with_the_largest_gradients_are_chosen() -> None:
     ],
 )
 def test_options_that_would_not_be_heeded_are_refused(options: dict[str, Any], rule: str) -> None:
-    with pytest.raises(RecipeError, match=rule):
+    with pytest.raises(RequestError, match=rule):
         TuneOptions(**options)
 
 
 def test_an_auxiliary_layer_must_be_above_the_cut() -> None:
     recipe = make_recipe("mobilenet", "random", image_size=SIZE)
-    with pytest.raises(RecipeError, match="above the cut and below the features"):
+    with pytest.raises(RequestError, match="above the cut and below the features"):
         make_trainable(recipe, "embedding", None, "conv_pw_12_relu", auxiliary="conv_pw_3_relu")
-    with pytest.raises(RecipeError, match="must name a layer"):
+    with pytest.raises(RequestError, match="must name a layer"):
         make_trainable(recipe, "embedding", None, "conv_pw_99")
 
 
@@ -363,9 +363,9 @@ def test_a_strategy_that_finds_nothing_to_train_is_refused(strategy: str) -> Non
     upper = keras.Model(pixels, {"features": keras.layers.GlobalAveragePooling2D()(x)})
     head = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     tiny = TrainableNetwork(keras.Model(pixels, x, name="bare"), lambda p: p, None, upper, head)
-    with pytest.raises(RecipeError, match=f"strategy={strategy} for bare, which has none"):
+    with pytest.raises(RequestError, match=f"strategy={strategy} for bare, which has none"):
         groups_of(tiny, strategy)
-    with pytest.raises(RecipeError, match="`train_norm` is of networks with BatchNormalization"):
+    with pytest.raises(RequestError, match="`train_norm` is of networks with BatchNormalization"):
         groups_of(tiny, "full", train_norm=True)
     assert paths_of(groups_of(tiny, "full")) == {"block1_conv/kernel"}
 
@@ -397,5 +397,5 @@ def test_bias_leaves_a_scale_alone_that_has_no_shift_beside_it() -> None:
     ],
 )
 def test_these_are_not_heeded_either(options: dict[str, Any], rule: str) -> None:
-    with pytest.raises(RecipeError, match=rule):
+    with pytest.raises(RequestError, match=rule):
         TuneOptions(**options)

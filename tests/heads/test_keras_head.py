@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
-from embedder.errors import RecipeError, StoreError, WeightsError
+from embedder.errors import RequestError, StoreError, WeightsError
 from embedder.heads.keras_head import KerasHead, _held_out
 from embedder.libraries import import_keras
 
@@ -146,13 +146,13 @@ def test_importing_the_module_does_not_import_keras() -> None:
     ],
 )
 def test_a_parameter_out_of_its_range_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(RecipeError, match=rf"`{name}` must be .*Received: "):
+    with pytest.raises(RequestError, match=rf"`{name}` must be .*Received: "):
         KerasHead(**{name: value}).fit(*clusters(9))
 
 
 def test_one_class_is_refused_as_both_callers_expect() -> None:
     features, _ = clusters(9)
-    for error in (RecipeError, ValueError):
+    for error in (RequestError, ValueError):
         with pytest.raises(error, match="at least two classes. Received: 1 class"):
             KerasHead().fit(features, np.zeros(9, int))
 
@@ -229,7 +229,7 @@ def test_balanced_weights_find_more_of_a_rare_class() -> None:
 
 def test_class_weights_are_refused_for_several_labels() -> None:
     features, _ = clusters(8)
-    with pytest.raises(RecipeError, match="`class_weight` must be None"):
+    with pytest.raises(RequestError, match="`class_weight` must be None"):
         KerasHead(class_weight="balanced").fit(features, np.eye(2, dtype=int)[[0, 1] * 4])
 
 
@@ -283,7 +283,7 @@ def test_what_is_held_out_is_not_trained_on(head: KerasHead) -> None:
 def test_a_label_of_validation_that_training_lacks_is_refused() -> None:
     features, animals = clusters(9)
     animals = np.where(animals == "cat", "gnu", animals)
-    with pytest.raises(RecipeError, match=r"one of the classes.*Received: \['gnu'\]"):
+    with pytest.raises(RequestError, match=r"one of the classes.*Received: \['gnu'\]"):
         KerasHead(**FAST).fit(*clusters(9), validation=(features, animals))
 
 

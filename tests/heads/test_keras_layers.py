@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.heads.keras_head import KerasHead
 from embedder.heads.keras_layers import FOLDABLE, as_keras_layers
 from embedder.heads.model import Model
@@ -115,7 +115,7 @@ def test_every_head_there_is_can_be_folded_but_nearest_neighbours() -> None:
 
 def test_nearest_neighbours_are_refused_with_the_heads_that_can_be_folded() -> None:
     model = model_of("knn", {"n_neighbors": 3}, np.arange(60) % 5)
-    with pytest.raises(RecipeError, match=r"one of logistic, svm, ridge.* Received: .* kind knn"):
+    with pytest.raises(RequestError, match=r"one of logistic, svm, ridge.* Received: .* kind knn"):
         as_keras_layers(model)
 
 

@@ -16,7 +16,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.heads.ridge_head import RidgeHead, stratified_folds
 from embedder.heads.ridge_statistics import SufficientStatistics, one_vs_rest_targets, sums_by_fold
 
@@ -87,7 +87,7 @@ def test_a_row_can_have_several_classes() -> None:
     np.testing.assert_allclose(head.decision_function(rows), expected, atol=1e-11)
     np.testing.assert_array_equal(head.predict(rows), (expected > 0).astype(int))
     np.testing.assert_allclose(head.predict_proba(rows), 1 / (1 + np.exp(-2 * expected)))
-    with pytest.raises(RecipeError, match="`class_weight` must be None where"):
+    with pytest.raises(RequestError, match="`class_weight` must be None where"):
         RidgeHead(class_weight="balanced").fit(rows, labels)
 
 
@@ -171,12 +171,12 @@ def test_it_works_within_scikit_learns_tools() -> None:
 
 def test_what_makes_no_sense_is_told() -> None:
     rows, names = make_rows()
-    with pytest.raises(RecipeError, match=r"more than 0. Received: alphas=\[0.0, 1.0\]"):
+    with pytest.raises(RequestError, match=r"more than 0. Received: alphas=\[0.0, 1.0\]"):
         RidgeHead(alphas=[0.0, 1.0]).fit(rows, names)
     with pytest.raises(ValueError, match="at least two classes. Received: one class"):
         RidgeHead().fit(rows, np.full(len(rows), "ash"))
     sums = sums_by_fold(
         rows, one_vs_rest_targets(np.arange(300), np.arange(300) % 4, 300, 4), np.zeros(300), 5
     )
-    with pytest.raises(RecipeError, match="At least two folds .* Received: 1 of 5"):
+    with pytest.raises(RequestError, match="At least two folds .* Received: 1 of 5"):
         RidgeHead().fit_sums(sums, NAMES)

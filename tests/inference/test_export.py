@@ -20,7 +20,7 @@ import embedder
 from embedder.backbones.table import BACKBONES
 from embedder.cli import heads as cli_heads
 from embedder.decode.decode import decode_rgb
-from embedder.errors import ModelError, RecipeError, Unfinished
+from embedder.errors import ModelError, RequestError, Unfinished
 from embedder.heads.model import Model
 from embedder.heads.model_folder import Record
 from embedder.heads.table import make_estimator
@@ -250,7 +250,7 @@ def test_the_images_are_spread_over_the_source_and_those_that_cannot_be_read_lef
     exported = export(world.model, tmp_path / "out", "keras", source=photos, num_images=4)
     assert exported.num_images < 4
     (tmp_path / "list.txt").write_text("photos/cats/_broken-1.jpg")
-    with pytest.raises(RecipeError, match=r"None of the images .* Name images with --source"):
+    with pytest.raises(RequestError, match=r"None of the images .* Name images with --source"):
         export(world.model, tmp_path / "new", "keras", source=tmp_path / "list.txt")
     assert not (tmp_path / "new").exists()
 
@@ -267,7 +267,7 @@ def test_a_model_whose_images_are_not_at_hand_asks_for_a_source(
     world: World, tmp_path: Path, record: Record | None, reason: str
 ) -> None:
     replace(Model.load(world.model), record=record).save(tmp_path / "model")
-    with pytest.raises(RecipeError, match=rf"{reason}\. Name images with --source"):
+    with pytest.raises(RequestError, match=rf"{reason}\. Name images with --source"):
         export(tmp_path / "model", tmp_path / "out", "keras")
     assert names_in(tmp_path) == ["model"]
 
@@ -275,17 +275,17 @@ def test_a_model_whose_images_are_not_at_hand_asks_for_a_source(
 def test_a_request_that_makes_no_sense_is_refused(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RecipeError, match=r"keras, saved-model, onnx.*\. Received: coreml"):
+    with pytest.raises(RequestError, match=r"keras, saved-model, onnx.*\. Received: coreml"):
         export(world.model, tmp_path, "coreml")
-    with pytest.raises(RecipeError, match=r"at least 1\. Received: num_images=0"):
+    with pytest.raises(RequestError, match=r"at least 1\. Received: num_images=0"):
         export(world.model, tmp_path, "keras", num_images=0)
     monkeypatch.setitem(sys.modules, "tf2onnx", None)  # as if it were not installed
     with pytest.raises(
-        RecipeError, match=r"needs tf2onnx\. .*pip install 'image-embedder\[onnx\]'"
+        RequestError, match=r"needs tf2onnx\. .*pip install 'image-embedder\[onnx\]'"
     ):
         export(world.model, tmp_path, "onnx")
     make_model(world.store, "knn", {"n_neighbors": 3}).save(tmp_path / "model")
-    with pytest.raises(RecipeError, match="The head must be linear or a network"):
+    with pytest.raises(RequestError, match="The head must be linear or a network"):
         export(tmp_path / "model", tmp_path / "out", "keras")
     assert names_in(tmp_path) == ["model"]
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import embedder
 from embedder.checks.verify import verify
-from embedder.errors import EmbedderError, RecipeError, RecipeMismatch, StoreError
+from embedder.errors import EmbedderError, RecipeMismatch, RequestError, StoreError
 from embedder.extraction.extract import run_extraction
 from embedder.extraction.options import RunOptions
 from embedder.heads.model import Model
@@ -226,7 +226,7 @@ def test_of_a_store_with_views_the_plain_one_is_predicted(world: Path, tmp_path:
 
 @pytest.mark.parametrize(("out", "top_k"), [("nowhere/p.parquet", 5), ("p.parquet", 0), ("", 5)])
 def test_what_makes_no_sense_is_refused(world: Path, tmp_path: Path, out: str, top_k: int) -> None:
-    with pytest.raises(RecipeError, match=r"a file in a folder that exists|at least 1"):
+    with pytest.raises(RequestError, match=r"a file in a folder that exists|at least 1"):
         predict(world / "logistic", world / "features", tmp_path / out, top_k=top_k)
 
 

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from embedder.columns import VIEW
-from embedder.errors import RecipeError, StoreError
+from embedder.errors import RequestError, StoreError
 from embedder.recipe import Recipe
 from embedder.store.scanning import scan, shard_groups, shuffled_batches
 from embedder.store.schema import FAILURE_SCHEMA
@@ -54,7 +54,7 @@ def test_a_view_is_a_row_an_image_and_all_views_are_as_many(views: Store) -> Non
     assert values(views)[1] == [*range(30, 60, 3)]
     assert values(views, view=2)[0] == [*range(2, 30, 3)]
     assert values(views, view=None) == [[*range(n, n + 30)] for n in (0, 30, 60)]
-    with pytest.raises(RecipeError, match="views, 0 to 2, or None for all. Received: view=3"):
+    with pytest.raises(RequestError, match="views, 0 to 2, or None for all. Received: view=3"):
         values(views, view=3)
 
 
@@ -130,5 +130,5 @@ def test_an_epoch_of_a_store_of_views_gives_one_view_of_each_image(views: Store)
 
 
 def test_a_feature_that_the_store_lacks_is_refused(store: Store) -> None:
-    with pytest.raises(RecipeError, match="`column` must be .*: embedding. Received: top"):
+    with pytest.raises(RequestError, match="`column` must be .*: embedding. Received: top"):
         next(shuffled_batches(store, LABELS, 4, np.random.default_rng(0), column="top"))

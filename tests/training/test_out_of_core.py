@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
 from embedder.columns import TRAIN, VALIDATION
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.evaluation import metrics
 from embedder.heads.calibration import fit_temperature
 from embedder.heads.model import Model, logits_of
@@ -114,7 +114,7 @@ def test_a_head_trained_out_of_core_gives_several_labels_an_image(
     assert head.fitted.trials[0]["accuracy"] > 0.5
     check_whole_way(head, store, labels, tmp_path / "model")
     balanced = TrainOptions(duplicates=None, separator=";", class_weight="balanced")
-    with pytest.raises(RecipeError, match="`class_weight` must be None where an image can have"):
+    with pytest.raises(RequestError, match="`class_weight` must be None where an image can have"):
         train(store, labels, name, balanced)
 
 
@@ -295,7 +295,7 @@ def test_a_class_is_never_held_out_whole(zoo: Store, tmp_path: Path) -> None:
 
 
 def test_without_a_row_to_hold_out_there_is_no_head(zoo: Store) -> None:
-    with pytest.raises(RecipeError, match="must be held out, of classes that have others"):
+    with pytest.raises(RequestError, match="must be held out, of classes that have others"):
         make_out_of_core_split("0.5", zoo, training_set(np.arange(60)), 0)
 
 
@@ -329,7 +329,7 @@ def test_parts_are_the_features_of_the_rows_asked_for(zoo: Store) -> None:
 def test_what_needs_all_features_is_refused(
     zoo: Store, options: TrainOptions, message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RequestError, match=message):
         train(zoo, "parent", "ridge", options)
 
 
@@ -343,7 +343,7 @@ def test_one_of_several_features_must_be_named(tmp_path: Path, mean_colour_recip
     store.write_shard(rows, FAILURE_SCHEMA.empty_table(), "0.parquet")
     assert out_of_core.shape_of(store, None) == (2, 2)
     assert out_of_core.shape_of(store, "top") == (2, 5)
-    with pytest.raises(RecipeError, match="`column` must be one of.*low, top.*Received: None"):
+    with pytest.raises(RequestError, match="`column` must be one of.*low, top.*Received: None"):
         train(store, head="ridge", options=ALONE)
 
 
@@ -354,7 +354,7 @@ def test_other_heads_are_refused_only_where_memory_is_too_small(
     with pytest.raises(MemoryError):  # it would have read them all
         train(zoo, "parent", "svm", ALONE)
     monkeypatch.setattr(out_of_core, "memory_bytes", lambda: 2 * 60 * DIM * 4 - 1)
-    with pytest.raises(RecipeError, match="The head svm needs .* one of ridge, linear, mlp"):
+    with pytest.raises(RequestError, match="The head svm needs .* one of ridge, linear, mlp"):
         train(zoo, "parent", "svm", ALONE)
 
 

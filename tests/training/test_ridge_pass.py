@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError, StoreError
+from embedder.errors import RequestError, StoreError
 from embedder.extraction.cluster import connect
 from embedder.heads.ridge_head import RidgeHead
 from embedder.heads.ridge_statistics import SufficientStatistics, one_vs_rest_targets, sums_by_fold
@@ -94,14 +94,14 @@ def test_codes_of_another_store_are_told(store: Store, codes: Any, folds: Any) -
     with connect(None, 1) as pool:
         with pytest.raises(StoreError, match="3000. Received: 2999 codes, 3000 folds"):
             ridge_sums(store, codes[1:], NUM_CLASSES, folds, pool)
-        with pytest.raises(RecipeError, match="must have a fold. Received: none of 3000"):
+        with pytest.raises(RequestError, match="must have a fold. Received: none of 3000"):
             ridge_sums(store, codes, NUM_CLASSES, np.full(NUM_ROWS, -1), pool)
-        with pytest.raises(RecipeError, match="one of the store's features: embedding"):
+        with pytest.raises(RequestError, match="one of the store's features: embedding"):
             ridge_sums(store, codes, NUM_CLASSES, folds, pool, column="top_conv")
 
 
 def test_feature_maps_are_told(tmp_path: Path, codes: Any, folds: Any) -> None:
     recipe = Recipe(backbone="maps", weights="0" * 64, image_size=(64, 64), pooling="none")
     store = Store.open_or_create(tmp_path, recipe, {})
-    with pytest.raises(RecipeError, match="Received: embedding, a feature map of pooling=none"):
+    with pytest.raises(RequestError, match="Received: embedding, a feature map of pooling=none"):
         streaming.vector_column(store, None)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
-from embedder.errors import RecipeError
+from embedder.errors import RequestError
 from embedder.training.options import SelfTrainOptions
 from embedder.training.self_training import Fit, self_train
 
@@ -353,7 +353,7 @@ def test_no_label_spreads_to_what_has_no_labelled_neighbour() -> None:
 )
 def test_options_that_make_no_sense_are_refused(values: dict[str, Any]) -> None:
     (name, value), *_ = values.items()
-    with pytest.raises(RecipeError, match=rf"`{name}`.*Received: .*{name}='?{value}"):
+    with pytest.raises(RequestError, match=rf"`{name}`.*Received: .*{name}='?{value}"):
         SelfTrainOptions(**values)
 
 
@@ -378,17 +378,17 @@ def test_arrays_that_do_not_fit_each_other_are_refused(change: Change) -> None:
     guard = animals(2, seed=1)
     arrays = {"features": features, "labels": labels, "unlabelled": features + 1}
     arrays |= {"guard_features": guard[0], "guard_labels": guard[1]}
-    with pytest.raises(RecipeError, match=r"with a label each.*Received: features \[\("):
+    with pytest.raises(RequestError, match=r"with a label each.*Received: features \[\("):
         self_train(Logistic, **(arrays | change(arrays)))
 
 
 def test_a_guard_of_another_class_is_refused() -> None:
     few = animals(3, seed=0)
-    with pytest.raises(RecipeError, match=r"Received: 1 other class\(es\), such as yaks"):
+    with pytest.raises(RequestError, match=r"Received: 1 other class\(es\), such as yaks"):
         self_train(Logistic, *few, few[0], few[0][:2], few_of("owls", "yaks"))
 
 
 def test_without_a_guard_one_label_a_class_is_refused() -> None:
     few = animals(1, seed=0)
-    with pytest.raises(RecipeError, match="at least two labels.*Received: 3 classes of one label"):
+    with pytest.raises(RequestError, match="at least two labels.*Received: 3 classes of one label"):
         self_train(Logistic, *few, few[0] + 1)

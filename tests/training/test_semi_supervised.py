@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from embedder.errors import RecipeError, RecipeMismatch, StoreError
+from embedder.errors import RecipeMismatch, RequestError, StoreError
 from embedder.evaluation import metrics
 from embedder.evaluation.evaluation import Evaluation
 from embedder.heads.model import logits_of
@@ -170,7 +170,7 @@ def test_a_head_without_unlabelled_images_has_no_entry(
     head.save(tmp_path / "model")
     assert "unlabelled" not in head.metrics()
     assert not (tmp_path / "model/pseudo_labels.parquet").exists()
-    with pytest.raises(RecipeError, match="trained without unlabelled images"):
+    with pytest.raises(RequestError, match="trained without unlabelled images"):
         head.semi_supervised_metrics()
 
 
@@ -200,7 +200,7 @@ def test_labelled_images_that_the_split_leaves_out_get_no_pseudo_label_either(
     ]
     (tmp_path / "part.csv").write_text("\n".join(["path,part", *parts]))
     options = replace(alone, split=f"{tmp_path}/part.csv:part", unlabelled=str(few.path))
-    with pytest.raises(RecipeError, match="must hold some that are not among the labelled ones"):
+    with pytest.raises(RequestError, match="must hold some that are not among the labelled ones"):
         train(few, "parent", "svm", options)
 
 
@@ -342,7 +342,7 @@ def test_of_images_with_views_the_plain_ones_are_labelled(
 def test_a_head_that_knows_no_weights_is_refused(
     few: Store, pool: Store, alone: TrainOptions, head: str
 ) -> None:
-    with pytest.raises(RecipeError, match=rf"heads logistic, svm.* Received: head='{head}'"):
+    with pytest.raises(RequestError, match=rf"heads logistic, svm.* Received: head='{head}'"):
         train(few, "parent", head, with_images(alone, pool))
 
 
@@ -357,7 +357,7 @@ def test_a_head_that_knows_no_weights_is_refused(
 def test_what_unlabelled_images_cannot_do_is_refused(
     few: Store, pool: Store, alone: TrainOptions, changes: dict[str, Any], rule: str
 ) -> None:
-    with pytest.raises(RecipeError, match=rule):
+    with pytest.raises(RequestError, match=rule):
         train(few, "parent", "svm", with_images(alone, pool, **changes))
 
 
@@ -375,7 +375,7 @@ def test_a_store_with_nothing_new_is_refused(few: Store, alone: TrainOptions, na
         copy = another(few, name)
         add(copy, [f"copy/{i}" for i in ids], np.array(few.vectors()), bytes_of=ids)
     options = replace(alone, unlabelled=str(few.path.parent / name))
-    with pytest.raises(RecipeError, match=r"not among the labelled ones\. Received: .* of 132 im"):
+    with pytest.raises(RequestError, match=r"not among the labelled ones\. Received: .* of 132 im"):
         train(few, "parent", "svm", options)
 
 
@@ -387,5 +387,5 @@ def test_a_store_that_is_not_there_is_refused(few: Store, alone: TrainOptions) -
 def test_only_heads_with_weights_are_able() -> None:
     unlabelled.check_head("svm", False)
     unlabelled.check_head("logistic", False)
-    with pytest.raises(RecipeError, match="one label each"):
+    with pytest.raises(RequestError, match="one label each"):
         unlabelled.check_head("svm", True)

@@ -12,7 +12,7 @@ from scipy.special import expit, softmax
 
 from embedder.datasets.splits import Split
 from embedder.datasets.training_set import TrainingSet
-from embedder.errors import EmbedderError, ModelError, RecipeError, StoreError
+from embedder.errors import EmbedderError, ModelError, RequestError, StoreError
 from embedder.evaluation import metrics
 from embedder.evaluation.evaluation import Evaluation, expand_logits
 from embedder.heads.calibration import fit_temperature, log_loss, probabilities_of
@@ -395,9 +395,9 @@ def test_a_label_the_model_does_not_know_is_given_to_no_image(store: Store, tmp_
 
 @pytest.mark.parametrize("head", ["knn", "centroid", "lda"])
 def test_a_head_that_cannot_do_what_is_asked_is_refused(zoo: Store, head: str) -> None:
-    with pytest.raises(RecipeError, match=rf"one of the heads logistic.* Received: head='{head}'"):
+    with pytest.raises(RequestError, match=rf"one of the heads logistic.* Received: head='{head}'"):
         train(zoo, "parent", head, TrainOptions(separator=";"))
-    with pytest.raises(RecipeError, match="Class weights need one of the heads logistic"):
+    with pytest.raises(RequestError, match="Class weights need one of the heads logistic"):
         train(zoo, "parent", head, TrainOptions(class_weight="balanced"))
 
 
@@ -409,17 +409,17 @@ def test_a_head_that_cannot_do_what_is_asked_is_refused(zoo: Store, head: str) -
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], rule: str) -> None:
-    with pytest.raises(RecipeError, match=rule):
+    with pytest.raises(RequestError, match=rule):
         TrainOptions(**options)
 
 
 def test_an_unknown_head_is_refused_with_those_there_are(zoo: Store) -> None:
-    with pytest.raises(RecipeError, match="one of logistic, svm, .* Received: head='tree'"):
+    with pytest.raises(RequestError, match="one of logistic, svm, .* Received: head='tree'"):
         train(zoo, "parent", "tree")
 
 
 def test_a_store_without_rows_is_refused(store: Store) -> None:
-    with pytest.raises((StoreError, RecipeError), match="has no rows yet|0 of 0 images"):
+    with pytest.raises((StoreError, RequestError), match="has no rows yet|0 of 0 images"):
         train(store)
 
 
@@ -431,7 +431,7 @@ def test_a_coarser_level_is_scored_too(zoo: Store, tmp_path: Path) -> None:
     found = train(zoo, "parent", options=options).metrics()
     assert found["test"]["coarse_accuracy"] == 1.0
     torn = TrainOptions(duplicates=None, coarse="folder")  # set-1 and set-2 have all animals
-    with pytest.raises(RecipeError, match=r"of the same coarse class\. Received: set-"):
+    with pytest.raises(RequestError, match=r"of the same coarse class\. Received: set-"):
         train(zoo, "parent", options=torn).metrics()
 
 
@@ -543,7 +543,7 @@ def test_a_model_is_evaluated_on_what_it_has_not_seen(zoo: Store, tmp_path: Path
     assert every.metrics["test"]["num_images"] == 60
     folds = train(zoo, "parent", options=TrainOptions(duplicates=None, split="kfold:3"))
     folds.save(tmp_path / "folds")
-    with pytest.raises(RecipeError, match="of which all 60 labelled images were; --include"):
+    with pytest.raises(RequestError, match="of which all 60 labelled images were; --include"):
         evaluate_model(tmp_path / "folds", zoo, "parent")
 
 
