@@ -157,7 +157,12 @@ def load_head(recipe: Recipe) -> "Model | None":
 def finished_vectors(
     features: Features, recipe: Recipe, head: "Model | None" = None
 ) -> dict[str, NDArray[Any]]:
-    """Bring the network's outputs, each (batch, dim), to what the recipe stores.
+    """Bring the network's outputs to what the recipe stores.
+
+    Args:
+        features: Of the network, (batch, dim) each, by column.
+        recipe: Gives `l2_normalise` and `store_dtype`.
+        head: That of the recipe; None where it has none.
 
     Returns:
         Arrays of the same shapes, each vector divided by its Euclidean length if `l2_normalise`,

@@ -52,7 +52,7 @@ def plan_groups(tunable: TrainableNetwork, examples: Examples, options: TuneOpti
         options: Give the strategy, and how rates fall from the top down.
 
     Raises:
-        RequestError: As in `tuned_blocks` and `finetuning.channel_masks`.
+        RequestError: As in `tuned_blocks` and `channels.channel_masks`.
     """
     heads = [variable for head in tunable.heads for variable in head.trainable_variables]
     groups, blocks = [Group("head", heads)], tuned_blocks(tunable, options)
