@@ -30,7 +30,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def make_archive(folder: Path, num_images: int, first_seed: int = 0) -> Path:
-    """Write pictures of smooth random colours, in folders `cats` and `dogs`."""
+    """Write images of smooth random colours, in folders `cats` and `dogs`."""
     for number in range(num_images):
         path = (
             folder
@@ -43,7 +43,7 @@ def make_archive(folder: Path, num_images: int, first_seed: int = 0) -> Path:
 
 
 def picture(seed: int, height: int = 90, width: int = 120) -> NDArray[np.uint8]:
-    """A picture of smooth random colours: uint8 (height, width, 3)."""
+    """An image of smooth random colours: uint8 (height, width, 3)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 

@@ -30,7 +30,7 @@ NETWORKS = ["efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "m
 
 
 def encoded_images() -> dict[str, bytes]:
-    """Three generated pictures, wide, high and small, and two demo photographs, as files."""
+    """Three generated images, wide, high and small, and two demo photographs, as files."""
     images = {}
     for seed, (height, width) in enumerate([(300, 400), (640, 480), (64, 90)]):
         file = io.BytesIO()

@@ -158,7 +158,7 @@ def grouped_folds(codes: Codes, groups: Groups, num_folds: int, seed: int) -> Fo
 
 
 def strata_of(codes: Codes) -> NDArray[np.integer]:
-    """What is to be spread evenly, (n,): classes, or with several labels an image, sets of them."""
+    """What is to be spread evenly, (n,): classes, or if multi-label, sets of them."""
     return codes if codes.ndim == 1 else np.unique(codes, axis=0, return_inverse=True)[1]
 
 

@@ -16,7 +16,7 @@ from embedder.store import Store
 class TrainingSet:
     """The n labelled images that a model learns from and is tested on, read once.
 
-    Indices of images are places in its arrays, 0 to n - 1.
+    Indices of images count in its arrays, 0 to n - 1.
 
     Attributes:
         ids: (n,) str.
@@ -45,7 +45,7 @@ class TrainingSet:
 
     @property
     def is_multilabel(self) -> bool:
-        """Whether an image can have several labels."""
+        """Whether an image can have several labels (multi-label)."""
         return self.codes.ndim == 2
 
     @property

@@ -25,7 +25,7 @@ _KNEE_SECONDS = 0.5  # of measuring, at each batch size
 def find_batch_size(engine: Engine, recipe: Recipe, runtime: Runtime, num_threads: int) -> Engine:
     """Find the smallest batch size at which the engine is as fast as it gets, and remember it.
 
-    Batch sizes are tried in ascending order on black pictures, each for half a second, until a
+    Batch sizes are tried in ascending order on black images, each for half a second, until a
     larger one is no faster by 3 %, twice in a row, or does not fit into memory. What was found
     is kept in the cache folder, for this recipe, engine, device and number of threads; it is
     what `load` uses from then on.
@@ -61,7 +61,7 @@ def find_batch_size(engine: Engine, recipe: Recipe, runtime: Runtime, num_thread
 
 
 def images_per_second(engine: Engine, recipe: Recipe) -> float:
-    """Speed of the network alone, on black pictures, for half a second or a call in each thread."""
+    """Speed of the network alone, on black images, for half a second or a call in each thread."""
     pixels = np.zeros((engine.batch_size, *recipe.image_size, 3), np.uint8)
     begin = time.perf_counter()
 

@@ -45,7 +45,7 @@ def prepare(recipe: Recipe, runtime: Runtime) -> None:
     On OpenVINO the model is exported to the cache, where the run then finds it.
 
     Raises:
-        RequestError: The network has no such layer, or does not take such pictures.
+        RequestError: The network has no such layer, or does not take such images.
         WeightsError: The weights are missing, or do not fit the network.
     """
     if runtime.engine == "openvino":

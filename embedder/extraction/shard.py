@@ -22,7 +22,7 @@ from embedder.extraction.images import LoadedImage, load_images
 from embedder.extraction.record import Receipt, Work
 from embedder.extraction.worker import Job, WorkerState, finished_vectors
 from embedder.recipe import Recipe
-from embedder.store import Failure, Row, Store, failures_table, places_of, rows_table, shard_name
+from embedder.store import Failure, Row, Store, failures_table, row_indices, rows_table, shard_name
 
 _REPORT_SECONDS = 0.5
 
@@ -165,14 +165,14 @@ class ShardBuilder:
 
     def _collect(self, embedded: "_EmbeddedBatch") -> None:
         self.receipt.seconds["embed"] += embedded.seconds
-        places = places_of(embedded.rows, self.recipe.views)
-        is_finite = np.ones(len(places), bool)
+        indices = row_indices(embedded.rows, self.recipe.views)
+        is_finite = np.ones(len(indices), bool)
         for column, vectors in embedded.vectors.items():
             is_finite &= np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
             if column not in self._vectors:
                 shape = self.refs.num_rows * self.recipe.views, *vectors.shape[1:]
                 self._vectors[column] = np.empty(shape, vectors.dtype)
-            self._vectors[column][places] = vectors
+            self._vectors[column][indices] = vectors
         for row, good in zip(embedded.rows, is_finite, strict=True):
             if good:
                 self._rows.append(row)

@@ -39,7 +39,7 @@ class Examples:
         train: Indices of those to learn from.
         validation: Indices of those to stop by; may be empty.
         are_pixels: Whether inputs are pixels.
-        is_multilabel: Whether an image can have several labels.
+        is_multilabel: Whether an image can have several labels (multi-label).
     """
 
     inputs: NDArray[Any]

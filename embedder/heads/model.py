@@ -50,7 +50,7 @@ class Model:
         column: Which feature, where a store has several.
         classes: (n_classes,) str, in the order of the probabilities.
         temperature: What logits are divided by; see `heads.fit_temperature`.
-        thresholds: With several labels an image, (n_classes,) the probability above which each
+        thresholds: If multi-label, (n_classes,) the probability above which each
             label is given; None where each image has one.
         head: Its kind, as in `heads.HEADS`.
         settings: What was chosen for it.
@@ -71,7 +71,7 @@ class Model:
 
     @property
     def is_multilabel(self) -> bool:
-        """Whether an image can have several labels."""
+        """Whether an image can have several labels (multi-label)."""
         return self.thresholds is not None
 
     def recorded(self) -> Record:

@@ -419,8 +419,8 @@ class ModelFolder:
                 f"{path} is not the one that {MODEL_FILE} names: its sha256 is another"
             )
         for field in schema:
-            places = table.schema.get_all_field_indices(field.name)
-            if len(places) != 1 or table.schema.field(places[0]).type != field.type:
+            indices = table.schema.get_all_field_indices(field.name)
+            if len(indices) != 1 or table.schema.field(indices[0]).type != field.type:
                 found = ", ".join(f"{x.name} ({x.type})" for x in table.schema) or "nothing"
                 raise ModelError(
                     f"{path} must have one column {field.name} ({field.type}). Received: {found}"

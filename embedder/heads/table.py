@@ -115,7 +115,7 @@ def make_estimator(
         settings: As in `HeadKind.grid`.
         class_weight: None or `balanced`.
         seed: Of what it draws.
-        is_multilabel: Whether an image can have several labels.
+        is_multilabel: Whether an image can have several labels (multi-label).
     """
     kind = HEADS[head]
     classifier = clone(kind.classifier)

@@ -156,7 +156,7 @@ def whole_network(model: Model) -> "keras.Model":
 
 
 def _in_float32(model: Model) -> Model:
-    """The same model of the same pictures, whose features are computed and kept in float32."""
+    """The same model of the same images, whose features are computed and kept in float32."""
     if model.recipe.precision != "float32":
         logger.warning(
             "The model's recipe computes in %s, and what is exported in float32: it is compared "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PIXELS, PROBABILITIES, EMBEDDING = "pixels", "probabilities", "embedding"
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}  # not a matter of the format
-_BATCH_SIZE = 3  # small, so that large pictures fit into memory
+_BATCH_SIZE = 3  # small, so that large images fit into memory
 
 Outputs = dict[str, NDArray[np.float32]]  # `probabilities` (n, n_classes), `embedding` (n, dim)
 Run = Callable[[NDArray[np.uint8]], Outputs]  # from pixels (n, height, width, 3)

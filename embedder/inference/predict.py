@@ -89,7 +89,7 @@ def predict(
         source: A store, or what `extract` takes as source.
         out: The file to write: one row for each image of the source, and no others, as
             `SCHEMA`; with a `limit`, for those that were looked at, or were before. `class` is the
-            most probable class, or null where an image can have several labels; `classes` those
+            most probable class, or null where labels are multi-label; `classes` those
             given to it; `probability` that of the most probable class; `top_k` the most probable
             ones. Images that failed have an `error` and nothing else.
         top_k: How many of the most probable classes to write.

@@ -104,7 +104,7 @@ def shard_name(
     return f"{digest.hexdigest()[:20]}.parquet"
 
 
-def places_of(rows: Iterable[Row], num_views: int) -> list[int]:
+def row_indices(rows: Iterable[Row], num_views: int) -> list[int]:
     """Where rows are in arrays (n_refs * n_views, ...), in the order of refs and views."""
     return [row.position * num_views + row.view for row in rows]
 
@@ -118,14 +118,14 @@ def rows_table(
         recipe: What the vectors were made with.
         refs: Refs of the shard's images.
         rows: In the order of refs and views; an image has a row for each of its views, or none.
-        vectors: By column, (n_refs * n_views, ...), with a place for each row; see `places_of`.
+        vectors: By column, (n_refs * n_views, ...), with an entry for each row; see `row_indices`.
     """
     if not rows:
         return pa.table({})
     is_whole = len(rows) == refs.num_rows * recipe.views
-    places = places_of(rows, recipe.views)
+    indices = row_indices(rows, recipe.views)
     arrays = {
-        column: vector_array(array if is_whole else array[places])
+        column: vector_array(array if is_whole else array[indices])
         for column, array in vectors.items()
     }
     mine = refs.take(pa.array([row.position for row in rows], pa.int64()))

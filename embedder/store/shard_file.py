@@ -116,8 +116,8 @@ def digest_of(column: pa.ChunkedArray) -> str:
 def _lengths_and_bytes(texts: pa.StringArray) -> tuple[NDArray[np.int32], memoryview]:
     _, offsets, content = texts.buffers()
     first, last = texts.offset, texts.offset + len(texts) + 1
-    places = np.frombuffer(offsets, np.int32)[first:last] if offsets else np.zeros(1, np.int32)
-    return np.diff(places), memoryview(content or b"")[places[0] : places[-1]]
+    bounds = np.frombuffer(offsets, np.int32)[first:last] if offsets else np.zeros(1, np.int32)
+    return np.diff(bounds), memoryview(content or b"")[bounds[0] : bounds[-1]]
 
 
 # Writing. ----------------------------------------------------------------------------------

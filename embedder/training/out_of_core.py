@@ -180,11 +180,11 @@ def fit_out_of_core(spec: HeadSpec, images: TrainingSet, store: Store, column: s
         column: Which.
 
     Raises:
-        RequestError: Class weights are asked for with several labels an image.
+        RequestError: Class weights are asked for with multi-label targets.
     """
     if images.is_multilabel and spec.class_weight is not None:
         raise RequestError(
-            f"`class_weight` must be None where an image can have several labels. "
+            f"`class_weight` must be None where labels are multi-label. "
             f"Received: class_weight={spec.class_weight!r}"
         )
     fit = _fit_ridge if spec.kind == "ridge" else _fit_keras

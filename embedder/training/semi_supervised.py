@@ -73,7 +73,7 @@ def check_head(head: str, is_multilabel: bool) -> None:
     """Refuse a head that cannot learn from pseudo-labels.
 
     Raises:
-        RequestError: It knows no weights, or images have several labels.
+        RequestError: It knows no weights, or labels are multi-label.
     """
     able = [
         name for name, row in HEADS.items() if has_fit_parameter(row.classifier, "sample_weight")

@@ -140,7 +140,7 @@ class TrainedHead:
         Returns:
             `labels_per_class`, `accuracy`, `low`, `high` of heads with the settings chosen, each
             trained on so many images of each class, or on all that the class has. A head that
-            cannot be trained on so few has no such point. None of several labels an image, of
+            cannot be trained on so few has no such point. None if multi-label, of
             `kfold:K`, and where features are not in memory.
         """
         images = self.images

@@ -51,7 +51,7 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 def test_engines_agree(lite0: Recipe, pixels: NDArray[np.uint8]) -> None:
     one, other = (embed_all(lite0, name, 3, pixels) for name in ENGINES)
     assert cosines(one, other).min() > 0.9999
-    assert np.linalg.norm(one[0] - one[1]) > 0.1 * np.linalg.norm(one[0])  # pictures do differ
+    assert np.linalg.norm(one[0] - one[1]) > 0.1 * np.linalg.norm(one[0])  # images do differ
 
 
 def test_auto_is_tensorflow_where_there_is_a_gpu() -> None:

@@ -23,7 +23,7 @@ from tests.support import WebServer, body, make_archive, status
 
 @pytest.fixture
 def manifest(archive: Path, tmp_path: Path) -> Path:
-    """A list of the pictures on a disk that can be missing."""
+    """A list of the images on a disk that can be missing."""
     archive.rename(tmp_path / "disk")
     paths = sorted(path.relative_to(tmp_path) for path in (tmp_path / "disk").rglob("*.*"))
     manifest = tmp_path / "list.csv"
@@ -133,7 +133,7 @@ def test_pruning_more_than_a_tenth_must_be_said(archive: Path, tmp_path: Path) -
 
 @pytest.fixture
 def urls(web: WebServer, archive: Path, tmp_path: Path) -> Path:
-    """A list of the pictures on a server."""
+    """A list of the images on a server."""
     names = sorted(path.relative_to(archive).as_posix() for path in archive.rglob("*.*"))
     for name in names:
         web.answers[f"/{name}"] = body((archive / name).read_bytes())

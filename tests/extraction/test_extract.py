@@ -32,7 +32,7 @@ from embedder.store.store import Store
 from tests.extraction.test_cluster import scheduler_with_workers
 from tests.support import make_archive, picture
 
-# A small input makes the real network fast; every pixel of these pictures still counts.
+# A small input makes the real network fast; every pixel of these images still counts.
 SMALL: dict[str, Any] = {"image_size": (64, 96)}
 
 
@@ -102,7 +102,7 @@ def test_one_picture_embeds_alike_however_it_is_stored(odd: Path, tmp_path: Path
 
 
 def hide_the_digit(source: Path, target: Path) -> None:
-    """Paint over the middle, where each picture has its own orientation as a digit."""
+    """Paint over the middle, where each image has its own orientation as a digit."""
     with Image.open(source) as image:
         width, height = image.size
         box = (width * 35 // 100, height * 35 // 100, width * 65 // 100, height * 65 // 100)
@@ -261,7 +261,7 @@ def wait_for_shards(store: Path, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """So many pictures that a run can be killed in the middle."""
+    """So many images that a run can be killed in the middle."""
     return make_archive(tmp_path_factory.mktemp("large") / "photos", 600)
 
 

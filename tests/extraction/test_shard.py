@@ -45,7 +45,7 @@ def run(
 
 
 def expected_colours(recipe: Recipe, folder: Path) -> dict[str, NDArray[np.float32]]:
-    """Each picture's mean colour, decoded by itself."""
+    """Each image's mean colour, decoded by itself."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): decode_rgb(path.read_bytes(), recipe).pixels.mean(

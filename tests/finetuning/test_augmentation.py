@@ -1,4 +1,4 @@
-"""Augmentation in the graph: shapes and ranges stay, labels go with their pictures."""
+"""Augmentation in the graph: shapes and ranges stay, labels go with their images."""
 
 import numpy as np
 import pytest
@@ -117,6 +117,6 @@ def test_cutmix_pastes_any_share_of_a_picture_as_often_as_any_other() -> None:
     augmenter = Augmenter(("cutmix",), 2)
     mixed = np.concatenate([np.asarray(augmenter(plain, labels)[1]) for _ in range(8)])
     own = np.abs(mixed - np.tile(labels, (8, 1)))[:, 0]
-    pasted = own[own > 1e-3]  # half of them get a piece of a picture of their own class
+    pasted = own[own > 1e-3]  # half of them get a piece of an image of their own class
     assert 0.4 < np.median(pasted) < 0.6
     assert 0.15 < (pasted < 0.25).mean() < 0.35

@@ -154,7 +154,7 @@ def test_the_head_it_starts_from_has_not_seen_what_training_is_stopped_by(
     held = images.split.validation
     features, codes = images.unaugmented[held], images.codes[held]
     start = starting_model(model, images)
-    # The pictures have nothing in common: a head that is right of all of them knows them by heart.
+    # The images have nothing in common: a head that is right of all of them knows them by heart.
     assert (model.logits(features).argmax(axis=1) == codes).all()
     assert not (start.logits(features).argmax(axis=1) == codes).all()
     train = images.split.train
@@ -194,7 +194,7 @@ def test_a_network_that_does_not_predict_what_the_head_does_is_refused(world: Pa
 
 
 def test_a_training_begins_where_the_head_has_not_seen_what_it_is_stopped_by(norm: Tuned) -> None:
-    # The pictures have nothing in common: see above.
+    # The images have nothing in common: see above.
     assert norm.metrics["tuning"]["epochs"][0]["validation_accuracy"] < 1
 
 

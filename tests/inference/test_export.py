@@ -64,7 +64,7 @@ def make_model(store: Store, head: str, settings: dict[str, Any], **changes: Any
 
 
 class World:
-    """Twenty pictures, their features, and a model of them."""
+    """Twenty images, their features, and a model of them."""
 
     def __init__(self, folder: Path, backbone: str, **options: Any) -> None:
         self.photos = make_archive(folder / "photos", 20)
@@ -80,7 +80,7 @@ class World:
         make_model(self.store, "logistic", {"scaling": "standard", "C": 0.1}).save(self.model)
 
     def pixels(self) -> NDArray[np.uint8]:
-        """All pictures, in the order of the store."""
+        """All images, in the order of the store."""
         files = [self.photos / image_id for image_id in self.store.ids()]
         return np.stack([decode_rgb(x.read_bytes(), self.store.recipe).pixels for x in files])
 
@@ -168,9 +168,9 @@ def test_the_pixels_are_the_only_input_of_onnx_even_where_a_mean_is_subtracted(
     preprocessed = BACKBONES["vgg16"].preprocess(keras.ops.cast(pixels, "float32"))
     values = keras.layers.Flatten()(keras.layers.Conv2D(4, 9, strides=9)(preprocessed))
     network = keras.Model(pixels, {"probabilities": values, "embedding": values})
-    picture = np.random.default_rng(0).integers(0, 256, (1, *SIZE, 3), np.uint8)
-    received = write_and_run(network, FORMATS["onnx"], tmp_path / "model.onnx", picture)
-    expected = np.asarray(network(picture)["embedding"])
+    image = np.random.default_rng(0).integers(0, 256, (1, *SIZE, 3), np.uint8)
+    received = write_and_run(network, FORMATS["onnx"], tmp_path / "model.onnx", image)
+    expected = np.asarray(network(image)["embedding"])
     assert np.abs(received["embedding"] - expected).max() < 1e-5 * np.abs(expected).max()
     inputs = onnx.load(tmp_path / "model.onnx").graph.input
     assert [tensor.name for tensor in inputs] == ["pixels"]

@@ -32,7 +32,7 @@ SIZE = (64, 96)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pictures, `photos`, their features, `features`, and a model of each kind."""
+    """A folder with images, `photos`, their features, `features`, and a model of each kind."""
     folder = tmp_path_factory.mktemp("world")
     make_archive(folder / "photos", 24)
     store = embedder.extract(folder / "photos", folder / "features", image_size=SIZE)
