@@ -4,16 +4,18 @@ The references are written for reading and take no path through the rest of the 
 crop and resize, the network's own `preprocess_input` on a NumPy array, and Keras's `predict`.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder import engines
 from embedder.backbones import load_network, row_of
 from embedder.checks.check import Check
 from embedder.columns import EMBEDDING
 from embedder.decode import decode_rgb
+from embedder.engines import ENGINES, Runtime, choose, load
 from embedder.libraries import import_keras
-from embedder.machine import gpus, num_cores
+from embedder.machine import num_cores
 from embedder.recipe import Recipe
 
 MIN_COSINE = 0.9999  # between engines, and to plain Keras
@@ -71,10 +73,11 @@ def _channel_order(preprocessed: NDArray[np.float32], card: NDArray[np.uint8]) -
     return ("RGB", "GRB", "BGR")[int(np.argmax(follows))]
 
 
-def check_features(recipe: Recipe) -> list[Check]:
+def check_features(recipe: Recipe, gpus: Sequence[str]) -> list[Check]:
     """Compare each engine with plain Keras on a test card, alone and in a batch.
 
     Plain Keras is the network's own `preprocess_input`, `predict`, and the mean over positions.
+    Engines take a GPU of `gpus`, as `machine.gpus` names them, where they can.
     """
     row = row_of(recipe)
     card = colour_bars(recipe.image_size)
@@ -83,9 +86,10 @@ def check_features(recipe: Recipe) -> list[Check]:
     maps = network.predict(np.asarray(row.preprocess(card[None].astype(np.float32))), verbose=0)
     expected = maps[0].reshape(-1, maps.shape[-1]).mean(axis=0)
     checks, alone = [], {}
-    for name in engines.ENGINES:
-        alone[name] = embed(recipe, name, card[None])[0]
-        in_batch = embed(recipe, name, batch)[1]
+    for name in ENGINES:
+        runtime = choose(name, gpus)
+        alone[name] = embed(recipe, runtime, card[None])[0]
+        in_batch = embed(recipe, runtime, batch)[1]
         difference = float(np.abs(in_batch - alone[name]).max() / np.abs(alone[name]).max())
         cosine = float(cosines(alone[name][None], expected[None])[0])
         checks += [
@@ -179,18 +183,18 @@ def _filter(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     return np.sinc(x) * np.sinc(x / 3.0)
 
 
-def embed(recipe: Recipe, engine_name: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def embed(recipe: Recipe, runtime: Runtime, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Embed images in one batch, on a fresh engine.
 
     Args:
         recipe: Of one feature.
-        engine_name: As in `engines.choose`.
+        runtime: As `engines.choose` gives it.
         pixels: uint8 (n, height, width, 3).
 
     Returns:
         float32 (n, dim).
     """
-    engine = engines.load(recipe, engines.choose(engine_name, gpus()), len(pixels), num_cores())
+    engine = load(recipe, runtime, len(pixels), num_cores())
     vectors: NDArray[np.float32] = engine.embed(pixels)[EMBEDDING]
     return vectors
 

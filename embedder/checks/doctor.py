@@ -22,6 +22,7 @@ from embedder.checks.conformance import (
     embed,
 )
 from embedder.decode import FORMATS, decode_rgb
+from embedder.engines import Runtime
 from embedder.errors import EngineError, SourceError
 from embedder.libraries import versions
 from embedder.machine import cache_folder, gpus, memory_bytes, num_cores
@@ -35,12 +36,13 @@ _NUM_DEMO_IMAGES = 32
 
 def machine() -> dict[str, str]:
     """What this machine is: facts by name."""
+    runtime = engines.choose("auto", gpus())
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "cores": f"{num_cores()} usable of {os.cpu_count()}",
         "memory": f"{memory_bytes() / 2**30:.1f} GiB",
-        "precisions": ", ".join(precisions()),
-        "engine": f"{engines.choose('auto', gpus()).engine} (chosen by auto)",
+        "precisions": ", ".join(precisions(runtime)),
+        "engine": f"{runtime.engine} (chosen by auto)",
         "image formats": ", ".join(FORMATS),
         "model cache": str(cache_folder()),
     } | versions()
@@ -57,7 +59,7 @@ def self_test(backbone: str, weights: str | None = None) -> list[Check]:
         RecipeError: The backbone is unknown.
         WeightsError: The weights are missing or corrupt.
     """
-    recipe = make_recipe(backbone, weights)
+    recipe, found = make_recipe(backbone, weights), gpus()
     card = colour_bars(_CARD_SIZE)
     upright, on_its_side = _encode(card, 1), _encode(card, 6)
     return [
@@ -67,14 +69,14 @@ def self_test(backbone: str, weights: str | None = None) -> list[Check]:
             for decode in ("exact", "scaled")
         ),
         check_input_stage(recipe),
-        *check_features(recipe),
-        *_check_precisions(recipe),
+        *check_features(recipe, found),
+        *_check_precisions(recipe, engines.choose("auto", found)),
     ]
 
 
-def precisions() -> list[str]:
-    """Precisions that the engine chosen by `auto` computes in on this machine."""
-    found, runtime = [], engines.choose("auto", gpus())
+def precisions(runtime: Runtime) -> list[str]:
+    """Precisions that this machine computes in, with an engine that `choose` gave."""
+    found = []
     for precision in get_args(Recipe.model_fields["precision"].annotation):
         with contextlib.suppress(EngineError):
             engines.check_precision(precision, runtime)
@@ -82,7 +84,7 @@ def precisions() -> list[str]:
     return found
 
 
-def _check_precisions(recipe: Recipe) -> list[Check]:
+def _check_precisions(recipe: Recipe, runtime: Runtime) -> list[Check]:
     """How far each other precision's vectors are from float32's, on demo images."""
     try:
         files = sorted(images_folder().rglob("*.jpg"))
@@ -92,13 +94,13 @@ def _check_precisions(recipe: Recipe) -> list[Check]:
     except SourceError:
         encoded, what = [_encode(colour_bars(_CARD_SIZE), 1)], "the test card"
     pixels = np.stack([decode_rgb(file, recipe).pixels for file in encoded])
-    exact = embed(recipe, "auto", pixels)
+    exact = embed(recipe, runtime, pixels)
     checks = []
-    for precision in precisions():
+    for precision in precisions(runtime):
         if precision == "float32":
             continue
         other = recipe.model_copy(update={"precision": precision})
-        found = cosines(exact, embed(other, "auto", pixels))
+        found = cosines(exact, embed(other, runtime, pixels))
         median, lowest = float(np.median(found)), float(found.min())
         checks.append(
             Check(

@@ -16,6 +16,7 @@ from embedder.checks.verify import verify
 from embedder.errors import RecipeError, RecipeMismatch, WeightsError
 from embedder.extraction.extract import run_extraction
 from embedder.extraction.options import RunOptions
+from embedder.machine import gpus
 from tests.support import assert_same_vectors
 
 keras_hub = pytest.importorskip(
@@ -84,7 +85,7 @@ def test_a_network_gets_its_own_pixels_on_both_engines(make: Any, dim: int, tmp_
     recipe = make_recipe(name)
     assert find_backbone(name)[1].dim == dim
     assert recipe.image_size == (64, 64)
-    checks = [check_input_stage(recipe), *check_features(recipe)]
+    checks = [check_input_stage(recipe), *check_features(recipe, gpus())]
     assert [check for check in checks if not check.passed] == []
 
 

@@ -25,6 +25,7 @@ from embedder.backbones.resolve import make_recipe
 from embedder.backbones.table import BACKBONES
 from embedder.backbones.weights import PublishedWeights
 from embedder.checks.conformance import check_features, check_input_stage
+from embedder.machine import gpus
 
 _DAYS = 21  # until every network had its turn: two of them a day
 _TODAY = datetime.date.today().toordinal()
@@ -66,7 +67,7 @@ def test_a_network_is_as_the_table_says_and_gets_its_own_pixels(name: str) -> No
     network = load_network(recipe)
     assert network.count_params() == row.num_parameters
     assert network.output_shape[-1] == row.dim
-    checks = [check_input_stage(recipe), *check_features(recipe)]
+    checks = [check_input_stage(recipe), *check_features(recipe, gpus())]
     assert [check for check in checks if not check.passed] == []
     assert len(checks) == 6
 
@@ -121,5 +122,5 @@ def test_a_wrong_preprocessing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = type(row)(**{**vars(row), "preprocess": without_the_order_of_channels})
     monkeypatch.setitem(BACKBONES, "resnet50", changed)
     assert not check_input_stage(recipe).passed
-    failed = [check.name for check in check_features(recipe) if not check.passed]
+    failed = [check.name for check in check_features(recipe, gpus()) if not check.passed]
     assert failed == ["openvino: as plain Keras", "tensorflow: as plain Keras"]

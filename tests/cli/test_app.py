@@ -14,6 +14,8 @@ import pytest
 import embedder
 from embedder.backbones.table import BACKBONES
 from embedder.checks import doctor
+from embedder.engines import choose
+from embedder.machine import gpus
 from embedder.store.store import Store
 
 SMALL = "--image-size", "64x96"
@@ -111,7 +113,11 @@ def test_the_doctor_finds_this_machine_well() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     # Rotation, two ways of decoding, the input stage; each engine as plain Keras and alone as in a
     # batch, the two together; then each further precision.
-    others = [precision for precision in doctor.precisions() if precision != "float32"]
+    others = [
+        precision
+        for precision in doctor.precisions(choose("auto", gpus()))
+        if precision != "float32"
+    ]
     assert done.stdout.count("pass") == 9 + len(others)
     for precision in others:
         assert f"{precision} as float32" in done.stdout
