@@ -7,9 +7,9 @@ from embedder.errors import EmbedderError as EmbedderError
 from embedder.extraction import OnProgress
 from embedder.finetuning import Tuned
 from embedder.heads import Model
-from embedder.inference import Exported, ExportFormat, Predictions
+from embedder.inference import EvaluationResult, Exported, ExportFormat, Predictions
 from embedder.store import Store as Store
-from embedder.training import EvaluationResult, HeadName, TrainedHead
+from embedder.training import HeadName, TrainedHead
 
 __version__: str
 

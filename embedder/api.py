@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # scikit-learn, which they import, takes as long as a small e
     from embedder.checks import Check
     from embedder.finetuning import Tuned
     from embedder.heads import Model
-    from embedder.inference import Exported, Predictions
-    from embedder.training import EvaluationResult, TrainedHead
+    from embedder.inference import EvaluationResult, Exported, Predictions
+    from embedder.training import TrainedHead
 
 Result = TypeVar("Result")
 
@@ -167,7 +167,7 @@ def evaluate(
         RecipeMismatch: The features are of another recipe.
         RequestError: The request makes no sense, or nothing is left to test on.
     """
-    return training.evaluate_model(model, _opened(store), labels, coarse, include_trained)
+    return inference.evaluate_model(model, _opened(store), labels, coarse, include_trained)
 
 
 @_with_options

@@ -73,8 +73,8 @@ def evaluate(
     """Test MODEL on the labelled images of STORE that it was not trained on."""
     import json
 
+    from embedder.inference import evaluate_model
     from embedder.store import Store
-    from embedder.training import evaluate_model
 
     result = evaluate_model(model, Store(store), labels, also.coarse, include_trained)
     if json_out:

@@ -8,4 +8,8 @@ from .splits import (
     share_of as share_of,
     strata_of as strata_of,
 )
-from .training_set import TrainingSet as TrainingSet, read_training_set as read_training_set
+from .training_set import (
+    TrainingSet as TrainingSet,
+    coarse_classes as coarse_classes,
+    read_training_set as read_training_set,
+)

@@ -152,3 +152,34 @@ def read_training_set(
         rows=rows,
         num_unlabelled=len(ids) - len(rows),
     )
+
+
+def coarse_classes(store: Store, coarse: str, images: TrainingSet) -> NDArray[np.int64]:
+    """The coarse class of each class, as a number.
+
+    Args:
+        store: Where the images are of.
+        coarse: Labels of the coarser level, as in `read_training_set`.
+        images: Their classes.
+
+    Returns:
+        (n_classes,).
+
+    Raises:
+        RequestError: Images of one class are of several coarse classes, or of none.
+    """
+    if images.is_multilabel:
+        raise RequestError("Coarse labels need images of one label each")
+    by_id = read_labels(store, coarse, images.ids, images.rows)
+    names: dict[int, str] = {}
+    for image_id, code in zip(images.ids, images.codes, strict=True):
+        name = by_id.get(image_id)
+        if name is None or names.setdefault(int(code), name) != name:
+            raise RequestError(
+                f"Every image of a class must be of the same coarse class. Received: {image_id} of "
+                f"the class {images.classes[code]}, which is of {name}"
+                + (f", others of {names[int(code)]}" if name is not None else "")
+            )
+    # A class that no image has is of a coarse class of its own: nothing tells of another.
+    own = [names.get(c, f"\0{c}") for c in range(len(images.classes))]
+    return np.unique(own, return_inverse=True)[1]

@@ -156,6 +156,25 @@ class Evaluation:
             rows += [row for row in per_class(*binary, pair) if row["class"] == name]
         return rows
 
+    def metrics(self, coarse_of: NDArray[np.integer] | None) -> dict[str, Any]:
+        """What `metrics.json` says of how good the predictions are.
+
+        Args:
+            coarse_of: (n_classes,) the coarse class of each class; None for no coarser level.
+        """
+        found = dict(self.scores)
+        if coarse_of is not None:
+            found |= self.hierarchical(coarse_of)
+        before = self.scores_before_calibration
+        return {
+            "test": {"num_images": len(self), **{n: score["value"] for n, score in found.items()}},
+            "intervals": {
+                "test": {name: [score["low"], score["high"]] for name, score in found.items()}
+            },
+            "before_calibration": {name: score["value"] for name, score in before.items()},
+            "per_class": self.per_class(),
+        }
+
     def reliability(self) -> dict[str, list[dict[str, float]]]:
         """Bins of the reliability diagram, before and after calibration."""
         before = probabilities_of(self.logits, 1.0, self.is_multilabel)

@@ -18,10 +18,18 @@ from embedder.finetuning.labelled_images import in_store, targets_of
 from embedder.finetuning.network import FEATURES
 from embedder.finetuning.options import SCRATCH, TuneOptions
 from embedder.finetuning.trainer import Epoch
-from embedder.heads import BACKBONE_FILES, KerasHead, Model, Record, RecordedTuning, calibrate
+from embedder.heads import (
+    BACKBONE_FILES,
+    KerasHead,
+    Model,
+    Record,
+    RecordedTuning,
+    calibrate,
+    read_logits,
+)
 from embedder.recipe import Recipe
 from embedder.store import Store
-from embedder.training import Fitted, TrainedHead, TrainOptions, read_logits
+from embedder.training import Fitted, TrainedHead, TrainOptions
 
 if TYPE_CHECKING:
     import keras

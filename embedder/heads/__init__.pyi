@@ -10,7 +10,7 @@ from .keras_head import (
     classifier_layers as classifier_layers,
 )
 from .keras_layers import as_keras_layers as as_keras_layers
-from .model import Model as Model, logits_of as logits_of
+from .model import Model as Model, logits_of as logits_of, read_logits as read_logits
 from .model_folder import (
     BACKBONE_FILES as BACKBONE_FILES,
     PREDICTIONS_FILE as PREDICTIONS_FILE,

@@ -26,6 +26,7 @@ from embedder.heads.model_folder import (
     Record,
 )
 from embedder.recipe import Recipe
+from embedder.store import Store, scan, vectors_of
 
 _LEAST_PROBABILITY = 1e-4  # of a class that none of the nearest neighbours has
 # What a head may hold besides what skops trusts of scikit-learn and NumPy: our own estimators.
@@ -272,6 +273,21 @@ def _moved(content: bytes) -> bytes:
             for name in archive.namelist():
                 copy.writestr(name, schema if name == "schema.json" else archive.read(name))
     return renamed.getvalue()
+
+
+def read_logits(
+    estimator: Any, store: Store, column: str, rows: NDArray[np.integer]
+) -> NDArray[np.float32]:
+    """Logits (m, n_classes) of some images of a store, read a shard at a time.
+
+    Args:
+        estimator: As in `logits_of`.
+        store: Features.
+        column: Which.
+        rows: (m,), indices in `store.ids()`, rising.
+    """
+    parts = (vectors_of(table[column]) for table in scan(store, [column], images=rows))
+    return np.concatenate([logits_of(estimator, part.astype(np.float32)) for part in parts])
 
 
 def logits_of(estimator: Any, features: NDArray[np.floating]) -> NDArray[np.float32]:

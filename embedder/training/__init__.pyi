@@ -1,8 +1,4 @@
-from .cross_validation import (
-    EvaluationResult as EvaluationResult,
-    evaluate_model as evaluate_model,
-    refit as refit,
-)
+from .cross_validation import refit as refit
 from .fitting import Fitted as Fitted, HeadSpec as HeadSpec
 from .options import (
     ClassWeight as ClassWeight,
@@ -10,7 +6,6 @@ from .options import (
     Seed as Seed,
     TrainOptions as TrainOptions,
 )
-from .out_of_core import read_logits as read_logits
 from .self_training import PseudoLabels as PseudoLabels
 from .semi_supervised import (
     SemiSupervisedFit as SemiSupervisedFit,

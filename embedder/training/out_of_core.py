@@ -28,7 +28,7 @@ from embedder.heads import (
     RidgeHead,
     Settings,
     calibrate,
-    logits_of,
+    read_logits,
     stratified_folds,
 )
 from embedder.machine import memory_bytes
@@ -79,11 +79,6 @@ def parts_of(store: Store, column: str, rows: Indices) -> Iterator[NDArray[np.fl
 def read_features(store: Store, column: str, rows: Indices) -> NDArray[np.float32]:
     """Features of a few images, (m, dim); arguments as of `parts_of`."""
     return np.concatenate([*parts_of(store, column, rows)])
-
-
-def read_logits(estimator: Any, store: Store, column: str, rows: Indices) -> NDArray[np.float32]:
-    """Logits of any number of images, (m, n_classes); further arguments as of `parts_of`."""
-    return np.concatenate([logits_of(estimator, part) for part in parts_of(store, column, rows)])
 
 
 def is_read_in_parts(store: Store, column: str, head: str, options: TrainOptions) -> bool:

@@ -7,21 +7,20 @@ from importlib.metadata import version
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.datasets import TrainingSet, make_split, read_training_set
+from embedder.datasets import TrainingSet, coarse_classes, make_split, read_training_set
 from embedder.errors import RequestError
 from embedder.evaluation import Evaluation
-from embedder.heads import Model, Provenance, Record, RecordedOptions, find_head
+from embedder.heads import Model, Provenance, Record, RecordedOptions, find_head, read_logits
 from embedder.libraries import versions
 from embedder.neighbours import near_duplicate_groups
 from embedder.store import Store
-from embedder.training.cross_validation import coarse_classes, judge
+from embedder.training.cross_validation import judge
 from embedder.training.fitting import HeadSpec, fit_head
 from embedder.training.options import TrainOptions
 from embedder.training.out_of_core import (
     fit_out_of_core,
     is_read_in_parts,
     make_out_of_core_split,
-    read_logits,
 )
 from embedder.training.ridge_pass import vector_column
 from embedder.training.semi_supervised import check_head, fit_semi_supervised, read_unlabelled

@@ -18,7 +18,7 @@ from embedder.evaluation import Evaluation, Scores, paired_difference
 from embedder.files import whole_folder
 from embedder.heads import BACKBONE_FILES, Model, ModelFolder
 from embedder.store import Store
-from embedder.training.cross_validation import judge, metrics_of, refit
+from embedder.training.cross_validation import judge, refit
 from embedder.training.fitting import Fitted, HeadSpec, explain_fit_errors
 from embedder.training.options import TrainOptions
 from embedder.training.out_of_core import read_features
@@ -185,7 +185,7 @@ class TrainedHead:
         if self.semi_supervised is not None:
             unlabelled = {"unlabelled": self.semi_supervised_metrics()}
         return {
-            **metrics_of(self.test, self.coarse_of),
+            **self.test.metrics(self.coarse_of),
             "near_duplicates": self.leak(),
             "selection": self.fitted.trials,
             **unlabelled,

@@ -45,12 +45,12 @@ from embedder.finetuning.trainer import train as train_network
 from embedder.heads.calibration import calibrate
 from embedder.heads.keras_layers import as_keras_layers
 from embedder.heads.model import Model
+from embedder.inference.evaluate import evaluate_model
 from embedder.inference.predict import predict
 from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.store.store import Store
-from embedder.training.cross_validation import evaluate_model
 from embedder.training.options import TrainOptions
 from embedder.training.self_training import PseudoLabels
 from embedder.training.semi_supervised import Unlabelled

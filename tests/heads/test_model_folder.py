@@ -16,8 +16,9 @@ from embedder.evaluation.tested_model import read_tested
 from embedder.finetuning.labelled_images import read_labelled
 from embedder.heads.model import Model
 from embedder.heads.model_folder import ModelFolder
+from embedder.inference.evaluate import evaluate_model
 from embedder.store.store import Store
-from embedder.training.cross_validation import evaluate_model, refit
+from embedder.training.cross_validation import refit
 from embedder.training.fitting import HeadSpec
 from embedder.training.options import TrainOptions
 from embedder.training.train import train

@@ -16,6 +16,7 @@ from embedder.heads.calibration import fit_temperature
 from embedder.heads.model import Model, logits_of
 from embedder.heads.ridge_head import RidgeHead
 from embedder.heads.table import HEADS
+from embedder.inference.evaluate import evaluate_model
 from embedder.inference.predict import predict
 from embedder.recipe import Recipe
 from embedder.report.model_report import notes_of, report_of, write_head_report
@@ -23,7 +24,6 @@ from embedder.store.schema import FAILURE_SCHEMA
 from embedder.store.shard_file import vector_array, vectors_of
 from embedder.store.store import Store
 from embedder.training import out_of_core
-from embedder.training.cross_validation import evaluate_model
 from embedder.training.options import TrainOptions
 from embedder.training.out_of_core import make_out_of_core_split, parts_of, read_features
 from embedder.training.train import train

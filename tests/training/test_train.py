@@ -18,9 +18,10 @@ from embedder.evaluation.evaluation import Evaluation, expand_logits
 from embedder.heads.calibration import fit_temperature, log_loss, probabilities_of
 from embedder.heads.model import Model, logits_of
 from embedder.heads.table import HEADS, make_estimator
+from embedder.inference.evaluate import evaluate_model
 from embedder.recipe import Recipe
 from embedder.store.store import Store
-from embedder.training.cross_validation import evaluate_model, refit
+from embedder.training.cross_validation import refit
 from embedder.training.fitting import Fitted, HeadSpec, fit, fit_head
 from embedder.training.options import TrainOptions
 from embedder.training.train import train
