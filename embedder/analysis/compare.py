@@ -5,17 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from embedder.evaluation import PairedTest, TestedModel, check_same_images, judge, read_tested
-
-
-def against(ours: TestedModel, theirs: TestedModel) -> PairedTest:
-    """Compare two models.
-
-    Raises:
-        RequestError: They were not tested on the same images.
-    """
-    check_same_images(ours, theirs)
-    return judge(ours.is_right, theirs.is_right, ours.seconds, bool(ours.tuning))
+from embedder.evaluation import PairedTest, TestedModel
 
 
 def compare(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[TestedModel, PairedTest | None]]:
@@ -25,8 +15,8 @@ def compare(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[TestedModel, 
         ModelError: One of them is no model, or was not tested on images of its own.
         RequestError: They were not tested on the same images.
     """
-    first, *others = (read_tested(path) for path in paths)
-    return [(first, None), *((other, against(other, first)) for other in others)]
+    first, *others = (TestedModel.read(path) for path in paths)
+    return [(first, None), *((other, other.against(first)) for other in others)]
 
 
 def row_of(tested: TestedModel, found: PairedTest | None) -> dict[str, Any]:

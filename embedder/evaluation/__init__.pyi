@@ -5,9 +5,5 @@ from .metrics import (
     confusion_matrix as confusion_matrix,
     paired_difference as paired_difference,
 )
-from .paired_test import SIGNIFICANT as SIGNIFICANT, PairedTest as PairedTest, judge as judge
-from .tested_model import (
-    TestedModel as TestedModel,
-    check_same_images as check_same_images,
-    read_tested as read_tested,
-)
+from .paired_test import SIGNIFICANCE_LEVEL as SIGNIFICANCE_LEVEL, PairedTest as PairedTest
+from .tested_model import TestedModel as TestedModel

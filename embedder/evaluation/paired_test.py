@@ -1,6 +1,7 @@
 """Two models on the same images: which is better, and whether it is chance."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,7 @@ from scipy.stats import binomtest
 
 from embedder.evaluation.metrics import paired_difference
 
-SIGNIFICANT = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -32,32 +33,36 @@ class PairedTest:
     seconds: float
     is_tuned: bool
 
+    @classmethod
+    def of(
+        cls,
+        ours: NDArray[np.bool_],
+        theirs: NDArray[np.bool_],
+        seconds: float,
+        is_tuned: bool = True,
+    ) -> Self:
+        """Compare which of the same images are right.
+
+        Args:
+            ours: (n,), of the first.
+            theirs: (n,), of the other, in the same order.
+            seconds: As the attribute.
+            is_tuned: As the attribute.
+        """
+        better, worse = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+        p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
+        gain = paired_difference(ours, theirs)
+        return cls(gain, better, worse, float(p_value), seconds, is_tuned)
+
     @property
     def verdict(self) -> str:
         """Whether it paid, in words."""
         gain, low, high = (100 * self.gain[name] for name in ("value", "low", "high"))
         figures = f"{abs(gain):.1f} points [{low:.1f}, {high:.1f}] for {self.seconds:,.0f} s"
         what, other = ("fine-tuning", "the head") if self.is_tuned else ("it", "the first")
-        if self.p_value >= SIGNIFICANT or low <= 0 <= high:
+        if self.p_value >= SIGNIFICANCE_LEVEL or low <= 0 <= high:
             change = f"{gain:+.1f} points [{low:.1f}, {high:.1f}]"
             return f"no gain beyond the interval, {change}: keep {other}"
         if gain > 0:
             return f"{what} gains {figures}: take it"
         return f"{what} loses {figures}: keep {other}"
-
-
-def judge(
-    ours: NDArray[np.bool_], theirs: NDArray[np.bool_], seconds: float, is_tuned: bool = True
-) -> PairedTest:
-    """Compare two models' predictions of the same images.
-
-    Args:
-        ours: (n,) whether the first model is right.
-        theirs: (n,) whether the other is, of the same images in the same order.
-        seconds: That the first took to train.
-        is_tuned: Whether the first is the other, fine-tuned.
-    """
-    better, worse = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-    p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
-    gain = paired_difference(ours, theirs)
-    return PairedTest(gain, better, worse, float(p_value), seconds, is_tuned)

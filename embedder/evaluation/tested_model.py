@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from embedder.columns import TEST
 from embedder.errors import ModelError, RequestError
+from embedder.evaluation.paired_test import PairedTest
 from embedder.heads import ModelFolder
 
 
@@ -34,6 +35,34 @@ class TestedModel:
     is_right: NDArray[np.bool_]
     metrics: dict[str, Any]
 
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what a model predicted for the images that it was tested on.
+
+        Raises:
+            ModelError: The folder holds no model, or one that was not tested on images of its own.
+        """
+        folder = ModelFolder(path)
+        table = folder.read_predictions("sha256", "label", "part", "predicted")
+        metrics, (said, _) = folder.read_metrics(), folder.read_description()
+        table = table.filter(pc.equal(table["part"], TEST))
+        if not table.num_rows:
+            raise ModelError(
+                f"A model must have been tested on images that it was not trained on. Received: "
+                f"{folder.path}, trained with cross-validation; train it with --split 0.2 or "
+                f"official lists"
+            )
+        columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+        tuning = metrics.get("tuning")
+        return cls(
+            path=folder.path,
+            kind=tuning["strategy"] if tuning else f"frozen + {said.head.kind}",
+            ids=columns["image_id"],
+            sha256=columns["sha256"],
+            is_right=columns["label"] == columns["predicted"],
+            metrics=metrics,
+        )
+
     @property
     def tuning(self) -> dict[str, Any]:
         """What `metrics.json` says of the fine-tuning; empty for a head on frozen features."""
@@ -44,45 +73,17 @@ class TestedModel:
         """Of training: of all steps but the features of a frozen backbone."""
         return float(sum(self.metrics["seconds"].values()))
 
+    def against(self, other: "TestedModel") -> PairedTest:
+        """Compare with another model.
 
-def read_tested(path: str | os.PathLike[str]) -> TestedModel:
-    """Read what a model predicted for the images that it was tested on.
-
-    Raises:
-        ModelError: The folder holds no model, or one that was not tested on images of its own.
-    """
-    folder = ModelFolder(path)
-    table = folder.read_predictions("sha256", "label", "part", "predicted")
-    metrics, (said, _) = folder.read_metrics(), folder.read_description()
-    table = table.filter(pc.equal(table["part"], TEST))
-    if not table.num_rows:
-        raise ModelError(
-            f"A model must have been tested on images that it was not trained on. Received: "
-            f"{folder.path}, trained with cross-validation; train it with --split 0.2 or official "
-            f"lists"
-        )
-    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
-    tuning = metrics.get("tuning")
-    return TestedModel(
-        path=folder.path,
-        kind=tuning["strategy"] if tuning else f"frozen + {said.head.kind}",
-        ids=columns["image_id"],
-        sha256=columns["sha256"],
-        is_right=columns["label"] == columns["predicted"],
-        metrics=metrics,
-    )
-
-
-def check_same_images(ours: TestedModel, theirs: TestedModel) -> None:
-    """Refuse models that were not tested on the same bytes.
-
-    Raises:
-        RequestError: They were not.
-    """
-    if ours.ids.tolist() != theirs.ids.tolist() or ours.sha256.tolist() != theirs.sha256.tolist():
-        common = len(set(ours.ids) & set(theirs.ids))
-        raise RequestError(
-            f"Models must be tested on the same images to be compared. Received: {ours.path} on "
-            f"{len(ours.ids):,} and {theirs.path} on {len(theirs.ids):,} images, of which "
-            f"{common:,} have the same id"
-        )
+        Raises:
+            RequestError: They were not tested on the same bytes.
+        """
+        ours, theirs = (model.ids.tolist() for model in (self, other))
+        if ours != theirs or self.sha256.tolist() != other.sha256.tolist():
+            raise RequestError(
+                f"Models must be tested on the same images to be compared. Received: {self.path} "
+                f"on {len(ours):,} and {other.path} on {len(theirs):,} images, of which "
+                f"{len(set(ours) & set(theirs)):,} have the same id"
+            )
+        return PairedTest.of(self.is_right, other.is_right, self.seconds, bool(self.tuning))

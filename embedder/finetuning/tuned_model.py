@@ -12,7 +12,7 @@ from embedder.backbones import digest_of, load_network, save_network
 from embedder.columns import EMBEDDING
 from embedder.datasets import TrainingSet
 from embedder.errors import Unfinished
-from embedder.evaluation import Evaluation, judge, read_tested
+from embedder.evaluation import Evaluation, PairedTest, TestedModel
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.labelled_images import in_store, targets_of
 from embedder.finetuning.network import FEATURES
@@ -221,10 +221,10 @@ def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> 
 
 def _facts(test: Evaluation, ids: NDArray[np.object_], tuning: Tuning) -> dict[str, Any]:
     """What `metrics.json` says of a fine-tuning."""
-    before = read_tested(tuning.model)
+    before = TestedModel.read(tuning.model)
     right = dict(zip(ids, test.is_right, strict=True))
     ours = np.array([right[image] for image in before.ids], dtype=bool)
-    found = judge(ours, before.is_right, sum(tuning.seconds.values()))
+    found = PairedTest.of(ours, before.is_right, sum(tuning.seconds.values()))
     return {
         "strategy": tuning.options.strategy,
         "model": str(tuning.model),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from embedder.evaluation import SIGNIFICANT
+from embedder.evaluation import SIGNIFICANCE_LEVEL
 from embedder.files import whole_file
 from embedder.report.page import template
 
@@ -26,7 +26,7 @@ def write_comparison(path: Path, rows: list[dict[str, Any]]) -> None:
         num_images=f"{rows[0]['num_images']:,}",
         low=max(0.0, min(row["accuracy"]["low"] for row in rows) - _ROOM),
         high=min(1.0, max(row["accuracy"]["high"] for row in rows) + _ROOM),
-        significant=SIGNIFICANT,
+        significant=SIGNIFICANCE_LEVEL,
     )
     with whole_file(path) as file:
         # Names of folders need not be valid text.

@@ -13,13 +13,15 @@ from typer.testing import CliRunner
 from embedder.analysis.compare import compare, row_of
 from embedder.cli.app import app
 from embedder.errors import ModelError, RequestError
-from embedder.evaluation.paired_test import judge
-from embedder.evaluation.tested_model import read_tested
+from embedder.evaluation import tested_model  # pytest would take its class for a test
+from embedder.evaluation.paired_test import PairedTest
 from embedder.heads.model_folder import ModelFolder
 from embedder.store.store import Store
 from embedder.training.options import TrainOptions
 from embedder.training.train import train
 from tests.support import add_rows, animal_vectors
+
+paired = PairedTest.of
 
 
 def outcomes(better: int, worse: int, both: int = 40, neither: int = 8) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
@@ -34,7 +36,7 @@ def outcomes(better: int, worse: int, both: int = 40, neither: int = 8) -> tuple
     [(10, 2, 2 * (66 + 12 + 1) / 2**12), (5, 0, 2 / 2**5), (3, 3, 1.0), (0, 0, 1.0)],
 )
 def test_the_p_value_is_of_mcnemars_exact_test(better: int, worse: int, p_value: float) -> None:
-    found = judge(*outcomes(better, worse), seconds=1.0)
+    found = paired(*outcomes(better, worse), seconds=1.0)
     assert (found.num_better, found.num_worse) == (better, worse)
     assert found.p_value == pytest.approx(p_value)
     total = better + worse + 48
@@ -42,15 +44,15 @@ def test_the_p_value_is_of_mcnemars_exact_test(better: int, worse: int, p_value:
 
 
 def test_the_verdict_says_what_to_do() -> None:
-    assert judge(*outcomes(30, 2), 140.4).verdict.startswith("fine-tuning gains 35.0 points [")
-    assert judge(*outcomes(30, 2), 140.4).verdict.endswith("] for 140 s: take it")
-    assert judge(*outcomes(2, 30), 140.4).verdict.startswith("fine-tuning loses 35.0 points [")
-    assert judge(*outcomes(2, 30), 140.4).verdict.endswith("keep the head")
-    assert judge(*outcomes(4, 2), 9.0).verdict.startswith("no gain beyond the interval, +3.7")
-    assert judge(*outcomes(4, 2), 9.0).verdict.endswith("keep the head")
-    another = replace(judge(*outcomes(30, 2), 140.4), is_tuned=False)
+    assert paired(*outcomes(30, 2), 140.4).verdict.startswith("fine-tuning gains 35.0 points [")
+    assert paired(*outcomes(30, 2), 140.4).verdict.endswith("] for 140 s: take it")
+    assert paired(*outcomes(2, 30), 140.4).verdict.startswith("fine-tuning loses 35.0 points [")
+    assert paired(*outcomes(2, 30), 140.4).verdict.endswith("keep the head")
+    assert paired(*outcomes(4, 2), 9.0).verdict.startswith("no gain beyond the interval, +3.7")
+    assert paired(*outcomes(4, 2), 9.0).verdict.endswith("keep the head")
+    another = replace(paired(*outcomes(30, 2), 140.4), is_tuned=False)
     assert another.verdict.startswith("it gains 35.0 points [")
-    another = replace(judge(*outcomes(4, 2), 9.0), is_tuned=False)
+    another = replace(paired(*outcomes(4, 2), 9.0), is_tuned=False)
     assert another.verdict.endswith("keep the first")
 
 
@@ -195,7 +197,7 @@ def test_a_tuned_model_is_named_by_its_strategy_and_says_what_it_tuned(tmp_path:
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["tuning"] = {"strategy": "gradual", "num_tuned": 12, "num_weights": 34}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    row = row_of(read_tested(folder), None)
+    row = row_of(tested_model.TestedModel.read(folder), None)
     assert (row["kind"], row["num_tuned"], row["num_weights"]) == ("gradual", 12, 34)
     assert row["accuracy"] == {"value": 0.5, "low": 0.45, "high": 0.55}
     assert row["coarse_accuracy"] is None
@@ -203,7 +205,9 @@ def test_a_tuned_model_is_named_by_its_strategy_and_says_what_it_tuned(tmp_path:
 
 def test_what_chance_alone_might_do_is_no_gain() -> None:
     ours, theirs = outcomes(10, 4)  # twice as often right as wrong, and yet p is 0.18
-    found = judge(ours, theirs, 5.0)
+    found = paired(ours, theirs, 5.0)
     assert found.p_value == pytest.approx(2 * (1001 + 364 + 91 + 14 + 1) / 2**14)
     assert found.verdict.startswith("no gain beyond the interval, +9.7 points [")
-    assert judge(theirs, ours, 5.0).verdict.startswith("no gain beyond the interval, -9.7 points [")
+    assert paired(theirs, ours, 5.0).verdict.startswith(
+        "no gain beyond the interval, -9.7 points ["
+    )

@@ -25,7 +25,7 @@ from embedder.analysis.compare import compare
 from embedder.backbones.graph import load_network
 from embedder.decode.decode import decode_rgb
 from embedder.errors import ModelError, RequestError, Unfinished, WeightsError
-from embedder.evaluation.tested_model import read_tested
+from embedder.evaluation import tested_model  # pytest would take its class for a test
 from embedder.extraction.options import RunOptions
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
@@ -137,7 +137,8 @@ def test_it_is_tested_on_the_images_that_the_head_was_tested_on(world: Path, nor
     test = evaluate_model(norm.path, Store(world / "norm.features"), "folder")
     assert test.metrics["test"]["num_images"] == (was == "test").sum()
     assert test.metrics["test"]["accuracy"] == norm.metrics["test"]["accuracy"]
-    assert norm.metrics["tuning"]["accuracy_before"] == read_tested(world / "model").is_right.mean()
+    before = tested_model.TestedModel.read(world / "model").is_right.mean()
+    assert norm.metrics["tuning"]["accuracy_before"] == before
     rows = compare([world / "model", norm.path])
     assert [tested.kind for tested, _ in rows] == ["frozen + logistic", "norm"]
     assert rows[1][1] is not None

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedder.errors import ModelError
-from embedder.evaluation.tested_model import read_tested
+from embedder.evaluation import tested_model  # pytest would take its class for a test
 from embedder.finetuning.labelled_images import read_labelled
 from embedder.heads.model import Model
 from embedder.heads.model_folder import ModelFolder
@@ -64,7 +64,7 @@ def untrained(table: pa.Table) -> pa.Table:
 
 READERS: dict[str, Callable[[Path, Store], Any]] = {
     "evaluate": lambda model, store: evaluate_model(model, store, "parent"),
-    "compare": lambda model, _: read_tested(model),
+    "compare": lambda model, _: tested_model.TestedModel.read(model),
     "finetune": lambda model, _: read_labelled(model, Model.load(model), 0),
 }
 
@@ -134,7 +134,7 @@ def test_metrics_that_somebody_edited_are_refused(model: Path, member: str, valu
     metrics[outer] = metrics[outer] | {inner: value} if inner else value
     (model / "metrics.json").write_text(json.dumps(metrics))
     with pytest.raises(ModelError, match=r"metrics\.json must "):
-        read_tested(model)
+        tested_model.TestedModel.read(model)
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "[" * 10**5])
