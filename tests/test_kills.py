@@ -42,12 +42,10 @@ SAVE = """
 import sys
 from pathlib import Path
 from tests.killing import kills
-from embedder.evaluation import metrics
 from embedder.training.train import train
 from embedder.heads.model import Model
 from embedder.store.store import Store
 from embedder.training.options import TrainOptions
-metrics.NUM_RESAMPLES = 50
 store, out = Store(sys.argv[1]), Path(sys.argv[2])
 options = TrainOptions(duplicates=None)
 older, newer = (train(store, "folder", head, options) for head in ("ridge", "centroid"))

@@ -34,7 +34,6 @@ def test_the_python_code_runs(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("embedder.evaluation.metrics.NUM_RESAMPLES", 20)
     (code,) = blocks("python")
     names: dict[str, object] = {}
     exec(code, names)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score
 
 NUM_RESAMPLES = 1000
 _NUM_SLOW = 200  # resamples at a time of what is not a sum over images
@@ -19,12 +18,17 @@ Scores = dict[str, dict[str, float]]
 _Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
-def scores(codes: NDArray[np.integer], probabilities: NDArray[np.floating]) -> Scores:
+def scores(
+    codes: NDArray[np.integer],
+    probabilities: NDArray[np.floating],
+    num_resamples: int = NUM_RESAMPLES,
+) -> Scores:
     """Score predictions of one label an image.
 
     Args:
         codes: int (n_images,), the true classes, as columns of `probabilities`.
         probabilities: (n_images, n_classes); rows sum to 1.
+        num_resamples: Of the bootstrap.
 
     Returns:
         For `accuracy`, `balanced_accuracy` and `macro_f1` (means over the classes that the images
@@ -44,7 +48,7 @@ def scores(codes: NDArray[np.integer], probabilities: NDArray[np.floating]) -> S
     if num_classes > 5:
         rank = (probabilities > own[:, None]).sum(axis=1)
         metrics["top_5"] = _mean(rank < 5)
-    return with_intervals(metrics, len(codes))
+    return with_intervals(metrics, len(codes), num_resamples)
 
 
 def multilabel_scores(
@@ -75,15 +79,11 @@ def multilabel_scores(
         total = weights @ (wanted.sum(axis=1) + made.sum(axis=1))
         return np.asarray(2 * (weights @ hits.sum(axis=1)) / np.maximum(total, 1))
 
-    def precision(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        rows = (np.repeat(np.arange(len(w)), w.astype(int)) for w in weights[:_NUM_SLOW])
-        return np.array([_average_precision(truth[r], probabilities[r]) for r in rows])
-
     metrics: dict[str, _Metric] = {
         "accuracy": _mean((truth == chosen).all(axis=1)),
         "macro_f1": macro_f1,
         "micro_f1": micro_f1,
-        "mean_average_precision": precision,
+        "mean_average_precision": _mean_average_precision(truth, probabilities),
         "log_loss": _mean(loss),
         "ece": _mean_of_columns(
             [_calibration_error(p, t) for p, t in zip(probabilities.T, truth.T, strict=True)]
@@ -92,11 +92,13 @@ def multilabel_scores(
     return with_intervals(metrics, len(codes))
 
 
-def with_intervals(metrics: dict[str, _Metric], num_images: int) -> Scores:
+def with_intervals(
+    metrics: dict[str, _Metric], num_images: int, num_resamples: int = NUM_RESAMPLES
+) -> Scores:
     """Value and 95 % bootstrap interval of each metric, over the same resamples of the images."""
     values = {name: float(metric(np.ones((1, num_images)))[0]) for name, metric in metrics.items()}
     drawn: dict[str, list[NDArray[np.float64]]] = {name: [] for name in metrics}
-    for weights in resamples(num_images):
+    for weights in resamples(num_images, num_resamples):
         for name, metric in metrics.items():
             drawn[name].append(metric(weights))
     result = {}
@@ -112,18 +114,15 @@ def accuracy_in_words(metrics: dict[str, Any]) -> str:
     return f"accuracy {metrics['test']['accuracy']:.3f} ({low:.3f} to {high:.3f})"
 
 
-def resamples(num_images: int) -> Iterator[NDArray[np.float64]]:
-    """How often each image is drawn: (k, num_images) at a time, `NUM_RESAMPLES` in all."""
+def resamples(num_images: int, num_resamples: int = NUM_RESAMPLES) -> Iterator[NDArray[np.float64]]:
+    """How often each image is drawn: (k, num_images) at a time, `num_resamples` in all."""
     random = np.random.default_rng(_SEED)
-    step = max(1, min(NUM_RESAMPLES, _WEIGHTS_AT_ONCE // num_images))
-    for start in range(0, NUM_RESAMPLES, step):
-        size = min(step, NUM_RESAMPLES - start)
-        yield np.stack(
-            [
-                np.bincount(random.integers(0, num_images, num_images), minlength=num_images)
-                for _ in range(size)
-            ]
-        ).astype(np.float64)
+    step = max(1, min(num_resamples, _WEIGHTS_AT_ONCE // num_images))
+    for start in range(0, num_resamples, step):
+        shape = min(step, num_resamples - start), num_images
+        drawn = random.integers(0, num_images, shape) + num_images * np.arange(shape[0])[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=shape[0] * num_images)
+        yield counts.reshape(shape).astype(np.float64)
 
 
 def paired_difference(ours: NDArray[Any], theirs: NDArray[Any]) -> dict[str, float]:
@@ -268,10 +267,25 @@ def _calibration_error(confidence: NDArray[np.floating], is_right: NDArray[np.bo
     return lambda weights: np.abs(weights @ gap).sum(axis=1) / len(confidence)
 
 
-def _average_precision(truth: NDArray[np.bool_], probabilities: NDArray[np.floating]) -> float:
-    occurs = truth.any(axis=0)
-    if not occurs.any():
-        return 0.0
-    return float(
-        average_precision_score(truth[:, occurs], probabilities[:, occurs], average="macro")
-    )
+def _mean_average_precision(
+    truth: NDArray[np.bool_], probabilities: NDArray[np.floating]
+) -> _Metric:
+    """As scikit-learn's, of each of many resamples at once, over the labels that occur in it."""
+    columns = [
+        (order, np.flatnonzero(np.diff(column[order], append=-np.inf)))
+        for column in probabilities.T
+        for order in [np.argsort(-column, kind="stable")]
+    ]
+
+    def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        weights = weights[:_NUM_SLOW]
+        found, occurs = [], weights @ truth.astype(float) > 0
+        for (order, lasts), is_true in zip(columns, truth.T, strict=True):
+            drawn = weights[:, order]
+            made = drawn.cumsum(axis=1)[:, lasts]  # above each threshold that there is
+            hits = (drawn * is_true[order]).cumsum(axis=1)[:, lasts]
+            steps = np.diff(hits, axis=1, prepend=0) / np.maximum(hits[:, -1:], 1)
+            found.append((steps * hits / np.maximum(made, 1)).sum(axis=1))
+        return _masked_mean(np.stack(found, axis=1), occurs)
+
+    return metric

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 import embedder
 from embedder.cli.app import app
-from embedder.evaluation import metrics
 from embedder.heads.model import Model
 from embedder.report import model_report as head_report
 from embedder.report.model_report import notes_of, report_of
@@ -25,12 +24,6 @@ from tests.support import ANIMALS, add_rows, animal_vectors, make_archive, pictu
 SIZE = (64, 96)
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 FILES = ["head.skops", "metrics.json", "model.json", "predictions.parquet"]
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough to see that there is an interval, and ten times as fast."""
-    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 50)
 
 
 def run(*arguments: str | Path) -> Result:

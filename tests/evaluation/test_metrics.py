@@ -78,12 +78,12 @@ def test_a_resample_may_lack_a_predicted_class() -> None:
     assert found == pytest.approx({"value": (3 / 4 + 1) / 2, "low": 0.4, "high": 1.0})
 
 
-def test_the_interval_of_accuracy_is_the_binomial_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 10_000)  # so that 90 % is told from 95 %
+def test_the_interval_of_accuracy_is_the_binomial_one() -> None:
     codes = np.arange(500) % 2
     right = np.arange(500) % 5 != 0  # 400 of 500
     of_first = np.where((codes == 0) == right, 0.9, 0.1)
-    accuracy = scores(codes, np.stack([of_first, 1 - of_first], axis=1))["accuracy"]
+    probabilities = np.stack([of_first, 1 - of_first], axis=1)
+    accuracy = scores(codes, probabilities, 10_000)["accuracy"]  # so that 90 % is told from 95 %
     margin = 1.96 * (0.8 * 0.2 / 500) ** 0.5
     assert accuracy["value"] == pytest.approx(0.8)
     assert accuracy["low"] == pytest.approx(0.8 - margin, abs=0.0025)

@@ -29,7 +29,6 @@ from typer.testing import CliRunner
 
 from embedder.cli.app import app
 from embedder.errors import DamagedShard
-from embedder.evaluation import metrics
 from embedder.store.store import Store
 from tests.support import assert_same_vectors, make_archive
 
@@ -143,11 +142,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         file.write_text("\n".join(["path,kind", *lines]))
     pq.write_table(pa.table({"path": ids, "kind": kinds}), photos / "list.parquet")
     (folder / "job.toml").write_text(JOB)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "NUM_RESAMPLES", 50)
-        for name in ("extract", "parquet", "train", "other", "evaluate", "predict", "images"):
-            result = run(name, folder)
-            assert result.exit_code == 0, result.output
+    for name in ("extract", "parquet", "train", "other", "evaluate", "predict", "images"):
+        result = run(name, folder)
+        assert result.exit_code == 0, result.output
     assert len(Store(folder / "features").shards()) == 2
     return World(folder)
 
@@ -392,11 +389,6 @@ COMMON: dict[str, Any] = {
     "report_multiple_bugs": False,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 50)
 
 
 @pytest.mark.parametrize("kind", FILES)

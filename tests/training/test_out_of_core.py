@@ -11,7 +11,6 @@ from sklearn.preprocessing import StandardScaler
 
 from embedder.columns import TRAIN, VALIDATION
 from embedder.errors import RequestError
-from embedder.evaluation import metrics
 from embedder.heads.calibration import fit_temperature
 from embedder.heads.model import Model, logits_of
 from embedder.heads.ridge_head import RidgeHead
@@ -40,7 +39,6 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def vectors(*_: Any, **__: Any) -> NoReturn:
         raise MemoryError
 
-    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 100)
     for name in ("linear", "mlp"):
         monkeypatch.setattr(HEADS[name].classifier, "min_steps", 300)
     monkeypatch.setattr(out_of_core, "IN_CORE_BYTES", 0)

@@ -12,7 +12,6 @@ import pytest
 from numpy.typing import NDArray
 
 from embedder.errors import RecipeMismatch, RequestError, StoreError
-from embedder.evaluation import metrics
 from embedder.evaluation.evaluation import Evaluation
 from embedder.heads.model import logits_of
 from embedder.heads.table import make_estimator
@@ -26,12 +25,6 @@ from embedder.training.trained_head import TrainedHead
 from tests.support import ANIMALS, DIM, animal_vectors, rows_of
 
 NOISE = 0.4  # clusters touch: four labels of each leave every fifth image wrong
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough to see that there is an interval, and ten times as fast."""
-    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 100)
 
 
 def names(prefix: str, num_each: int) -> list[str]:

@@ -13,7 +13,6 @@ from scipy.special import expit, softmax
 from embedder.datasets.splits import Split
 from embedder.datasets.training_set import TrainingSet
 from embedder.errors import EmbedderError, ModelError, RequestError, StoreError
-from embedder.evaluation import metrics
 from embedder.evaluation.evaluation import Evaluation, expand_logits
 from embedder.heads.calibration import fit_temperature, log_loss, probabilities_of
 from embedder.heads.model import Model, logits_of
@@ -26,13 +25,6 @@ from embedder.training.fitting import Fitted, HeadSpec, fit, fit_head
 from embedder.training.options import TrainOptions
 from embedder.training.train import train
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, training_set
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough to see that there is an interval, and ten times as fast."""
-    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 100)
-
 
 ALONE = TrainOptions(duplicates=None)
 KERAS = ("linear", "mlp")  # which need more than a few dozen images to be as good as the others
