@@ -2,7 +2,6 @@ from .evaluation import Evaluation as Evaluation, expand_logits as expand_logits
 from .metrics import (
     Scores as Scores,
     accuracy_in_words as accuracy_in_words,
-    confusion_matrix as confusion_matrix,
     paired_difference as paired_difference,
 )
 from .paired_test import SIGNIFICANCE_LEVEL as SIGNIFICANCE_LEVEL, PairedTest as PairedTest

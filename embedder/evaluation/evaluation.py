@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix
 
 from embedder.datasets import TrainingSet, texts_of
 from embedder.evaluation.metrics import (
@@ -155,6 +156,11 @@ class Evaluation:
             binary = self.codes[:, column].astype(np.int64), self.chosen[:, column].astype(np.int64)
             rows += [row for row in per_class(*binary, pair) if row["class"] == name]
         return rows
+
+    def confusion(self) -> NDArray[np.int64]:
+        """Number of images by true class (rows) and predicted class (columns); not multi-label."""
+        labels = np.arange(len(self.classes))
+        return np.asarray(confusion_matrix(self.codes, self.predicted, labels=labels))
 
     def metrics(self, coarse_of: NDArray[np.integer] | None) -> dict[str, Any]:
         """What `metrics.json` says of how good the predictions are.

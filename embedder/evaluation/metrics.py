@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics import precision_recall_fscore_support
 
 NUM_RESAMPLES = 1000
 _NUM_SLOW = 200  # resamples at a time of what is not a sum over images
@@ -23,7 +24,7 @@ def scores(
     probabilities: NDArray[np.floating],
     num_resamples: int = NUM_RESAMPLES,
 ) -> Scores:
-    """Score predictions of one label an image.
+    """Score single-label predictions.
 
     Args:
         codes: int (n_images,), the true classes, as columns of `probabilities`.
@@ -149,36 +150,21 @@ def per_class(
     Returns:
         `class`, `precision`, `recall`, `f1` (0 to 1) and `num_images` of each that occurs.
     """
-    confusion = confusion_matrix(codes, predicted, len(classes))
-    hits, wanted, made = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    codes, labels = codes.astype(np.int64), np.arange(len(classes))
+    values = precision_recall_fscore_support(codes, predicted, labels=labels, zero_division=0.0)
     return [
         {
             "class": str(name),
-            "precision": float(hit / max(num_made, 1)),
-            "recall": float(hit / max(num_wanted, 1)),
-            "f1": float(2 * hit / max(num_wanted + num_made, 1)),
-            "num_images": int(num_wanted),
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+            "num_images": int(num_images),
         }
-        for name, hit, num_wanted, num_made in zip(classes, hits, wanted, made, strict=True)
-        if num_wanted or num_made
+        for code, (name, precision, recall, f1, num_images) in enumerate(
+            zip(classes, *values, strict=True)
+        )
+        if num_images or code in predicted
     ]
-
-
-def confusion_matrix(
-    codes: NDArray[np.integer], predicted: NDArray[np.integer], num_classes: int
-) -> NDArray[np.int64]:
-    """Count images by true and by predicted class.
-
-    Args:
-        codes: (n_images,), the true classes.
-        predicted: (n_images,), the predicted classes.
-        num_classes: How many there are, whether or not they occur.
-
-    Returns:
-        (num_classes, num_classes); rows true, columns predicted.
-    """
-    pairs = codes.astype(np.int64) * num_classes + predicted
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def reliability(

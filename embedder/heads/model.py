@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
-import skops.io
 from numpy.typing import NDArray
 
 from embedder.backbones import check_arrays_of_archive
@@ -57,6 +57,7 @@ class Model:
         settings: What was chosen for it.
         head_sha256: Of the head's file; empty before it is saved.
         record: How it was trained; None of one that `train` did not make.
+        accuracy: On the images that it was tested on, where it was loaded with its metrics.
     """
 
     estimator: Any
@@ -69,6 +70,13 @@ class Model:
     settings: dict[str, Any]
     head_sha256: str = ""
     record: Record | None = None
+    accuracy: float | None = None
+
+    def __repr__(self) -> str:
+        """Its head and its backbone, how many classes it tells apart, and how well."""
+        known = "" if self.accuracy is None else f", accuracy {self.accuracy:.3f}"
+        num_classes = f"{len(self.classes):,} classes"
+        return f"<Model {self.head} on {self.recipe.backbone}: {num_classes}{known}>"
 
     @property
     def is_multilabel(self) -> bool:
@@ -157,6 +165,8 @@ class Model:
                 head["keras"] = self.estimator.to_json()
             else:
                 file = path / SKOPS_FILE
+                import skops.io
+
                 skops.io.dump(self.estimator, file)
             head |= {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
             content = {
@@ -203,6 +213,9 @@ class Model:
                 f"{recipe.fingerprint} and {', '.join(recipe.columns)}. Received: "
                 f"{said.fingerprint} and {said.column}"
             )
+        accuracy = None
+        with suppress(ModelError):  # it predicts without its metrics too
+            accuracy = ModelFolder(path).read_metrics()["test"]["accuracy"]
         return cls(
             estimator=_load_head(path, said.head, len(said.classes)),
             recipe=recipe,
@@ -214,6 +227,7 @@ class Model:
             settings=said.head.settings,
             head_sha256=said.head.sha256,
             record=record,
+            accuracy=accuracy,
         )
 
 
@@ -247,6 +261,8 @@ def _load_head(folder: Path, head: HeadFile, num_classes: int) -> Any:
 
 def _loaded(content: bytes, file: Path) -> Any:
     """The estimator of a file of skops, if it holds nothing but what is trusted."""
+    import skops.io  # all of scikit-learn, which takes seconds, and a Keras head does not need it
+
     try:
         content = _moved(content)
         untrusted = set(skops.io.get_untrusted_types(data=content)) - set(TRUSTED_TYPES)

@@ -33,7 +33,8 @@ def stratified_folds(codes: NDArray[np.integer[Any]], num_folds: int) -> NDArray
     """Give each row a fold, so that every fold has its share of every class.
 
     A class's neighbouring rows go into one fold, not into different ones: images taken one after
-    the other are alike, and would tell a held-out image's class.
+    the other are alike, and would tell a held-out image's class. scikit-learn's `StratifiedKFold`
+    does so too, but refuses classes of fewer rows than folds.
 
     Args:
         codes: (n_rows,), each row's class.

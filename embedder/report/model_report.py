@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from embedder.analysis import map_coordinates
-from embedder.evaluation import confusion_matrix
 from embedder.heads import REPORT_FILE
 from embedder.report.page import MapPoint, Mistake, Report, write_report
 from embedder.report.thumbnails import thumbnails_of
@@ -43,7 +42,7 @@ def report_of(head: TrainedHead, metrics: dict[str, Any]) -> Report:
     classes = head.images.classes.tolist()
     confusion = np.zeros((0, 0), np.int64)
     if not is_multilabel:
-        confusion = confusion_matrix(test.codes, test.predicted, len(classes))
+        confusion = test.confusion()
     scores = dict(test.scores)
     if head.coarse_of is not None:
         scores |= test.hierarchical(head.coarse_of)

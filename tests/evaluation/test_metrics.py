@@ -15,7 +15,6 @@ from sklearn.metrics import (
 
 from embedder.evaluation import metrics
 from embedder.evaluation.metrics import (
-    confusion_matrix,
     hierarchical_scores,
     multilabel_scores,
     paired_difference,
@@ -149,11 +148,6 @@ def test_the_tree_counts_half_where_only_the_coarse_class_is_right() -> None:
     values = values_of(hierarchical_scores(codes, predicted, coarse_of))
     assert values["coarse_accuracy"] == pytest.approx(3 / 4)
     assert values["hierarchical_f1"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
-
-
-def test_the_confusion_matrix_has_true_classes_as_rows() -> None:
-    matrix = confusion_matrix(np.array([0, 0, 1]), np.array([1, 1, 0]), 3)
-    assert matrix.tolist() == [[0, 2, 0], [1, 0, 0], [0, 0, 0]]
 
 
 def test_a_class_that_never_occurs_has_no_row() -> None:

@@ -60,6 +60,14 @@ def test_a_model_says_what_it_is(model: Path, zoo: Store) -> None:
     assert metrics["intervals"]["test"]["accuracy"] == [1.0, 1.0]
 
 
+def test_a_model_says_in_a_line_what_it_is(model: Path) -> None:
+    loaded = Model.load(model)
+    backbone = loaded.recipe.backbone
+    assert repr(loaded) == f"<Model ridge on {backbone}: 3 classes, accuracy 1.000>"
+    (model / "metrics.json").write_text("{}")
+    assert repr(Model.load(model)) == f"<Model ridge on {backbone}: 3 classes>"
+
+
 def test_a_head_of_untrusted_types_is_refused_and_not_run(model: Path, tmp_path: Path) -> None:
     import hashlib
 
