@@ -36,7 +36,16 @@ def import_openvino() -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of the libraries that decide a vector's last digits."""
-    libraries = ("keras", "tensorflow", "openvino", "pillow", "cykooz-resizer", "numpy", "pyarrow")
+    libraries = (
+        "keras",
+        "tensorflow",
+        "tensorflow-cpu",
+        "openvino",
+        "pillow",
+        "cykooz-resizer",
+        "numpy",
+        "pyarrow",
+    )
     return {"embedder": __version__, **installed(libraries)}
 
 

@@ -4,7 +4,7 @@ import re
 import tomllib
 
 import embedder
-from embedder.libraries import DISTRIBUTION
+from embedder.libraries import DISTRIBUTION, versions
 from tests.support import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -17,6 +17,11 @@ def test_the_distribution_has_the_name_that_messages_tell_to_install() -> None:
 def test_the_version_stands_once() -> None:
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "embedder.__version__"
     assert re.fullmatch(r"\d+\.\d+\.\d+", embedder.__version__)
+    assert versions()["embedder"] == embedder.__version__
+    for module in (ROOT / "embedder").rglob(
+        "*.py"
+    ):  # nobody asks for it by the distribution's name
+        assert not re.search(r"""version\(["']embedder""", module.read_text()), module
 
 
 def test_what_is_told_to_install_can_be_installed() -> None:
