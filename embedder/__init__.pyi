@@ -99,7 +99,7 @@ def extract(
         The store, of which every image of the source is now a row or a failure.
 
     Raises:
-        RecipeError: The request makes no sense.
+        RequestError: The request makes no sense.
         SourceError: The source is missing, empty or unreadable.
         StoreError: The store cannot be written, was made with another recipe, or is being written
             by another run.
@@ -144,7 +144,7 @@ def train(
         The trained head; its `save` writes the model's folder, that the other functions take.
 
     Raises:
-        RecipeError: The request makes no sense, or the labels name fewer than two classes.
+        RequestError: The request makes no sense, or the labels name fewer than two classes.
         SourceError: A label file or a list cannot be read.
         StoreError: The store has no rows.
     """
@@ -171,7 +171,7 @@ def evaluate(
     Raises:
         ModelError: There is no such model.
         RecipeMismatch: The features are of another recipe.
-        RecipeError: The request makes no sense, or nothing is left to test on.
+        RequestError: The request makes no sense, or nothing is left to test on.
     """
 
 def predict(
@@ -324,7 +324,7 @@ def finetune(
         The tuned model, and whether it paid.
 
     Raises:
-        RecipeError: The request makes no sense.
+        RequestError: The request makes no sense.
         ModelError: The model cannot be read, or `out` holds something else.
         SourceError: The source cannot be listed.
         Unfinished: Training diverged, or images are no longer what they were.
@@ -342,7 +342,7 @@ def compare(models: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
 
     Raises:
         ModelError: One of them is no model, or was not tested on images of its own.
-        RecipeError: They were not tested on the same images.
+        RequestError: They were not tested on the same images.
     """
 
 def export(
@@ -371,7 +371,7 @@ def export(
 
     Raises:
         ModelError: There is no such model, or `out` holds something else or cannot be written.
-        RecipeError: The request makes no sense.
+        RequestError: The request makes no sense.
         Unfinished: The format cannot hold the network, or computes something else.
     """
 
@@ -391,7 +391,7 @@ def verify(
 
     Raises:
         SourceError: The source is missing or empty, or none is known for an audit.
-        RecipeError: `audit` is negative.
+        RequestError: `audit` is negative.
     """
 
 def open_store(path: str | os.PathLike[str]) -> Store:
