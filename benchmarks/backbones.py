@@ -14,8 +14,7 @@ import statistics
 import tempfile
 
 from embedder import engines
-from embedder.backbones.resolve import make_recipe
-from embedder.backbones.table import BACKBONES
+from embedder.backbones import BACKBONES, make_recipe
 from embedder.engines import images_per_second
 from embedder.libraries import versions
 from embedder.machine import gpus, num_cores

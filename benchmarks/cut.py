@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.backbones.graph import load_network
-from embedder.extraction.options import RunOptions
-from embedder.finetuning.finetune import finetune
-from embedder.finetuning.options import TuneOptions
-from embedder.heads.model import Model
+from embedder.backbones import load_network
+from embedder.extraction import RunOptions
+from embedder.finetuning import TuneOptions, finetune
+from embedder.heads import Model
 
 CACHED: dict[str, Any] = {"views": 1}
 PIXELS: dict[str, Any] = {"from_pixels": True, "augment": ()}

@@ -29,13 +29,12 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, features
 
 from embedder import engines
-from embedder.backbones.resolve import make_recipe
+from embedder.backbones import make_recipe
 from embedder.columns import EMBEDDING
-from embedder.decode.decode import decode_rgb, prepare_decoders
+from embedder.decode import decode_rgb, prepare_decoders
 from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
-from embedder.sources.listing import list_images
-from embedder.sources.reading import read_bytes
+from embedder.sources import list_images, read_bytes
 
 Pixels = NDArray[np.uint8]
 Decoder = Callable[[bytes], Pixels]

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from embedder import engines
-from embedder.backbones.graph import build
-from embedder.backbones.resolve import make_recipe
+from embedder.backbones import build, make_recipe
 from embedder.engines.openvino import openvino_settings
 from embedder.errors import EngineError
 from embedder.libraries import import_openvino, versions

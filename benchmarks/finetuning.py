@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from embedder.analysis.compare import compare, row_of
+from embedder.analysis import compare, row_of
+from embedder.finetuning import Watcher, finetune
 from embedder.finetuning.augmentation import AUGMENTATIONS
-from embedder.finetuning.finetune import Watcher, finetune
 from embedder.finetuning.options import STRATEGIES, TuneOptions
 
 

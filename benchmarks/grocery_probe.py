@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import embedder
-from embedder.backbones.table import BACKBONES
+from embedder.backbones import BACKBONES
 from embedder.recipe import DEFAULT_BACKBONE
 
 

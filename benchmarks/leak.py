@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 import embedder
-from embedder.sources.demo_images import images_folder
+from embedder.sources import images_folder
 
 
 def plant(photo: Path, target: Path, num_copies: int, random: np.random.Generator) -> None:

@@ -26,9 +26,9 @@ from embedder.extraction.options import DEFAULT_SHARD_SIZE
 from embedder.extraction.plan import drop_repeated, make_plan
 from embedder.recipe import Recipe
 from embedder.sources.refs import REF_SCHEMA
+from embedder.store import Store
 from embedder.store.schema import row_schema
 from embedder.store.shard_file import vector_array
-from embedder.store.store import Store
 
 DIM = 8
 

@@ -26,13 +26,13 @@ from planning import make_listing
 
 import embedder
 from embedder.columns import EMBEDDING
-from embedder.extraction.cluster import connect
+from embedder.extraction import connect
 from embedder.extraction.options import DEFAULT_SHARD_SIZE
-from embedder.heads.ridge_head import NUM_FOLDS, RidgeHead
+from embedder.heads import NUM_FOLDS, RidgeHead
 from embedder.recipe import Recipe
+from embedder.store import Store
 from embedder.store.schema import row_schema
 from embedder.store.shard_file import vector_array, vectors_of
-from embedder.store.store import Store
 from embedder.training import out_of_core
 from embedder.training.ridge_pass import ridge_sums
 

@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
 import embedder
-from embedder.evaluation.metrics import paired_difference
+from embedder.evaluation import paired_difference
 from embedder.training.options import SelfTrainOptions
 from embedder.training.self_training import self_train
 

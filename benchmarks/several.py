@@ -14,13 +14,12 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from embedder.backbones.resolve import make_recipe
-from embedder.extraction.extract import run_extraction
-from embedder.extraction.options import RunOptions
+from embedder.backbones import make_recipe
+from embedder.extraction import RunOptions, run_extraction
 from embedder.libraries import versions
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
-from embedder.sources.listing import list_images
+from embedder.sources import list_images
 
 PARTS = ["layers", "networks"]
 SHALLOW, DEEP = "conv4_block6_out", "conv5_block3_out"

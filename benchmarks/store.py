@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from planning import make_listing, write_store
 
+from embedder.store import Store
 from embedder.store.shard_file import vector_array
-from embedder.store.store import Store
 
 
 def read_store(folder: Path) -> NDArray[np.float32]:

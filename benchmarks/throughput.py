@@ -35,16 +35,14 @@ import numpy as np
 
 import embedder
 from embedder import engines
-from embedder.backbones.graph import build
-from embedder.backbones.resolve import make_recipe
+from embedder.backbones import build, make_recipe
 from embedder.columns import EMBEDDING
-from embedder.decode.decode import decode_rgb
+from embedder.decode import decode_rgb
 from embedder.errors import EngineError
 from embedder.libraries import import_keras, versions
 from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
-from embedder.sources.listing import list_images
-from embedder.sources.reading import read_bytes
+from embedder.sources import list_images, read_bytes
 
 PIPELINES = ("keras", "timm float32", "timm bfloat16", "embedder float32", "embedder bfloat16")
 NUM_WARM_UP = 64

@@ -21,11 +21,11 @@ import pyarrow as pa
 from throughput import link_images
 
 import embedder
-from embedder.backbones.resolve import make_recipe
+from embedder.backbones import make_recipe
 from embedder.extraction import cluster
 from embedder.extraction.record import Receipt
 from embedder.extraction.worker import Job
-from embedder.sources.listing import list_images
+from embedder.sources import list_images
 
 SHARD_SIZE = 2048
 NUM_EMPTY_SHARDS = 100

@@ -147,7 +147,7 @@ def make_recipes(
         options: All else.
 
     Raises:
-        RecipeError: There are too many weights, or a backbone comes twice.
+        RequestError: There are too many weights, or a backbone comes twice.
     """
     from embedder.backbones import make_recipe
 

@@ -78,7 +78,13 @@ def images_per_second(engine: Engine, recipe: Recipe) -> float:
 
 
 def remembered_batch_size(recipe: Recipe, runtime: Runtime, num_threads: int) -> int | None:
-    """What `find_batch_size` found; None if it was never here."""
+    """What `find_batch_size` found; None if it was never here.
+
+    Args:
+        recipe: Of the network.
+        runtime: Engine and devices.
+        num_threads: That it was found with.
+    """
     try:
         content = json.loads(_batch_size_file(recipe, runtime, num_threads).read_bytes())
         batch_size = int(content["batch_size"])

@@ -98,7 +98,11 @@ def check_precision(precision: str, runtime: Runtime) -> None:
 
 @contextlib.contextmanager
 def out_of_memory(*kinds: type[Exception]) -> Iterator[None]:
-    """Tell a batch that does not fit into memory from other errors of these kinds."""
+    """Tell a batch that does not fit into memory from other errors of these kinds.
+
+    Raises:
+        OutOfMemory: It does not fit.
+    """
     try:
         yield
     except kinds as error:

@@ -19,7 +19,13 @@ class OpenVinoEngine:
     device = "CPU"
 
     def __init__(self, recipe: Recipe, batch_size: int, num_threads: int) -> None:
-        """Compile for CPU, from the cached export where there is one."""
+        """Compile for CPU, from the cached export where there is one.
+
+        Args:
+            recipe: Of the network.
+            batch_size: Images of each call.
+            num_threads: CPU threads to use.
+        """
         self.batch_size = batch_size
         self.num_parallel = num_threads
         self._recipe = recipe

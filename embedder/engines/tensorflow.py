@@ -18,7 +18,13 @@ class TensorFlowEngine:
     name = "tensorflow"
 
     def __init__(self, recipe: Recipe, batch_size: int, num_threads: int) -> None:
-        """Build the model and trace it for one batch size."""
+        """Build the model and trace it for one batch size.
+
+        Args:
+            recipe: Of the network.
+            batch_size: Images of each call.
+            num_threads: CPU threads to use.
+        """
         import_keras()
         import tensorflow as tf
 

@@ -53,7 +53,17 @@ def load_image(path: bytes, recipe: Recipe) -> LoadedImage:
 def load_images(
     refs: pa.Table, recipe: Recipe, state: WorkerState, loading: Work
 ) -> Iterator[LoadedImage]:
-    """Images in the refs' order, read and decoded by the worker's threads ahead of need."""
+    """Read and decode images by the worker's threads, ahead of need.
+
+    Args:
+        refs: Rows of a listing.
+        recipe: What images are decoded to.
+        state: Whose threads, and whose batches say how far ahead.
+        loading: Counts what was read and decoded.
+
+    Yields:
+        Images in the refs' order.
+    """
     lookahead = max(_MIN_LOOKAHEAD, 4 * state.engine.batch_size)
     # An image with several views waits with all their pixels; every thread still has one in work.
     lookahead = min(lookahead, max(lookahead // recipe.views, state.num_threads + 1))
