@@ -36,11 +36,15 @@ def finetune(
             write_head_report(head, metrics, folder, listing)
 
     with console.progress(quiet) as on_progress:
-        on_epoch = _ignore if quiet else console.err.print
+        on_epoch = _ignore if quiet else _print_epoch
         watch = Watcher(on_progress, on_epoch, write_report)
         tuned = tune(model, source, out, options, run, activations, watch)
     if not quiet:
         _print_tuned(tuned.metrics, tuned.path, tuned.head is not None)
+
+
+def _print_epoch(epoch: Any) -> None:
+    console.err.print(str(epoch))  # else as a dataclass, over several lines
 
 
 def _ignore(_: Any) -> None:
