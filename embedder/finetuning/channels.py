@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from embedder.errors import RequestError
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
-from embedder.finetuning.options import Importance
+from embedder.finetuning.options import Importance, TuneOptions
+from embedder.finetuning.schedule import Group
 from embedder.finetuning.trainer import compiled
 from embedder.libraries import import_keras
 
@@ -19,30 +20,26 @@ CRITERIA = get_args(Importance)
 _NUM_BATCHES = 8  # more change a few of the chosen channels, at the cost of an epoch
 
 
-def channel_masks(
+def channel_group(
     tunable: TrainableNetwork,
     layers: "list[keras.Layer]",
     examples: Examples,
-    fraction: float,
-    criterion: Importance,
-    batch_size: int,
-    seed: int,
-) -> "list[tuple[keras.Variable, NDArray[np.float32]]]":
+    options: TuneOptions,
+) -> Group:
     """Choose the output channels of each layer that matter most to the loss.
 
     Args:
         tunable: Network and trained head.
         layers: Of which channels are chosen: convolutions and dense layers; others are left out.
         examples: A few batches of its training images are looked at.
-        fraction: Share of each layer's channels, above 0 to 1; at least one is chosen.
-        criterion: `taylor`, the squared change of the loss that setting a channel's weights to 0
-            would make, to first order (arXiv 1906.10771); `fisher`, the squared gradient, which is
-            the diagonal of the empirical Fisher information (arXiv 2111.09839).
-        batch_size: Images of a batch.
-        seed: Of which images.
+        options: The `fraction` of each layer's channels, of which at least one is chosen; the size
+            of a batch, and the seed of which images; and their `importance`: `taylor`, the squared
+            change of the loss that setting a channel's weights to 0 would make, to first order
+            (arXiv 1906.10771), or `fisher`, the squared gradient, which is the diagonal of the
+            empirical Fisher information (arXiv 2111.09839).
 
     Returns:
-        Kernels and biases, with 1 where a value belongs to a chosen channel and 0 elsewhere.
+        Kernels and biases, with masks of 1 where a value belongs to a chosen channel.
 
     Raises:
         RequestError: No layer has channels.
@@ -50,16 +47,19 @@ def channel_masks(
     kernels = [(layer, kernel) for layer in layers if (kernel := _kernel_of(layer)) is not None]
     if not kernels:
         raise RequestError("The blocks must have layers with channels. Received: none that has any")
-    scores = _scores(tunable, kernels, examples, criterion, batch_size, seed)
-    masks = []
+    scores = _scores(tunable, kernels, examples, options)
+    group = Group("channels", [])
     for (layer, kernel), score in zip(kernels, scores, strict=True):
         chosen = np.zeros(len(score), np.float32)
-        chosen[np.argsort(-score, kind="stable")[: max(1, round(fraction * len(score)))]] = 1
-        masks.append((kernel, np.broadcast_to(_spread(layer, kernel, chosen), kernel.shape)))
-        bias = getattr(layer, "bias", None)
-        if bias is not None:
-            masks.append((bias, chosen))
-    return [(variable, np.array(mask)) for variable, mask in masks]
+        num_chosen = max(1, round(options.fraction * len(score)))
+        chosen[np.argsort(-score, kind="stable")[:num_chosen]] = 1
+        spread = chosen.reshape(kernel.shape[-2:]) if _is_depthwise(layer) else chosen
+        group.variables.append(kernel)
+        group.masks.append(np.array(np.broadcast_to(spread, kernel.shape)))
+        if getattr(layer, "bias", None) is not None:
+            group.variables.append(layer.bias)
+            group.masks.append(chosen)
+    return group
 
 
 def _kernel_of(layer: "keras.Layer") -> "keras.Variable | None":
@@ -73,11 +73,6 @@ def _kernel_of(layer: "keras.Layer") -> "keras.Variable | None":
     return None
 
 
-def _spread(layer: "keras.Layer", kernel: "keras.Variable", values: NDArray[Any]) -> NDArray[Any]:
-    """Values of the channels (n_channels,), in a shape that broadcasts to the kernel's."""
-    return values.reshape(kernel.shape[-2:]) if _is_depthwise(layer) else values
-
-
 def _is_depthwise(layer: "keras.Layer") -> bool:
     return isinstance(layer, import_keras().layers.DepthwiseConv2D)
 
@@ -86,9 +81,7 @@ def _scores(
     tunable: TrainableNetwork,
     kernels: "list[tuple[keras.Layer, keras.Variable]]",
     examples: Examples,
-    criterion: Importance,
-    batch_size: int,
-    seed: int,
+    options: TuneOptions,
 ) -> list[NDArray[np.float64]]:
     """Importance of the output channels of each kernel, (n_channels,)."""
     import tensorflow as tf
@@ -105,26 +98,24 @@ def _scores(
         return tape.gradient(loss, [variable.value for variable in variables])
 
     gradients_of = compiled(gradients)
-    rows = np.random.default_rng(seed).permutation(examples.train)[: _NUM_BATCHES * batch_size]
-    totals = [np.zeros(_num_channels(*pair)) for pair in kernels]
+    batch_size = options.batch_size
+    order = np.random.default_rng(options.seed).permutation(examples.train)
+    rows = order[: _NUM_BATCHES * batch_size]
+    totals: list[Any] = [0.0] * len(kernels)
     for batch in np.split(rows, range(batch_size, len(rows), batch_size)):
         found = gradients_of(examples.inputs[batch, 0], examples.targets[batch])
-        for total, (layer, kernel), gradient in zip(totals, kernels, found, strict=True):
+        for i, ((layer, kernel), gradient) in enumerate(zip(kernels, found, strict=True)):
             if gradient is None:
                 raise RequestError(
                     f"Channels can be chosen in layers that the features are made of. "
                     f"Received: {layer.name}"
                 )
             values = np.asarray(gradient, np.float64)
-            if criterion == "taylor":
-                total += _sum_of(layer, values * kernel.numpy()) ** 2
+            if options.importance == "taylor":
+                totals[i] += _sum_of(layer, values * kernel.numpy()) ** 2
             else:
-                total += _sum_of(layer, values**2)
+                totals[i] += _sum_of(layer, values**2)
     return totals
-
-
-def _num_channels(layer: "keras.Layer", kernel: "keras.Variable") -> int:
-    return int(np.prod(kernel.shape[-2:])) if _is_depthwise(layer) else int(kernel.shape[-1])
 
 
 def _sum_of(layer: "keras.Layer", values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from embedder.datasets import TrainingSet
 from embedder.engines import best_training_precision
 from embedder.errors import RequestError
 from embedder.evaluation import accuracy_in_words
-from embedder.extraction import Progress, RunOptions, run_extraction
+from embedder.extraction import OnProgress, RunOptions, run_extraction
 from embedder.files import local_path
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
@@ -28,13 +28,7 @@ from embedder.finetuning.network import FEATURES, TrainableNetwork, make_trainab
 from embedder.finetuning.options import SCRATCH, Augmentation, TuneOptions
 from embedder.finetuning.parameter_groups import num_tuned, plan_groups, tuned_blocks
 from embedder.finetuning.pseudo_labels import PseudoLabelledImages, add_pseudo_labels
-from embedder.finetuning.resume import (
-    TUNED_FEATURES,
-    done_before,
-    finish,
-    open_work,
-    request_of,
-)
+from embedder.finetuning.resume import TUNED_FEATURES, done_before, finish, open_work, request_of
 from embedder.finetuning.schedule import find_optimizer
 from embedder.finetuning.trainer import Epoch, train
 from embedder.finetuning.tuned_model import (
@@ -44,13 +38,7 @@ from embedder.finetuning.tuned_model import (
     save_backbone,
     tuned_recipe,
 )
-from embedder.heads import (
-    BACKBONE_FILES,
-    Model,
-    ModelFolder,
-    as_keras_layers,
-    classifier_layers,
-)
+from embedder.heads import BACKBONE_FILES, Model, ModelFolder, as_keras_layers, classifier_layers
 from embedder.libraries import import_keras
 from embedder.sources import Listing, list_images
 from embedder.store import Store
@@ -98,7 +86,7 @@ class Watcher:
             the source holds, such as to write a report.
     """
 
-    run: Callable[[Progress], None] = lambda _: None
+    run: OnProgress = lambda _: None
     epoch: Callable[[Epoch], None] = lambda _: None
     head: Callable[[TrainedHead, dict[str, Any], Path, Listing], None] = lambda *_: None
 
@@ -213,10 +201,8 @@ def _check(model: Model, path: Path, folder: Path, features: Path, options: Tune
         )
     if folder.resolve() == path.resolve():
         raise RequestError(f"OUT must be another folder than MODEL. Received: {folder} for both")
-    weights, own = (
-        Path(model.recipe.weights_source),
-        [Path(model.recorded().provenance.store)],
-    )
+    weights = Path(model.recipe.weights_source)
+    own = [Path(model.recorded().provenance.store)]
     if weights.name in BACKBONE_FILES:
         own.append(weights.parent)
     if taken := {folder.resolve(), features.resolve()} & {place.resolve() for place in own}:

@@ -7,7 +7,7 @@ import numpy as np
 from embedder.backbones import leaf_layers
 from embedder.errors import RequestError
 from embedder.finetuning.blocks import last_layers, layer_groups, layers_of
-from embedder.finetuning.channels import channel_masks
+from embedder.finetuning.channels import channel_group
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork, is_normalisation, thaw_normalisation
 from embedder.finetuning.options import HEAD, TuneOptions
@@ -52,12 +52,12 @@ def plan_groups(tunable: TrainableNetwork, examples: Examples, options: TuneOpti
         options: Give the strategy, and how rates fall from the top down.
 
     Raises:
-        RequestError: As in `tuned_blocks` and `channels.channel_masks`.
+        RequestError: As in `tuned_blocks` and `channels.channel_group`.
     """
     heads = [variable for head in tunable.heads for variable in head.trainable_variables]
     groups, blocks = [Group("head", heads)], tuned_blocks(tunable, options)
     if options.strategy == "partial":
-        return [*groups, _channels(tunable, blocks["channels"], examples, options)]
+        return [*groups, channel_group(tunable, blocks["channels"], examples, options)]
     decay = options.resolved("rate_decay")
     if options.train_norm:
         thaw_normalisation(list(leaf_layers(tunable.upper)))
@@ -89,22 +89,6 @@ def _trained(layer: "keras.Layer", options: TuneOptions) -> "list[keras.Variable
             v for v in layer.trainable_variables if v.path.rpartition("/")[2] in ("bias", "beta")
         ]
     return list(layer.trainable_variables)
-
-
-def _channels(
-    tunable: TrainableNetwork, layers: "list[keras.Layer]", examples: Examples, options: TuneOptions
-) -> Group:
-    masked = channel_masks(
-        tunable,
-        layers,
-        examples,
-        options.fraction,
-        options.importance,
-        options.batch_size,
-        options.seed,
-    )
-    variables, masks = zip(*masked, strict=True)
-    return Group("channels", list(variables), masks=list(masks))
 
 
 def num_tuned(groups: list[Group]) -> int:

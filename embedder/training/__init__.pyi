@@ -16,6 +16,4 @@ from .semi_supervised import (
 )
 from .timing import Stopwatch as Stopwatch
 from .train import train as train
-from .trained_head import (
-    TrainedHead as TrainedHead,
-)
+from .trained_head import TrainedHead as TrainedHead

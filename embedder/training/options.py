@@ -86,7 +86,6 @@ class SelfTrainOptions:
         ),
     ] = 0.95
     threshold: Annotated[
-        float | None,
-        Field(ge=0.0, le=1.0, description="Confidence, instead of a calibrated one."),
+        float | None, Field(ge=0.0, le=1.0, description="Confidence, instead of a calibrated one.")
     ] = None
     seed: Seed = 0

@@ -11,14 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedder.datasets import (
-    Indices,
-    Split,
-    TrainingSet,
-    grouped_folds,
-    make_split,
-    strata_of,
-)
+from embedder.datasets import Indices, Split, TrainingSet, grouped_folds, make_split, strata_of
 from embedder.errors import RequestError
 from embedder.extraction import connect
 from embedder.heads import (

@@ -11,13 +11,7 @@ from sklearn.utils.validation import has_fit_parameter
 from embedder.datasets import Indices, TrainingSet, grouped_folds
 from embedder.errors import RequestError
 from embedder.evaluation import expand_logits
-from embedder.heads import (
-    HEADS,
-    Model,
-    fit_temperature,
-    logits_of,
-    probabilities_of,
-)
+from embedder.heads import HEADS, Model, fit_temperature, logits_of, probabilities_of
 from embedder.store import Store
 from embedder.training.fitting import Fitted, HeadSpec
 from embedder.training.options import SelfTrainOptions, UnlabelledMethod

@@ -17,11 +17,7 @@ from embedder.store import Store
 from embedder.training.cross_validation import judge
 from embedder.training.fitting import HeadSpec, fit_head
 from embedder.training.options import TrainOptions
-from embedder.training.out_of_core import (
-    fit_out_of_core,
-    is_read_in_parts,
-    make_out_of_core_split,
-)
+from embedder.training.out_of_core import fit_out_of_core, is_read_in_parts, make_out_of_core_split
 from embedder.training.ridge_pass import vector_column
 from embedder.training.semi_supervised import check_head, fit_semi_supervised, read_unlabelled
 from embedder.training.timing import Stopwatch

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from embedder.errors import RequestError
-from embedder.finetuning.channels import CRITERIA, channel_masks
+from embedder.finetuning.channels import CRITERIA, channel_group
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
+from embedder.finetuning.options import TuneOptions
 from embedder.libraries import import_keras
 
 HEIGHT, WIDTH = 6, 9
@@ -58,12 +59,17 @@ def random_kernel(num_channels: int, seed: int = 0) -> NDArray[Any]:
     return np.random.default_rng(seed).normal(size=(num_channels, NUM_CLASSES))
 
 
+def choosing(fraction: float, criterion: str, **options: Any) -> TuneOptions:
+    return TuneOptions("partial", fraction=fraction, importance=criterion, **options)
+
+
 def masks_of(
     tiny: TrainableNetwork, layers: "list[Any]", fraction: float, criterion: str
 ) -> dict[str, NDArray[np.float32]]:
     """Masks by the last two parts of their variable's name, such as `conv/kernel`."""
-    masks = channel_masks(tiny, layers, make_examples(), fraction, criterion, 3, 0)
-    return {"/".join(variable.path.split("/")[-2:]): mask for variable, mask in masks}
+    options = choosing(fraction, criterion, batch_size=3)
+    masked = channel_group(tiny, layers, make_examples(), options).masked
+    return {"/".join(variable.path.split("/")[-2:]): mask for variable, mask in masked}
 
 
 def chosen_by(mask: NDArray[np.float32]) -> list[int]:
@@ -121,7 +127,8 @@ def test_scores_are_those_of_the_papers_worked_out_by_hand(
             scores += (gradient * kernel).sum(axis=0) ** 2
         else:
             scores += (gradient**2).sum(axis=0)
-    ((_, mask),) = channel_masks(tiny, [dense], examples, 0.5, criterion, 4, 5)
+    options = choosing(0.5, criterion, batch_size=4, seed=5)
+    (mask,) = channel_group(tiny, [dense], examples, options).masks
     assert chosen_by(mask) == sorted(np.argsort(scores)[-15:].tolist())
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from embedder.backbones.resolve import make_recipe
 from embedder.errors import RequestError
-from embedder.finetuning.channels import channel_masks
+from embedder.finetuning.channels import channel_group
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork, is_normalisation, make_trainable
 from embedder.finetuning.options import STRATEGIES, TuneOptions
@@ -118,8 +118,9 @@ def test_the_channels_with_the_largest_gradients_are_chosen() -> None:
     upper = keras.Model(pixels, {"features": x})
     tiny = TrainableNetwork(network, lambda p: p / 255.0, None, upper, head)
     for criterion in ("taylor", "fisher"):
-        masks = channel_masks(tiny, network.layers, examples(), 0.4, criterion, 2, 0)
-        by_path = {variable.path: mask for variable, mask in masks}
+        options = TuneOptions("partial", fraction=0.4, importance=criterion, batch_size=2)
+        group = channel_group(tiny, network.layers, examples(), options)
+        by_path = {variable.path: mask for variable, mask in group.masked}
         assert set(by_path) == {v.path for v in (*conv.weights, *depthwise.weights)}
         for variable in (*conv.weights, *depthwise.weights):
             mask = by_path[variable.path]
@@ -131,8 +132,9 @@ def test_the_channels_with_the_largest_gradients_are_chosen() -> None:
                 chosen.tolist()
             )
     conv.set_weights([np.zeros_like(w) for w in conv.get_weights()])
-    masks = channel_masks(tiny, [conv, depthwise], examples(), 0.01, "taylor", 2, 0)
-    assert all(mask.any() for _, mask in masks)  # one at least
+    options = TuneOptions("partial", fraction=0.01, batch_size=2)
+    group = channel_group(tiny, [conv, depthwise], examples(), options)
+    assert all(mask.any() for mask in group.masks)  # one at least
 
 
 @pytest.mark.parametrize(
