@@ -160,7 +160,7 @@ def finetune(
         num_tuned=job.num_tuned,
         num_weights=tunable.network.count_params(),
         seconds=job.stopwatch.seconds,
-        pseudo_labels=None if more is None else more.facts(),
+        pseudo_labels=None if more is None else more.head.facts(),
     )
     weights = Path(recipe.weights_source)
     head = judge_tuned(tunable.head, model, labelled, Store(work / TUNED_FEATURES), tuning)

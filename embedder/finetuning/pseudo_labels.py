@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,16 +34,6 @@ class PseudoLabelledImages:
     labelled: TrainingSet
     paths: list[bytes]
     head: SemiSupervisedFit
-
-    def facts(self) -> dict[str, Any]:
-        """What `metrics.json` says of them."""
-        training = self.head.training
-        return {
-            "num_images": len(self.head.images.ids),
-            "num_pseudo_labels": len(training.pseudo_labels.rows),
-            "threshold": min(training.threshold, 1.0),
-            "verdict": str(training),
-        }
 
 
 def add_pseudo_labels(

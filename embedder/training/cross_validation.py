@@ -6,27 +6,27 @@ from embedder.datasets import Indices, Split, TrainingSet
 from embedder.errors import ModelError
 from embedder.evaluation import Evaluation
 from embedder.heads import Model
-from embedder.training.fitting import Fitted, HeadSpec, fit, fit_head
+from embedder.training.fitting import HeadSpec, fit, fit_head
 
 
 def judge(
-    spec: HeadSpec, images: TrainingSet, model: Model, fitted: Fitted | None = None
+    spec: HeadSpec, images: TrainingSet, model: Model, is_refitted: bool = False
 ) -> Evaluation:
     """Predictions of the images that are tested on, as `Split.tested_on` has them.
 
-    With one round and no `fitted`, by the model itself. With several, or on another split than
-    the model's, a head is fitted for each round: with its own choice of settings, or with those
-    of `fitted`.
+    With one round, by the model itself. With several, a head is fitted for each round, with its
+    own choice of settings.
 
     Args:
         spec: What kind of head the model's is.
         images: With a split, and their features in memory.
         model: Trained.
-        fitted: Its head, where settings are not to be chosen anew.
+        is_refitted: Whether a head with the model's settings is fitted for each round, as of
+            another split than the model's.
     """
     evaluations = []
     for train, test in images.split.folds:
-        if fitted is not None:
+        if is_refitted:
             judged = refit(spec, images, model, train)
         elif len(images.split.folds) == 1:
             judged = model

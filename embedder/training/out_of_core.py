@@ -41,37 +41,19 @@ _NUM_BLOCKS = 1000
 # Reading. ----------------------------------------------------------------------------------
 
 
-def shape_of(store: Store, column: str | None) -> tuple[int, int]:
-    """Number of rows, views too, and length of a vector, without reading any.
-
-    Returns:
-        (n_rows, dim); of a feature map all its values, of a feature that is not there 0.
-    """
-    num_rows = len(store) * store.recipe.views
-    column = column or store.recipe.columns[0]
-    if num_rows == 0 or column not in store.recipe.columns:
-        return num_rows, 0
-    return num_rows, store.dim(column)
-
-
-def parts_of(store: Store, column: str, rows: Indices) -> Iterator[NDArray[np.float32]]:
-    """Features of some images, of the images as they are, a shard at a time.
+def read_features(store: Store, column: str, rows: Indices) -> NDArray[np.float32]:
+    """Features of a few images, of the images as they are; other shards than theirs are not read.
 
     Args:
         store: Features.
         column: Which.
         rows: (m,), indices in `store.ids()`, rising.
 
-    Yields:
-        float32 (k, dim), in the order of `rows`.
+    Returns:
+        float32 (m, dim), in the order of `rows`.
     """
-    for table in scan(store, [column], images=rows):
-        yield vectors_of(table[column]).astype(np.float32, copy=False)
-
-
-def read_features(store: Store, column: str, rows: Indices) -> NDArray[np.float32]:
-    """Features of a few images, (m, dim); arguments as of `parts_of`."""
-    return np.concatenate([*parts_of(store, column, rows)])
+    parts = [vectors_of(table[column]) for table in scan(store, [column], images=rows)]
+    return np.concatenate(parts).astype(np.float32, copy=False)
 
 
 def is_read_in_parts(store: Store, column: str, head: str, options: TrainOptions) -> bool:
@@ -86,8 +68,8 @@ def is_read_in_parts(store: Store, column: str, head: str, options: TrainOptions
     Raises:
         RequestError: They are too many for the head, or for what is asked of it.
     """
-    num_rows, dim = shape_of(store, column)
-    num_bytes = num_rows * dim * np.dtype(np.float32).itemsize
+    num_values = len(store) * store.recipe.views * store.dim(column)
+    num_bytes = num_values * np.dtype(np.float32).itemsize
     received = f"Received: {store}, with {num_bytes / 2**30:,.1f} GiB of features"
     if num_bytes <= IN_CORE_BYTES or head not in OUT_OF_CORE_HEADS:
         if num_bytes > memory_bytes() / 2:

@@ -114,23 +114,20 @@ class SelfTraining:
         return self.kept_round < len(self.rounds) - 1
 
     def __str__(self) -> str:
-        """Which round was kept, with the guard's figures."""
+        """Which round was kept, with the guard's figures of the last."""
         last = len(self.rounds) - 1
         if last == 0:
             return f"nothing was added: no row got a label at the threshold of {self.threshold:.2f}"
         what = "rolled back to" if self.is_rolled_back else "kept"
-        judged = self.rounds[last if self.is_rolled_back else self.kept_round]
+        judged = self.rounds[last]
+        changes = {"log-loss": judged.log_loss_change, "accuracy": judged.accuracy_change}
         figures = [
             f"{name} {change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
-            for name, change in (
-                ("log-loss", judged.log_loss_change),
-                ("accuracy", judged.accuracy_change),
-            )
+            for name, change in changes.items()
         ]
-        number = last if self.is_rolled_back else self.kept_round
         return (
             f"{what} round {self.kept_round} of {last}; "
-            f"the guard's change from round 0 to {number}: {', '.join(figures)}"
+            f"the guard's change from round 0 to {last}: {', '.join(figures)}"
         )
 
 
@@ -241,9 +238,12 @@ def _folds(labels: Labels, seed: int) -> NDArray[np.int64]:
 
 def _calibrated_threshold(task: _Task, folds: NDArray[np.int64]) -> float:
     """The lowest confidence above which held-out labelled rows have the precision asked for."""
+    is_judged = folds >= 0
+    if not is_judged.any():
+        return 0.0
     confidence, is_right = np.zeros(len(folds)), np.zeros(len(folds), dtype=bool)
     probabilities: Probabilities
-    for number in np.unique(folds[folds >= 0]):
+    for number in np.unique(folds[is_judged]):
         held = folds == number
         rest = task.without(held)
         classes = np.unique(rest.labels)
@@ -251,17 +251,15 @@ def _calibrated_threshold(task: _Task, folds: NDArray[np.int64]) -> float:
             pool = np.concatenate([task.features[held], task.unlabelled])
             probabilities = _spread(replace(rest, unlabelled=pool))[: held.sum()]
         else:
-            probabilities = rest.fit(rest.features, rest.labels, None).probabilities(
-                task.features[held]
-            )
+            classifier = rest.fit(rest.features, rest.labels, None)
+            probabilities = classifier.probabilities(task.features[held])
         confidence[held] = probabilities.max(axis=1)
         is_right[held] = classes[probabilities.argmax(axis=1)] == task.labels[held]
-    if folds.max() < 0:
-        return 0.0
-    order = np.argsort(-confidence[folds >= 0], kind="stable")
-    precision = np.cumsum(is_right[folds >= 0][order]) / np.arange(1, len(order) + 1)
+    confidence, is_right = confidence[is_judged], is_right[is_judged]
+    order = np.argsort(-confidence, kind="stable")
+    precision = np.cumsum(is_right[order]) / np.arange(1, len(order) + 1)
     enough = np.flatnonzero(precision >= task.options.precision)
-    return float(confidence[folds >= 0][order[enough[-1]]]) if len(enough) else np.inf
+    return float(confidence[order[enough[-1]]]) if len(enough) else np.inf
 
 
 def _states(task: _Task, threshold: float) -> Iterator[_State]:

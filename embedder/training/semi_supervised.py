@@ -1,6 +1,7 @@
 """Unlabelled images for a head: which rows they are, and what they add to it."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from embedder.heads import HEADS, Model, fit_temperature, logits_of, probabiliti
 from embedder.store import Store
 from embedder.training.fitting import Fitted, HeadSpec
 from embedder.training.options import SelfTrainOptions, UnlabelledMethod
-from embedder.training.self_training import Classifier, SelfTraining, self_train
+from embedder.training.self_training import SelfTraining, self_train
 
 _NUM_FOLDS = 3  # of the labelled rows, to calibrate the head that pseudo-labels were added to
 
@@ -48,6 +49,15 @@ class SemiSupervisedFit:
     fitted: Fitted
     training: SelfTraining
     images: Unlabelled
+
+    def facts(self) -> dict[str, Any]:
+        """What `metrics.json` says of it, for a frozen backbone and for a tuned one."""
+        return {
+            "num_images": len(self.images.ids),
+            "num_pseudo_labels": len(self.training.pseudo_labels.rows),
+            "threshold": min(self.training.threshold, 1.0),
+            "verdict": str(self.training),
+        }
 
     def pseudo_labels(self) -> pa.Table:
         """Each pseudo-label: `image_id`, `sha256`, `label`, `confidence` and `round`."""
@@ -130,10 +140,7 @@ def fit_semi_supervised(
     """
     features, labels = images.unaugmented[indices], images.classes[images.codes[indices]]
     options = SelfTrainOptions(method=method, seed=spec.seed)
-
-    def fit(features: Any, names: Any, weights: Any) -> Classifier:
-        return _fit(spec, fitted, features, names, weights)
-
+    fit = partial(_fit, spec, fitted)
     training = self_train(fit, features, labels, unlabelled.features, options=options)
     if training.kept_round > 0:
         classifier = cast(_Calibrated, training.classifier)

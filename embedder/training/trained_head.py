@@ -130,7 +130,7 @@ class TrainedHead:
         elif self.can_refit:
             alone = replace(images, groups=np.arange(len(group)))
             naive = make_split(self.options.split, self.store, alone, self.options.seed)
-            test = judge(self.spec, replace(images, split=naive), self.model, self.fitted)
+            test = judge(self.spec, replace(images, split=naive), self.model, is_refitted=True)
             found["naive"] = test.scores["accuracy"]
         return found
 
@@ -140,7 +140,7 @@ class TrainedHead:
         Returns:
             `labels_per_class`, `accuracy`, `low`, `high` of heads with the settings chosen, each
             trained on so many images of each class, or on all that the class has. A head that
-            cannot be trained on so few has no such point. None if multi-label, of
+            cannot be trained on so few has no such point. Empty if multi-label, of
             `kfold:K`, and where features are not in memory.
         """
         images = self.images
@@ -159,15 +159,9 @@ class TrainedHead:
                 evaluation = self._refitted(indices) if size < largest else self.test
             except RequestError:  # so few images are not enough for this head
                 continue
-            accuracy = evaluation.scores["accuracy"]
-            curve.append(
-                {
-                    "labels_per_class": size,
-                    "accuracy": accuracy["value"],
-                    "low": accuracy["low"],
-                    "high": accuracy["high"],
-                }
-            )
+            found = evaluation.scores["accuracy"]
+            point = {"labels_per_class": size, "accuracy": found["value"]}
+            curve.append(point | {"low": found["low"], "high": found["high"]})
         return curve
 
     def _refitted(self, indices: NDArray[np.int64]) -> Evaluation:
@@ -181,18 +175,13 @@ class TrainedHead:
 
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds; heads are trained for some of it."""
-        unlabelled = {}
+        found = self.test.metrics(self.coarse_of)
+        found |= {"near_duplicates": self.leak(), "selection": self.fitted.trials}
         if self.semi_supervised is not None:
-            unlabelled = {"unlabelled": self.semi_supervised_metrics()}
-        return {
-            **self.test.metrics(self.coarse_of),
-            "near_duplicates": self.leak(),
-            "selection": self.fitted.trials,
-            **unlabelled,
-            **({} if self.tuning is None else {"tuning": self.tuning}),
-            "learning_curve": self.learning_curve(),
-            "seconds": self.seconds,
-        }
+            found["unlabelled"] = self.semi_supervised_metrics()
+        if self.tuning is not None:
+            found["tuning"] = self.tuning
+        return found | {"learning_curve": self.learning_curve(), "seconds": self.seconds}
 
     def semi_supervised_metrics(self) -> dict[str, Any]:
         """What unlabelled images did: rounds, the guard's verdict, and accuracy with and without.
@@ -205,13 +194,10 @@ class TrainedHead:
         training = self.semi_supervised.training
         return {
             "method": self.options.unlabelled_method,
-            "num_images": len(self.semi_supervised.images.ids),
-            "threshold": min(training.threshold, 1.0),
-            "num_pseudo_labels": len(training.pseudo_labels.rows),
+            **self.semi_supervised.facts(),
             "rounds": [asdict(judged) for judged in training.rounds],
             "kept_round": training.kept_round,
             "is_rolled_back": training.is_rolled_back,
-            "verdict": str(training),
             "accuracy_without": self.supervised_test.scores["accuracy"],
             "accuracy_with": self.test.scores["accuracy"],
             "gain": paired_difference(self.test.is_right, self.supervised_test.is_right),
@@ -271,11 +257,9 @@ class TrainedHead:
             `predicted` and its `probability`.
         """
         images, num_images = self.images, len(self.images.ids)
-        predicted: list[str | None] = [None] * num_images
-        probability: list[float | None] = [None] * num_images
-        names, probabilities = self.test.predicted_texts, self.test.calibrated.max(axis=1)
-        for i, name, p in zip(images.split.tested_on, names, probabilities, strict=True):
-            predicted[i], probability[i] = str(name), float(p)
+        predicted, probability = np.full(num_images, None), np.full(num_images, None)
+        predicted[images.split.tested_on] = self.test.predicted_texts
+        probability[images.split.tested_on] = self.test.calibrated.max(axis=1)
         return pa.table(
             {
                 "image_id": pa.array(images.ids, pa.string()),

@@ -24,7 +24,7 @@ from embedder.store.shard_file import vector_array, vectors_of
 from embedder.store.store import Store
 from embedder.training import out_of_core
 from embedder.training.options import TrainOptions
-from embedder.training.out_of_core import make_out_of_core_split, parts_of, read_features
+from embedder.training.out_of_core import make_out_of_core_split, read_features
 from embedder.training.train import train
 from embedder.training.trained_head import TrainedHead
 from tests.support import ANIMALS, DIM, add_rows, animal_vectors, rows_of, training_set
@@ -300,14 +300,11 @@ def test_without_a_row_to_hold_out_there_is_no_head(zoo: Store) -> None:
 # Reading -----------------------------------------------------------------------------------
 
 
-def test_parts_are_the_features_of_the_rows_asked_for(zoo: Store) -> None:
-    rows = np.array([0, 2, 29, 30, 59])
-    first, second = parts_of(zoo, "embedding", rows)
-    assert (len(first), len(second)) == (3, 2)
-    np.testing.assert_array_equal(np.concatenate([first, second]), all_vectors(zoo)[rows])
-    (only,) = parts_of(zoo, "embedding", np.array([31]))
-    np.testing.assert_array_equal(only, all_vectors(zoo)[[31]])
-    assert read_features(zoo, "embedding", rows).dtype == np.float32
+@pytest.mark.parametrize("rows", [[0, 2, 29, 30, 59], [31]])
+def test_features_are_of_the_rows_asked_for(zoo: Store, rows: list[int]) -> None:
+    found = read_features(zoo, "embedding", np.array(rows))
+    np.testing.assert_array_equal(found, all_vectors(zoo)[rows])
+    assert found.dtype == np.float32
 
 
 # What is refused ---------------------------------------------------------------------------
@@ -339,8 +336,7 @@ def test_one_of_several_features_must_be_named(tmp_path: Path, mean_colour_recip
     low, top = rows["embedding"], vector_array(np.ones((2, 5), np.float32))
     rows = rows.drop_columns("embedding").append_column("low", low).append_column("top", top)
     store.write_shard(rows, FAILURE_SCHEMA.empty_table(), "0.parquet")
-    assert out_of_core.shape_of(store, None) == (2, 2)
-    assert out_of_core.shape_of(store, "top") == (2, 5)
+    assert [store.dim(name) for name in ("low", "top")] == [2, 5]
     with pytest.raises(RequestError, match="`column` must be one of.*low, top.*Received: None"):
         train(store, head="ridge", options=ALONE)
 
