@@ -47,19 +47,14 @@ class Augmenter:
             "mixup": [lambda **k: layers.MixUp(alpha=0.2, **k)],
             "cutmix": [lambda **k: layers.CutMix(factor=(1.0, 1.0), **k)],
         }
-        chosen = [name for name in AUGMENTATIONS if name in names]
-        self._of_images = self._make(makers, [n for n in chosen if n not in _OF_LABELS], seed)
-        self._of_labels = self._make(makers, [n for n in chosen if n in _OF_LABELS], seed)
-        self.layers: list[keras.Layer] = self._of_images + self._of_labels
-
-    @staticmethod
-    def _make(makers: dict[str, list[Any]], names: list[str], seed: int) -> "list[keras.Layer]":
-        # In float32 whatever the network computes in: a pixel of 0 to 255 wants all of its bits.
-        return [
-            maker(seed=seed + number, dtype="float32")
-            for name in names
-            for number, maker in enumerate(makers[name], start=10 * AUGMENTATIONS.index(name))
-        ]
+        self._of_images: list[keras.Layer] = []
+        self._of_labels: list[keras.Layer] = []
+        for place, name in enumerate(AUGMENTATIONS):
+            made = self._of_labels if name in _OF_LABELS else self._of_images
+            for number, maker in enumerate(makers[name] if name in names else []):
+                # In float32 whatever the network computes in: a pixel wants all of its bits.
+                made.append(maker(seed=seed + 10 * place + number, dtype="float32"))
+        self.layers = self._of_images + self._of_labels
 
     def __call__(self, pixels: Any, targets: Any) -> tuple[Any, Any]:
         """Augment one batch.

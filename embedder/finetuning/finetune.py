@@ -128,10 +128,9 @@ def finetune(
     # However many images could not be embedded, those with a label could, and are looked for.
     run_options = replace(run_options or RunOptions(), max_failures=1.0)
     model, folder = Model.load(model_path), local_path(out)
-    if activations is not None:
-        activations = local_path(activations)
     whole = folder.absolute()
     work, features = (whole.with_name(f"{whole.name}.{name}") for name in ("tuning", "features"))
+    cache = work / "activations" if activations is None else local_path(activations)
     labelled = read_labelled(model_path, model, options.seed)
     request = request_of(model, labelled, options)
     if (done := done_before(folder, request)) is not None:
@@ -146,7 +145,7 @@ def finetune(
     more = job.find_start(listing)
     if more is not None:
         paths += more.paths
-    tunable, examples = job.prepare(tunable, listing, paths, activations)
+    tunable, examples = job.prepare(tunable, listing, paths, cache)
     epochs = job.train(tunable, examples)
     recipe = save_backbone(tunable.network, job.recipe, options, work)
     # The weights stay where they are until all is made of them that the model is to hold.
@@ -164,8 +163,11 @@ def finetune(
     )
     weights = Path(recipe.weights_source)
     head = judge_tuned(tunable.head, model, labelled, Store(work / TUNED_FEATURES), tuning)
-    head = replace(head, pseudo_labels=_pseudo_labels(model, Path(model_path), more))
-    head = replace(head, model=_in_its_place(head.model, whole / weights.name, features))
+    head = replace(
+        head,
+        model=_in_its_place(head.model, whole / weights.name, features),
+        pseudo_labels=_pseudo_labels(model, Path(model_path), more),
+    )
     metrics = head.save(
         folder, lambda new, metrics: job.watch.head(head, metrics, new, listing), weights
     )
@@ -224,22 +226,29 @@ def _check(model: Model, path: Path, folder: Path, features: Path, options: Tune
         as_keras_layers(model)  # refuses a head that is not made of layers
 
 
+@dataclass
 class _Job:
-    """One fine-tuning, step by step, each timed."""
+    """One fine-tuning, step by step, each timed.
 
-    def __init__(
-        self,
-        model: Model,
-        labelled: TrainingSet,
-        options: TuneOptions,
-        run_options: RunOptions,
-        work: Path,
-        watch: Watcher,
-    ) -> None:
-        self.model, self.labelled, self.options = model, labelled, options
-        self.start = model  # what a head that is kept is taken from
-        self.run_options, self.work, self.watch = run_options, work, watch
-        self.recipe = tuned_recipe(model, options)
+    Attributes:
+        model: What is tuned.
+        labelled: What it learns from; pseudo-labels are added.
+        options: Of the strategy and its training.
+        run_options: Of extractions.
+        work: The training's folder.
+        watch: What is called meanwhile.
+    """
+
+    model: Model
+    labelled: TrainingSet
+    options: TuneOptions
+    run_options: RunOptions
+    work: Path
+    watch: Watcher
+
+    def __post_init__(self) -> None:
+        self.start = self.model  # what a head that is kept is taken from
+        self.recipe = tuned_recipe(self.model, self.options)
         self.cut: str | None = None
         self.stopwatch = Stopwatch()
         self.num_tuned = 0
@@ -278,21 +287,26 @@ class _Job:
         tunable: TrainableNetwork,
         listing: Listing,
         paths: list[bytes],
-        activations: str | os.PathLike[str] | None,
+        cache: Path,
     ) -> tuple[TrainableNetwork, Examples]:
-        """The network with its head, and what it learns from."""
+        """The network with its head, and what it learns from.
+
+        Args:
+            tunable: Network without heads.
+            listing: The source.
+            paths: Where each labelled image is.
+            cache: Store of the activations at the cut.
+        """
         options, labelled = self.options, self.labelled
         tunable = self._with_heads(tunable)
         inputs: NDArray[Any]
         if not options.is_cached:
-            file = self.work / "pixels.npy"
-            inputs = decode_pixels(paths, labelled, self.recipe, file)
+            inputs = decode_pixels(paths, labelled, self.recipe, self.work / "pixels.npy")
             self.stopwatch.lap("decode")
         else:
             recipe = activations_recipe(self.recipe, self.cut, options.views or _DEFAULT_VIEWS)
-            store = os.fspath(activations or self.work / "activations")
-            run_extraction(listing, {store: recipe}, self.run_options, self.watch.run)
-            inputs = read_activations(Store(store), labelled, self.work / "activations.npy")
+            run_extraction(listing, {str(cache): recipe}, self.run_options, self.watch.run)
+            inputs = read_activations(Store(cache), labelled, self.work / "activations.npy")
             self.stopwatch.lap("activations")
         examples = examples_of(
             labelled, self.model, inputs, not options.is_cached, options.class_weight

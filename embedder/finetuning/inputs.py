@@ -13,7 +13,7 @@ from embedder.datasets import TrainingSet
 from embedder.decode import DecodedImage
 from embedder.errors import Unfinished
 from embedder.extraction import load_image
-from embedder.finetuning.labelled_images import targets_of, weights_of
+from embedder.finetuning.labelled_images import rows_in, targets_of, weights_of
 from embedder.heads import Model
 from embedder.libraries import import_keras
 from embedder.machine import num_cores
@@ -119,7 +119,12 @@ def decode_pixels(
                         f"{images.ids[row]} could be embedded before, and now cannot: "
                         f"{image.outcome.error}"
                     )
-                _check_bytes(images, row, image.sha256)
+                if image.sha256 != images.sha256[row]:
+                    raise Unfinished(
+                        f"{images.ids[row]} must be the image that the model was trained on, with "
+                        f"sha256 {images.sha256[row]}. Received: {image.sha256}. Extract the "
+                        f"images again, and train the head again"
+                    )
                 pixels[i, 0] = image.outcome.pixels
     return pixels
 
@@ -147,15 +152,6 @@ def mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     return array
 
 
-def _check_bytes(images: TrainingSet, row: int, sha256: str | None) -> None:
-    if sha256 != images.sha256[row]:
-        raise Unfinished(
-            f"{images.ids[row]} must be the image that the model was trained on, with sha256 "
-            f"{images.sha256[row]}. Received: {sha256}. Extract the images again, and train the "
-            f"head again"
-        )
-
-
 def read_activations(store: Store, images: TrainingSet, file: Path) -> NDArray[np.float32]:
     """Copy activations of the images to learn from and to stop by into a file that is mapped.
 
@@ -168,28 +164,17 @@ def read_activations(store: Store, images: TrainingSet, file: Path) -> NDArray[n
         float32 (n, n_views, ...), in the order of `Split.trained_on`.
 
     Raises:
-        Unfinished: The store lacks an image, or has other bytes of it.
+        Unfinished: As in `labelled_images.rows_in`.
     """
-    rows, num_views = images.split.trained_on, store.recipe.views
-    index_of = {images.ids[row]: i for i, row in enumerate(rows)}
-    (column,), is_there = store.recipe.columns, np.zeros(len(rows), dtype=bool)
-    activations = None
-    for table in scan(store, ["image_id", "sha256", column], view=None):
-        ids = table["image_id"].to_numpy(zero_copy_only=False)[::num_views]
-        wanted = np.flatnonzero([image in index_of for image in ids])
-        if not len(wanted):
-            continue
+    rows = rows_in(images, store)[images.split.trained_on]
+    order, start = np.argsort(rows), 0
+    activations: NDArray[np.float32] = np.zeros(0, np.float32)
+    (column,) = store.recipe.columns
+    for table in scan(store, [column], view=None, images=rows[order]):
         vectors = vectors_of(table[column])
-        vectors = vectors.reshape(len(ids), num_views, *vectors.shape[1:])
-        if activations is None:
-            shape = (len(rows), *vectors.shape[1:])
-            activations = mapped(file, np.float32, shape)
-        checksums = table["sha256"].to_pylist()[::num_views]
-        for number in wanted:
-            i = index_of[ids[number]]
-            _check_bytes(images, rows[i], checksums[number])
-            activations[i], is_there[i] = vectors[number], True
-    if activations is None or not is_there.all():
-        lost = images.ids[rows[int(np.argmin(is_there))]]
-        raise Unfinished(f"{lost} could be embedded before, and now is not in {store}")
+        vectors = vectors.reshape(-1, store.recipe.views, *vectors.shape[1:])
+        if start == 0:
+            activations = mapped(file, np.float32, (len(rows), *vectors.shape[1:]))
+        activations[order[start : start + len(vectors)]] = vectors
+        start += len(vectors)
     return activations

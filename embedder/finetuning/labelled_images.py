@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.class_weight import compute_sample_weight
 
 from embedder.columns import TEST, TRAIN, VALIDATION
 from embedder.datasets import Split, TrainingSet, codes_of, grouped_folds, share_of
@@ -76,6 +76,18 @@ def in_store(images: TrainingSet, store: Store) -> TrainingSet:
     """The same images in a store's order.
 
     Raises:
+        Unfinished: As in `rows_in`.
+    """
+    rows = rows_in(images, store)
+    order = np.argsort(rows)
+    num_unlabelled = len(store) - len(rows)
+    return replace(images.reordered(order), rows=rows[order], num_unlabelled=num_unlabelled)
+
+
+def rows_in(images: TrainingSet, store: Store) -> NDArray[np.int64]:
+    """Where the images are in `Store.ids()`, (n,).
+
+    Raises:
         Unfinished: The store lacks an image, or has other bytes of it.
     """
     row_of = {image: row for row, image in enumerate(store.ids())}
@@ -92,9 +104,7 @@ def in_store(images: TrainingSet, store: Store) -> TrainingSet:
             f"Images must not change while a model is fine-tuned. Received: other bytes of "
             f"{images.ids[changed[0]]}, as of {len(changed):,} images in all"
         )
-    order = np.argsort(rows)
-    num_unlabelled = len(row_of) - len(rows)
-    return replace(images.reordered(order), rows=rows[order], num_unlabelled=num_unlabelled)
+    return rows
 
 
 def _indicators(codes: NDArray[np.integer], classes: NDArray[np.integer]) -> NDArray[np.bool_]:
@@ -122,6 +132,8 @@ def weights_of(
 ) -> NDArray[np.float32]:
     """Weight of each image's loss: 1, or with `balanced`, more for those of rare classes.
 
+    Images of classes that are not trained on weigh 0.
+
     Args:
         targets: (n, n_classes); images have one label each where class weights are asked for.
         train: (m,), indices of the images that the classes' frequencies are of.
@@ -132,11 +144,8 @@ def weights_of(
     """
     if class_weight is None:
         return np.ones(len(targets), np.float32)
-    codes = targets.argmax(axis=1)
-    known = np.unique(codes[train])
-    weights = np.ones(targets.shape[1])
-    weights[known] = compute_class_weight(class_weight, classes=known, y=codes[train])
-    return np.asarray(weights[codes], np.float32)
+    weights = compute_sample_weight(class_weight, targets.argmax(axis=1), indices=train)
+    return np.asarray(weights, np.float32)
 
 
 def find_paths(listing: Listing, images: TrainingSet) -> list[bytes]:

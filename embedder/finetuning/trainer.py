@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, dataclasses
 
 from embedder.errors import Unfinished
 from embedder.files import whole_file
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     import keras
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Epoch:
-    """What an epoch came to.
+    """What an epoch came to; other values than these are refused, as of a damaged checkpoint.
 
     Attributes:
         number: From 1; 0 is what training starts from.
@@ -274,12 +275,13 @@ class _Trainer:
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = dict(file)
-            epochs = [_epoch_of(values) for values in json.loads(str(arrays["epochs"]))]
+            epochs = [Epoch(**values) for values in json.loads(str(arrays["epochs"]))]
             num_best = sum(name.startswith("best_") for name in arrays)
             best = [arrays[f"best_{i}"] for i in range(num_best)]
         except Exception as error:  # NumPy, zipfile and zlib raise what a damaged file makes them
+            reason = repr(error).splitlines()[0]  # pydantic says more
             raise Unfinished(
-                f"The checkpoint {path} cannot be read: {error!r}. Delete it, to begin anew"
+                f"The checkpoint {path} cannot be read: {reason}. Delete it, to begin anew"
             ) from error
         state = [arrays.get(f"state_{i}") for i in range(len(self._state))]
         if f"state_{len(state)}" in arrays or not (
@@ -288,21 +290,6 @@ class _Trainer:
             raise Unfinished(f"The checkpoint {path} is of another network. Delete it")
         self._assign(self._state, state)
         self._best, self.epochs = best, epochs
-
-
-def _epoch_of(values: dict[str, Any]) -> Epoch:
-    """An epoch as `asdict` gave it.
-
-    Raises:
-        ValueError: Its values are no numbers.
-        TypeError: They are others than an epoch has.
-    """
-    may_lack = ("loss", "validation_loss", "validation_accuracy")
-    for name, value in values.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (is_number or (value is None and name in may_lack)):
-            raise ValueError(f"{name} = {value!r}")
-    return Epoch(**values)
 
 
 def _fit(arrays: list[NDArray[Any] | None], variables: "list[keras.Variable]") -> bool:

@@ -147,16 +147,18 @@ def judge_tuned(
     validation, test = images.split.validation, images.split.tested_on
     estimator = _estimator(head, model, tuning.options.seed)
     held = read_logits(estimator, store, EMBEDDING, images.rows[validation])
-    known: NDArray[Any] = targets_of(images, model)[validation]
-    known = known.astype(np.int64) if model.is_multilabel else known.argmax(axis=1)
-    calibration = calibrate(held, known)
+    truth: NDArray[Any] = targets_of(images, model)[validation]
+    truth = truth.astype(np.int64) if model.is_multilabel else truth.argmax(axis=1)
+    calibration = calibrate(held, truth)
+    known = np.searchsorted(images.classes, model.classes)
+    fitted = Fitted(estimator, {}, known, calibration.temperature, calibration.thresholds, [])
     tuned = Model(
         estimator=estimator,
         recipe=store.recipe,
         column=EMBEDDING,
         classes=model.classes,
-        temperature=calibration.temperature,
-        thresholds=calibration.thresholds,
+        temperature=fitted.temperature,
+        thresholds=fitted.thresholds,
         head="mlp" if estimator.hidden else "linear",
         settings={},
         record=_record(model, store, tuning, len(images.split.trained_on)),
@@ -169,14 +171,7 @@ def judge_tuned(
         store=store,
         options=replace(_train_options(model), unlabelled=None),
         images=images,
-        fitted=Fitted(
-            estimator,
-            {},
-            np.searchsorted(images.classes, model.classes),
-            calibration.temperature,
-            calibration.thresholds,
-            trials=[],
-        ),
+        fitted=fitted,
         test=evaluation,
         coarse_of=None if coarse_of is None else np.array(coarse_of),
         seconds=tuning.seconds,

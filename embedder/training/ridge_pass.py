@@ -65,11 +65,10 @@ def ridge_sums(
     """
     _check(store, codes, folds)
     num_folds = int(folds.max()) + 1
-    path = store.address
     column = vector_column(store, column)
     parts = (
         _Part(
-            *(path, column, names, num_classes, num_folds),
+            *(store.address, column, names, num_classes, num_folds),
             *(codes[rows], folds[rows], None if weights is None else weights[rows]),
         )
         for names, rows in shard_groups(store, CHUNK_ROWS)

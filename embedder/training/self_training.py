@@ -199,7 +199,7 @@ def self_train(
 
 def _check(task: _Task, guard_features: Features | None, guard_labels: Labels | None) -> None:
     classes, counts = np.unique(task.labels, return_counts=True)
-    arrays = [task.features, task.unlabelled] + [guard_features] * (guard_features is not None)
+    arrays = [task.features, task.unlabelled, guard_features]
     shapes = [array.shape for array in arrays if array is not None]
     sizes = [len(task.labels)] + ([] if guard_labels is None else [len(guard_labels)])
     if (

@@ -112,7 +112,9 @@ def test_a_head_trained_out_of_core_gives_several_labels_an_image(
     assert head.fitted.trials[0]["accuracy"] > 0.5
     check_whole_way(head, store, labels, tmp_path / "model")
     balanced = TrainOptions(duplicates=None, separator=";", class_weight="balanced")
-    with pytest.raises(RequestError, match="`class_weight` must be None where an image can have"):
+    with pytest.raises(
+        RequestError, match="`class_weight` must be None where labels are multi-label"
+    ):
         train(store, labels, name, balanced)
 
 
