@@ -41,22 +41,15 @@ class Evaluation:
     chosen: NDArray[np.bool_]
 
     @classmethod
-    def of(
-        cls,
-        model: Model,
-        features: NDArray[np.floating],
-        images: TrainingSet,
-        indices: NDArray[Any],
-    ) -> "Evaluation":
+    def of(cls, model: Model, images: TrainingSet, indices: NDArray[Any]) -> "Evaluation":
         """Predict labelled images.
 
         Args:
             model: Trained.
-            features: (n, dim).
-            images: With their labels.
-            indices: (n,) which of them the features are of.
+            images: With their labels, their features in memory.
+            indices: (n,) which of them.
         """
-        return cls.of_logits(model, model.logits(features), images, indices)
+        return cls.of_logits(model, model.logits(images.unaugmented[indices]), images, indices)
 
     @classmethod
     def of_logits(

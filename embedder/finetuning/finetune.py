@@ -151,8 +151,11 @@ def finetune(
     # The weights stay where they are until all is made of them that the model is to hold.
     run_extraction(listing, {str(work / TUNED_FEATURES): recipe}, run_options, job.watch.run)
     job.stopwatch.lap("features")
+    weights = Path(recipe.weights_source)
     tuning = Tuning(
         model=Path(model_path),
+        weights=whole / weights.name,
+        features=features,
         options=options,
         request=request,
         epochs=epochs,
@@ -161,27 +164,13 @@ def finetune(
         seconds=job.stopwatch.seconds,
         pseudo_labels=None if more is None else more.head.facts(),
     )
-    weights = Path(recipe.weights_source)
     head = judge_tuned(tunable.head, model, labelled, Store(work / TUNED_FEATURES), tuning)
-    head = replace(
-        head,
-        model=_in_its_place(head.model, whole / weights.name, features),
-        pseudo_labels=_pseudo_labels(model, Path(model_path), more),
-    )
+    head = replace(head, pseudo_labels=_pseudo_labels(model, Path(model_path), more))
     metrics = head.save(
         folder, lambda new, metrics: job.watch.head(head, metrics, new, listing), weights
     )
     finish(work, request, folder, features)
     return Tuned(folder, metrics, replace(head, store=Store(features)))
-
-
-def _in_its_place(model: Model, weights: Path, features: Path) -> Model:
-    """The model as it is once its weights and its features are where they belong."""
-    recipe = model.recipe.model_copy(update={"weights_source": str(weights)})
-    record = model.recorded()
-    provenance = record.provenance.model_copy(update={"store": str(features)})
-    record = record.model_copy(update={"provenance": provenance})
-    return replace(model, recipe=recipe, record=record)
 
 
 def _pseudo_labels(model: Model, path: Path, more: PseudoLabelledImages | None) -> pa.Table | None:
@@ -367,15 +356,8 @@ class _Job:
         self.num_tuned = num_tuned(groups)
         augment = () if options.is_cached else options.augment
         augmenter = Augmenter(_DEFAULT_AUGMENT if augment is None else augment, options.seed)
-        epochs = train(
-            tunable,
-            groups,
-            examples,
-            options.schedule(),
-            augmenter,
-            self.work / "checkpoint.npz",
-            self.watch.epoch,
-        )
+        schedule, checkpoint = options.schedule(), self.work / "checkpoint.npz"
+        epochs = train(tunable, groups, examples, schedule, augmenter, checkpoint, self.watch.epoch)
         self.stopwatch.lap("train")
         # Of all epochs, those before a kill too.
         self.stopwatch.seconds["train"] = round(sum(epoch.seconds for epoch in epochs), 3)

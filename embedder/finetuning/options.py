@@ -18,7 +18,6 @@ StrategyName = Literal["head", "gradual", "full", "partial", "norm", "bias", "cu
 Augmentation = Literal["flip", "vertical-flip", "crop", "rotation", "colour", "mixup", "cutmix"]
 Importance = Literal["taylor", "fisher"]
 Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=0)]
 Factor = Annotated[float, Field(gt=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 LossWeight = Annotated[float, Field(ge=0.0)]
@@ -142,7 +141,8 @@ class TuneOptions:
         Field(description="Of a new head's features; the model's if absent."),
     ] = None
     hidden: Annotated[
-        Size | None, Field(description="Of a new head: units of its hidden layer, 0 for none.")
+        int | None,
+        Field(ge=0, description="Of a new head: units of its hidden layer, 0 for none."),
     ] = None
     dropout: Annotated[BelowOne | None, Field(description="Of a new head, 0 to below 1.")] = None
     train_norm: Annotated[bool, Field(description="Train BatchNormalization's statistics too.")] = (

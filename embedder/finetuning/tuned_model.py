@@ -43,6 +43,8 @@ class Tuning:
 
     Attributes:
         model: Folder of the model it started from.
+        weights: File of the tuned backbone's weights, once the model is in its place.
+        features: Store of its features, once they are in theirs.
         options: The strategy and its training, as asked for.
         request: What decides the result.
         epochs: What they came to.
@@ -53,6 +55,8 @@ class Tuning:
     """
 
     model: Path
+    weights: Path
+    features: Path
     options: TuneOptions
     request: dict[str, Any]
     epochs: list[Epoch]
@@ -137,7 +141,7 @@ def judge_tuned(
         head: From features (n, dim) to logits (n, n_known).
         model: What tuning started from.
         labelled: What it learned from, and what it is tested on.
-        store: Features of the tuned backbone.
+        store: Features of the tuned backbone, not yet in their place.
         tuning: How it came to be.
 
     Raises:
@@ -154,14 +158,14 @@ def judge_tuned(
     fitted = Fitted(estimator, {}, known, calibration.temperature, calibration.thresholds, [])
     tuned = Model(
         estimator=estimator,
-        recipe=store.recipe,
+        recipe=store.recipe.model_copy(update={"weights_source": str(tuning.weights)}),
         column=EMBEDDING,
         classes=model.classes,
         temperature=fitted.temperature,
         thresholds=fitted.thresholds,
         head="mlp" if estimator.hidden else "linear",
         settings={},
-        record=_record(model, store, tuning, len(images.split.trained_on)),
+        record=_record(model, tuning, len(images.split.trained_on)),
     )
     logits = read_logits(estimator, store, EMBEDDING, images.rows[test])
     evaluation = Evaluation.of_logits(tuned, logits, images, test)
@@ -199,10 +203,10 @@ def _estimator(head: "keras.Sequential", model: Model, seed: int) -> KerasHead:
     return estimator
 
 
-def _record(model: Model, store: Store, tuning: Tuning, num_trained_on: int) -> Record:
+def _record(model: Model, tuning: Tuning, num_trained_on: int) -> Record:
     record = model.recorded()
     changes = {
-        "store": store.address,
+        "store": str(tuning.features),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "num_trained_on": num_trained_on,
     }

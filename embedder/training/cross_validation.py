@@ -33,7 +33,7 @@ def judge(
         else:
             own = fit_head(spec, replace(images, split=Split(folds=[(train, test)])))
             judged = own.in_model(model, images)
-        evaluations.append(Evaluation.of(judged, images.unaugmented[test], images, test))
+        evaluations.append(Evaluation.of(judged, images, test))
     return Evaluation.pooled(evaluations)
 
 

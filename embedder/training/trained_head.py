@@ -169,9 +169,8 @@ class TrainedHead:
             # scikit-learn takes one image a class for a regression.
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
             model = refit(self.spec, self.images, self.model, indices)
-        tested_on = self.images.split.tested_on
         with explain_fit_errors(self.spec.kind, len(indices)):  # more neighbours than images
-            return Evaluation.of(model, self.images.unaugmented[tested_on], self.images, tested_on)
+            return Evaluation.of(model, self.images, self.images.split.tested_on)
 
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` holds; heads are trained for some of it."""

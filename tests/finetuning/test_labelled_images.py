@@ -16,10 +16,11 @@ from embedder.finetuning.inputs import decode_pixels, examples_of, read_activati
 from embedder.finetuning.labelled_images import in_store, read_labelled
 from embedder.heads.model import Model
 from embedder.recipe import Recipe
+from embedder.store.schema import FAILURE_SCHEMA
 from embedder.store.store import Store
 from embedder.training.options import TrainOptions
 from embedder.training.train import train
-from tests.support import ANIMALS, DIM, add_rows, animal_vectors, make_archive
+from tests.support import ANIMALS, DIM, add_rows, animal_vectors, make_archive, rows_of
 
 UNKNOWN = "0" * 64
 
@@ -95,6 +96,25 @@ def test_activations_are_each_images_own(zoo: Store, labelled: TrainingSet, tmp_
     }
     wanted = np.array([vectors[image] for image in labelled.ids[rows]], np.float32)
     assert np.array_equal(found[:, 0], wanted)
+
+
+def test_activations_of_several_views_stay_together(
+    labelled: TrainingSet, mean_colour_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = mean_colour_recipe.model_copy(update={"views": 2})
+    store, images = Store.open_or_create(tmp_path / "views", recipe, {}), labelled.ids[::-1]
+    values = np.stack([np.arange(len(images)), np.zeros(len(images))], axis=1)  # place and view
+    for name, part in enumerate(np.split(np.arange(len(images)), [7, 20])):
+        vectors = np.repeat(values[part], 2, axis=0)
+        vectors[1::2, 1] = 1
+        rows = rows_of(mean_colour_recipe, np.repeat(images[part], 2).tolist(), vectors)
+        rows = rows.replace_schema_metadata()  # they are of another recipe, which the store refuses
+        rows = rows.add_column(1, "view", [np.tile(np.arange(2, dtype=np.int16), len(part))])
+        store.write_shard(rows, FAILURE_SCHEMA.empty_table(), f"{name}.parquet")
+    found = read_activations(store, labelled, tmp_path / "activations.npy")
+    places = len(images) - 1 - labelled.split.trained_on
+    assert found[:, 0].tolist() == [[place, 0] for place in places]
+    assert found[:, 1].tolist() == [[place, 1] for place in places]
 
 
 def test_activations_of_other_bytes_or_without_an_image_are_refused(

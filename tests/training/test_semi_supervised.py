@@ -234,7 +234,7 @@ def test_the_temperature_of_a_semi_supervised_head_comes_from_rows_it_has_not_se
     for factor in (0.1, 1.0, 10.0):
         model = replace(head.model, temperature=head.model.temperature * factor)
         rows = head.images.split.tested_on
-        judged = Evaluation.of(model, head.images.unaugmented[rows], head.images, rows)
+        judged = Evaluation.of(model, head.images, rows)
         temperatures[factor] = judged.scores["log_loss"]["value"]
     assert min(temperatures, key=lambda factor: temperatures[factor]) == 1.0
 
