@@ -1,9 +1,7 @@
 """What is left to do: the listing minus the store."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +22,8 @@ class Plan:
             listing, with `shard` (the file that holds the row) and `same_file` (the size and the
             time of change are as before, so the bytes need not be read again).
         stale_failures: Shards of failures to be tried again, by id.
-        deleted: Ids of rows that the listing no longer has, by shard.
-        deleted_failures: Ids of failures that the listing no longer has, by shard.
+        deleted: Shards of rows that the listing no longer has, by id.
+        deleted_failures: Shards of failures that the listing no longer has, by id.
         num_stored: Images that the store knows, as rows or as failures.
         num_done: Images whose row is as it should be.
         num_failed: Images whose failure stands.
@@ -34,8 +32,8 @@ class Plan:
     missing: pa.Table
     stale: pa.Table
     stale_failures: dict[str, str]
-    deleted: dict[str, list[str]]
-    deleted_failures: dict[str, list[str]]
+    deleted: dict[str, str]
+    deleted_failures: dict[str, str]
     num_stored: int
     num_done: int
     num_failed: int
@@ -43,7 +41,7 @@ class Plan:
     @property
     def num_deleted(self) -> int:
         """Number of images in the store that the listing no longer has."""
-        return sum(map(len, [*self.deleted.values(), *self.deleted_failures.values()]))
+        return len(self.deleted) + len(self.deleted_failures)
 
 
 def make_plan(
@@ -73,18 +71,15 @@ def make_plan(
     stands = pc.and_(_same_file(with_failure, its_failure), pc.invert(its_failure[PASSING]))
     if retry_failed:
         stands = pc.and_(stands, False)
-    retried = with_failure.filter(pc.invert(stands))
-    their_shards = its_failure["shard"].filter(pc.invert(stands))
+    is_retried = pc.invert(stands)
     neither = wanted.filter(pc.invert(pc.or_(has_row, has_failure)))
 
     return Plan(
-        missing=pa.concat_tables([neither, retried]).sort_by("image_id"),
+        missing=pa.concat_tables([neither, with_failure.filter(is_retried)]).sort_by("image_id"),
         stale=stale.filter(pc.invert(same_row)),
-        stale_failures=dict(
-            zip(retried["image_id"].to_pylist(), their_shards.to_pylist(), strict=True)
-        ),
-        deleted=_by_shard(_without(rows, refs)),
-        deleted_failures=_by_shard(_without(failures, refs)),
+        stale_failures=shards_by_id(its_failure.filter(is_retried)),
+        deleted=shards_by_id(_without(rows, refs)),
+        deleted_failures=shards_by_id(_without(failures, refs)),
         num_stored=rows.num_rows + failures.num_rows,
         num_done=pc.sum(same_row).as_py() or 0,
         num_failed=pc.sum(stands).as_py() or 0,
@@ -115,16 +110,17 @@ def drop_repeated(store: Store, refs: pa.Table) -> int:
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     if len(repeated) == 0:
         return 0
-    by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for entry in found.filter(pc.is_in(found["image_id"], repeated)).to_pylist():
-        by_id[entry["image_id"]].append(entry)
-    dropped: dict[str, dict[str, set[str]]] = {EMBEDDINGS: {}, FAILURES: {}}
-    for image_id, entries in by_id.items():
-        for entry in sorted(entries, key=lambda entry: (entry["rank"], entry["shard"]))[1:]:
-            dropped[entry["kind"]].setdefault(entry["shard"], set()).add(image_id)
-    for kind, ids_by_shard in dropped.items():
-        store.drop({shard: sorted(ids) for shard, ids in ids_by_shard.items()}, kind)
-    return sum(len(ids) for by_shard in dropped.values() for ids in by_shard.values())
+    again = found.filter(pc.is_in(found["image_id"], repeated))
+    kept: set[str] = set()
+    dropped: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for entry in again.sort_by([("rank", "ascending"), ("shard", "ascending")]).to_pylist():
+        image_id = entry["image_id"]
+        if image_id in kept:
+            dropped[entry["kind"]].add((image_id, entry["shard"]))
+        kept.add(image_id)
+    for kind, images in dropped.items():
+        store.drop(images, kind)
+    return sum(map(len, dropped.values()))
 
 
 def _entries(index: pa.Table, kind: str, refs: pa.Table) -> pa.Table:
@@ -156,10 +152,11 @@ def _same_file(refs: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
 def _same_extras(refs: pa.Table, rows: pa.Table) -> pa.ChunkedArray:
     """Whether a manifest's columns hold what they held; they can be written without embedding."""
     same = pa.chunked_array([pa.array(np.ones(refs.num_rows, bool))])
-    mine, theirs = extra_columns(refs.column_names), extra_columns(rows.column_names)
-    if {n: refs.schema.field(n).type for n in mine} != {
-        n: rows.schema.field(n).type for n in theirs
-    }:
+    mine, theirs = (
+        {name: table.schema.field(name).type for name in extra_columns(table.column_names)}
+        for table in (refs, rows)
+    )
+    if mine != theirs:
         return pc.and_(same, False)
     for name in mine:
         same = pc.and_(same, _equal_values(refs[name], rows[name]))
@@ -177,25 +174,15 @@ def _equal_values(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedAr
     if pa.types.is_string(left.type) or pa.types.is_integer(left.type):
         return _equal(left, right)
     # Arrow does not compare lists, structs and float16; their texts are the same where they are.
-    texts = zip(_texts(left), _texts(right), strict=True)
-    return pa.chunked_array([pa.array([mine == theirs for mine, theirs in texts], pa.bool_())])
-
-
-def _texts(column: pa.ChunkedArray) -> Iterator[str]:
-    for chunk in column.chunks:
-        yield from map(repr, chunk.to_pylist())
+    pairs = zip(left, right, strict=True)
+    same = [repr(mine.as_py()) == repr(theirs.as_py()) for mine, theirs in pairs]
+    return pa.chunked_array([pa.array(same, pa.bool_())])
 
 
 def _without(index: pa.Table, refs: pa.Table) -> pa.Table:
     return index.filter(pc.invert(pc.is_in(index["image_id"], refs["image_id"])))
 
 
-def _by_shard(index: pa.Table) -> dict[str, list[str]]:
-    if index.num_rows == 0:
-        return {}
-    grouped = (
-        index.select(["shard", "image_id"]).group_by("shard").aggregate([("image_id", "list")])
-    )
-    return dict(
-        zip(grouped["shard"].to_pylist(), grouped["image_id_list"].to_pylist(), strict=True)
-    )
+def shards_by_id(table: pa.Table) -> dict[str, str]:
+    """The shard of each image, of a table that has `shard`."""
+    return dict(zip(table["image_id"].to_pylist(), table["shard"].to_pylist(), strict=True))

@@ -15,12 +15,12 @@ from embedder.errors import RequestError, Unfinished
 from embedder.extraction.changed_files import Refreshed, refresh_shard
 from embedder.extraction.cluster import Pool, WorkerContext
 from embedder.extraction.options import RunOptions
-from embedder.extraction.plan import Plan, drop_repeated, make_plan
+from embedder.extraction.plan import Plan, drop_repeated, make_plan, shards_by_id
 from embedder.extraction.record import Receipt, Summary, grouped_reasons
 from embedder.extraction.shard import Earlier
 from embedder.extraction.worker import Job
 from embedder.libraries import logger
-from embedder.store import EMBEDDINGS, FAILURES, Store
+from embedder.store import FAILURES, Store
 
 
 @dataclass
@@ -73,9 +73,7 @@ class Target:
         summary.num_changed = len(self.replaced)
         is_replaced = pc.is_in(stale["image_id"], pa.array([*self.replaced], pa.string()))
         replaced = stale.filter(is_replaced)
-        self.shard_of = dict(
-            zip(replaced["image_id"].to_pylist(), replaced["shard"].to_pylist(), strict=True)
-        )
+        self.shard_of = shards_by_id(replaced)
         changed = replaced.drop_columns(["shard", "same_file"])
         self.todo = pa.concat_tables([self.todo, changed]).sort_by("image_id")
         self._check_failures()
@@ -96,21 +94,13 @@ class Target:
             StoreError: A shard cannot be read or written.
         """
         self.summary.add(receipt)
-        for kind, shard_of in (
-            (EMBEDDINGS, self.shard_of),
-            (FAILURES, self.plan.stale_failures),
-        ):
-            superseded: dict[str, list[str]] = {}
-            for image_id in receipt.settled:
-                # A shard's new failures have been written over its old ones.
-                is_gone = (
-                    kind == FAILURES
-                    and receipt.failures
-                    and (shard_of.get(image_id) == receipt.shard)
-                )
-                if image_id in shard_of and not is_gone:
-                    superseded.setdefault(shard_of[image_id], []).append(image_id)
-            self.store.drop(superseded, kind)
+        rows = [(i, self.shard_of[i]) for i in receipt.settled if i in self.shard_of]
+        self.store.drop(rows)
+        shard_of = self.plan.stale_failures
+        failures = [(i, shard_of[i]) for i in receipt.settled if i in shard_of]
+        if receipt.failures:  # which have been written over the old ones of this shard
+            failures = [(i, shard) for i, shard in failures if shard != receipt.shard]
+        self.store.drop(failures, FAILURES)
         self._check_failures()
 
     def _check_failures(self) -> None:
@@ -152,8 +142,8 @@ def compare(
     summary.num_retried = len(plan.stale_failures)
     if options.prune:
         _check_prune(plan, options.prune_share)
-        store.drop(plan.deleted)
-        store.drop(plan.deleted_failures, FAILURES)
+        store.drop(plan.deleted.items())
+        store.drop(plan.deleted_failures.items(), FAILURES)
         summary.num_dropped += plan.num_deleted
     job = Job(
         store.recipe,

@@ -6,6 +6,7 @@ done. Every file is written under a temporary name and renamed, so a shard that 
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -436,8 +437,11 @@ class Store:
         except OSError as error:
             raise StoreError(f"{path} cannot be removed: {error.strerror}") from error
 
-    def drop(self, ids_by_shard: dict[str, list[str]], kind: str = EMBEDDINGS) -> None:
-        """Drop images by id, with all their views, from the shards that hold them."""
+    def drop(self, images: Iterable[tuple[str, str]], kind: str = EMBEDDINGS) -> None:
+        """Drop images, with all their views: each by its id and the name of its shard."""
+        ids_by_shard: dict[str, list[str]] = defaultdict(list)
+        for image_id, name in images:
+            ids_by_shard[name].append(image_id)
         for name, ids in ids_by_shard.items():
             table = self.read_shard(name, kind)
             keep = pc.invert(pc.is_in(table["image_id"], pa.array(ids, pa.string())))

@@ -92,10 +92,10 @@ def test_failures_stand_until_asked_or_changed(store: Store) -> None:
         assert plan.num_failed == 0
 
 
-def test_deleted_images_are_told_by_shard(store: Store) -> None:
+def test_deleted_images_are_told_with_their_shards(store: Store) -> None:
     plan = make_plan(listing("b"), store)
-    assert plan.deleted == {"x.parquet": ["a"]}
-    assert plan.deleted_failures == {"x.parquet": ["f"]}
+    assert plan.deleted == {"a": "x.parquet"}
+    assert plan.deleted_failures == {"f": "x.parquet"}
     assert plan.num_deleted == 2
 
 

@@ -103,7 +103,7 @@ def test_a_shard_of_another_recipe_is_named_and_neither_read_nor_rewritten(
         with pytest.raises(StoreError, match=rule):
             read()
     with pytest.raises(StoreError, match=rule):
-        store.drop({"b.parquet": IDS[:1]})
+        store.drop([(IDS[0], "b.parquet")])
     with pytest.raises(StoreError, match=rule):
         store.replace_shard("b.parquet", pq.read_table(foreign, partitioning=None))
     assert foreign.read_bytes() == content
@@ -174,7 +174,7 @@ def test_digests_that_are_not_of_all_columns_are_damage(store: Store, digests: b
 
 
 def test_dropping_rows_leaves_a_shard_with_digests(store: Store) -> None:
-    store.drop({"a.parquet": IDS[:2]})
+    store.drop((image_id, "a.parquet") for image_id in IDS[:2])
     assert shard_file.has_digests(store.read_shard("a.parquet"))
     np.testing.assert_array_equal(store.vectors(), vectors()[2:])
 

@@ -303,15 +303,15 @@ def test_index_has_every_column_of_a_manifest_whatever_its_name(store: Store) ->
 
 def test_dropping_rows_keeps_the_others_and_their_vectors(store: Store) -> None:
     name = write(store, ["a", "b", "c"])
-    store.drop({name: ["b"]})
+    store.drop([("b", name)])
     assert dict(zip(store.ids(), store.vectors()[:, 0], strict=True)) == {"a": 0, "c": 2}
 
 
 def test_a_shard_without_rows_leaves_no_file(store: Store) -> None:
     name = write(store, ["a"], ["b"])
-    store.drop({name: ["b"]}, FAILURES)
+    store.drop([("b", name)], FAILURES)
     assert store.shards(FAILURES) == []
-    store.drop({name: ["a"]})
+    store.drop([("a", name)])
     assert store.shards() == []
 
 
