@@ -151,6 +151,19 @@ def _move_files(new: Path, path: Path) -> None:
             shutil.rmtree(older) if older.is_dir() else older.unlink()
 
 
+@contextmanager
+def os_errors_as(kind: type[EmbedderError], trouble: str) -> Iterator[None]:
+    """Tell what the system refuses inside the block as the package's own error.
+
+    Raises:
+        EmbedderError: Of this kind, with the trouble and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{trouble}: {error.strerror or error}") from error
+
+
 def local_path(path: str | os.PathLike[str]) -> Path:
     """A path of this machine's file systems.
 

@@ -119,7 +119,7 @@ def read_training_set(
         SourceError: The label file cannot be read.
         StoreError: The store has an image twice.
     """
-    ids = store.ids()
+    ids, sha256 = store.texts("image_id", "sha256")
     by_id = read_labels(store, labels, ids)
     if repeated := len(ids) - len(set(ids)):
         raise StoreError(
@@ -145,7 +145,7 @@ def read_training_set(
         )
     return TrainingSet(
         ids=ids[rows],
-        sha256=store.sha256()[rows],
+        sha256=sha256[rows],
         classes=classes,
         codes=codes,
         groups=np.arange(len(rows)),

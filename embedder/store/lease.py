@@ -1,7 +1,6 @@
 """One run at a time on a store: a lock that the system takes back from a run that is killed."""
 
 import json
-import logging
 import math
 import os
 import socket
@@ -14,6 +13,7 @@ from typing import BinaryIO
 
 from embedder.errors import StoreBusy, StoreError
 from embedder.files import local_path
+from embedder.libraries import logger
 
 try:
     import fcntl
@@ -23,7 +23,6 @@ except ImportError:  # not POSIX
 LOCK_FILE = ".lock"
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 10.0  # without --wait: for a run that is just ending
-logger = logging.getLogger("embedder")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from embedder.columns import PASSING, VIEW, extra_columns
 from embedder.recipe import Recipe
 from embedder.sources import MODIFIED_TYPE
-from embedder.store.shard_file import metadata_of, vector_array
+from embedder.store.shard_file import Columns, metadata_of, vector_array
 
 EMBEDDINGS = "embeddings"
 FAILURES = "failures"
@@ -29,7 +29,7 @@ FAILURE_SCHEMA = pa.schema(
         pa.field(PASSING, pa.bool_()),
     ]
 )
-OLDEST_FAILURE_SCHEMA = pa.schema([field for field in FAILURE_SCHEMA if field.name != PASSING])
+_OLDEST_FAILURE_SCHEMA = pa.schema([field for field in FAILURE_SCHEMA if field.name != PASSING])
 _ROW_FIELDS = [
     pa.field("image_id", pa.string(), nullable=False),
     pa.field("sha256", pa.string(), nullable=False),
@@ -83,6 +83,13 @@ def own_fields(recipe: Recipe) -> list[pa.Field]:
     """What the store itself has to say of each row."""
     views = [_VIEW_FIELD] if recipe.views > 1 else []
     return [*_ROW_FIELDS[:1], *views, *_ROW_FIELDS[1:]]
+
+
+def expected_columns(recipe: Recipe, kind: str) -> Columns:
+    """What a file of `embeddings` or `failures` must have, of whichever version of this package."""
+    if kind == FAILURES:
+        return Columns(recipe, _OLDEST_FAILURE_SCHEMA)
+    return Columns(recipe, pa.schema(own_fields(recipe)), recipe.columns)
 
 
 def shard_name(

@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from embedder.errors import DamagedShard, StoreError
-from embedder.files import whole_file
+from embedder.files import os_errors_as, whole_file
 from embedder.recipe import Recipe
 
 _FINGERPRINT, _RECIPE, _DIGESTS = b"embedder.fingerprint", b"embedder.recipe", b"embedder.digests"
@@ -157,11 +157,8 @@ def write(path: Path, table: pa.Table, recipe: Recipe, digested: Iterable[str]) 
         memory_pool=pool,
     )
     buffer = sink.getvalue()
-    try:
-        with whole_file(path) as file:
-            file.write(buffer)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
+    with os_errors_as(StoreError, f"{path} cannot be written"), whole_file(path) as file:
+        file.write(buffer)
     return int(buffer.size)
 
 

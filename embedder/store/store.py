@@ -18,16 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from embedder import files
 from embedder.columns import PASSING, VIEW, extra_columns
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
-from embedder.files import (
-    is_temporary,
-    local_path,
-    regular,
-    remove_abandoned,
-    replace_folder,
-    whole_file,
-)
 from embedder.recipe import Recipe
 from embedder.store import shard_file
 from embedder.store.lease import LOCK_FILE
@@ -36,10 +29,10 @@ from embedder.store.schema import (
     EMBEDDINGS,
     FAILURE_SCHEMA,
     FAILURES,
-    OLDEST_FAILURE_SCHEMA,
+    expected_columns,
     own_fields,
 )
-from embedder.store.shard_file import Columns, has_digests, vectors_of
+from embedder.store.shard_file import has_digests, vectors_of
 
 RUNS = "runs"
 RECIPE_FILE = "recipe.json"
@@ -89,10 +82,10 @@ class Store:
         Raises:
             StoreError: There is no store at this path, or its recipe cannot be read.
         """
-        self.path = local_path(path)
+        self.path = files.local_path(path)
         file = self.path / RECIPE_FILE
         try:
-            content = json.loads(regular(file).read_bytes())
+            content = json.loads(files.regular(file).read_bytes())
             where = {name: content[name] for name in _WHERE if content.get(name)}
             self.recipe = Recipe(**content["recipe"], **where)
             fingerprint = content["fingerprint"]
@@ -127,7 +120,7 @@ class Store:
             RecipeMismatch: The store was made with another recipe.
             StoreError: The folder holds something else, or cannot be written.
         """
-        folder = local_path(path)
+        folder = files.local_path(path)
         file = folder / RECIPE_FILE
         content = {
             "recipe": recipe.model_dump(mode="json"),
@@ -149,16 +142,14 @@ class Store:
                 )
         else:
             check_place(folder)
-        try:
+        with files.os_errors_as(StoreError, f"The store {folder} cannot be written"):
             for name in (EMBEDDINGS, FAILURES, RUNS):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             if not is_written:
-                with whole_file(file) as written:
+                with files.whole_file(file) as written:
                     written.write(json.dumps(content | where, indent=2).encode())
             store = cls(folder)
             store.remove_abandoned()
-        except OSError as error:
-            raise StoreError(f"The store {folder} cannot be written: {error}") from error
         return store
 
     @staticmethod
@@ -169,9 +160,9 @@ class Store:
 
     def move(self, path: str | os.PathLike[str]) -> None:
         """Give the store another path; a folder that is there takes the store's path."""
-        folder = local_path(path)
+        folder = files.local_path(path)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        replace_folder(self.path, folder)
+        files.replace_folder(self.path, folder)
         self.path = folder
 
     @property
@@ -239,19 +230,16 @@ class Store:
             DamagedShard: It is not as it was written.
             StoreError: It is of another recipe, or cannot be read just now.
         """
-        return shard_file.read(self.path / kind / name, self._expected(kind), columns)
-
-    def _expected(self, kind: str) -> Columns:
-        if kind == FAILURES:
-            return Columns(self.recipe, OLDEST_FAILURE_SCHEMA)
-        return Columns(self.recipe, pa.schema(own_fields(self.recipe)), self.recipe.columns)
+        return shard_file.read(
+            self.path / kind / name, expected_columns(self.recipe, kind), columns
+        )
 
     def num_rows_of(self, name: str) -> int:
         """Number of a shard's rows, views too, without reading them."""
         return shard_file.num_rows_of(self.path / EMBEDDINGS / name, self.recipe)
 
     def _schemas(self) -> Iterator[pa.Schema]:
-        expected = self._expected(EMBEDDINGS)
+        expected = expected_columns(self.recipe, EMBEDDINGS)
         for path in self.shards():
             yield shard_file.read_schema(path, expected)
 
@@ -278,13 +266,20 @@ class Store:
         Raises:
             RequestError: The store has no such view.
         """
-        ids = [table["image_id"].to_numpy() for table in scan(self, ["image_id"], view=view)]
-        return np.concatenate([np.array([], dtype=object), *ids])
+        return self.texts("image_id", view=view)[0]
 
     def sha256(self) -> NDArray[np.object_]:
         """Checksum of each image's bytes, in the order of `ids()`: str (n_images,)."""
-        checksums = [table["sha256"].to_numpy() for table in scan(self, ["sha256"])]
-        return np.concatenate([np.array([], dtype=object), *checksums])
+        return self.texts("sha256")[0]
+
+    def texts(self, *columns: str, view: int | None = 0) -> list[NDArray[np.object_]]:
+        """Columns of text, read at once, in the order of `ids(view=view)`: str (n_rows,) each."""
+        parts = [
+            [table[column].to_numpy() for column in columns]
+            for table in scan(self, [*columns], view=view)
+        ]
+        none = [np.array([], dtype=object)] * len(columns)
+        return [np.concatenate(arrays) for arrays in zip(none, *parts, strict=True)]
 
     def views(self) -> NDArray[np.int16]:
         """Number of each row's view, in the order of `vectors(view=None)`: int16 (n_rows,)."""
@@ -357,7 +352,8 @@ class Store:
     def _done_in(self, path: Path) -> pa.Table:
         """A shard's images and the columns of their manifest."""
         others = {"sha256", "width", "height", "format", *self.recipe.columns}
-        table = shard_file.read(path, self._expected(EMBEDDINGS), without=others)
+        expected = expected_columns(self.recipe, EMBEDDINGS)
+        table = shard_file.read(path, expected, without=others)
         if self.recipe.views > 1:  # an image's are in one shard, and are kept or dropped together
             table = table.filter(pc.equal(table[VIEW], 0)).drop_columns([VIEW])
         return table
@@ -432,10 +428,8 @@ class Store:
         if table.num_rows:
             self._write(path, table)
             return
-        try:
+        with files.os_errors_as(StoreError, f"{path} cannot be removed"):
             path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StoreError(f"{path} cannot be removed: {error.strerror}") from error
 
     def drop(self, images: Iterable[tuple[str, str]], kind: str = EMBEDDINGS) -> None:
         """Drop images, with all their views: each by its id and the name of its shard."""
@@ -472,21 +466,19 @@ class Store:
                 damaged[file.name] = str(file.error)
             elif file.error is not None:
                 raise file.error
-        try:
-            for name in damaged:
-                aside = self.path / DAMAGED / name.replace("/", "-")
+        for name in damaged:
+            aside = self.path / DAMAGED / name.replace("/", "-")
+            with files.os_errors_as(StoreError, f"{aside} cannot be written"):
                 aside.parent.mkdir(exist_ok=True)
                 while aside.exists():  # it was damaged before
                     aside = aside.with_name(f"again-{aside.name}")
                 (self.path / name).rename(aside)
-        except OSError as error:
-            raise StoreError(f"{aside} cannot be written: {error.strerror}") from error
         return damaged
 
     def remove_abandoned(self) -> None:
         """Remove what runs that were killed have left under temporary names."""
         for place in (self.path, *(self.path / name for name in (EMBEDDINGS, FAILURES, RUNS))):
-            remove_abandoned(place)
+            files.remove_abandoned(place)
 
     def write_run(self, record: dict[str, Any], run_id: str) -> None:
         """Keep the record of one run.
@@ -496,11 +488,11 @@ class Store:
         """
         moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         path = self.path / RUNS / f"{moment}-{run_id}.json"
-        try:
-            with whole_file(path) as file:
-                file.write(json.dumps(record, indent=2).encode())
-        except OSError as error:
-            raise StoreError(f"{path} cannot be written: {error.strerror or error}") from error
+        with (
+            files.os_errors_as(StoreError, f"{path} cannot be written"),
+            files.whole_file(path) as file,
+        ):
+            file.write(json.dumps(record, indent=2).encode())
 
     def _write(self, path: Path, table: pa.Table) -> int:
         tied = ["image_id"]  # each image to its bytes and its vectors
@@ -517,17 +509,16 @@ def check_place(place: str | os.PathLike[str]) -> None:
     Raises:
         StoreError: It does.
     """
-    folder, own = local_path(place), {EMBEDDINGS, FAILURES, RUNS, LOCK_FILE}
-    try:
+    folder, own = files.local_path(place), {EMBEDDINGS, FAILURES, RUNS, LOCK_FILE}
+    # A file, or a folder that may not be read.
+    with files.os_errors_as(StoreError, f"The store {folder} cannot be opened"):
         if (folder / RECIPE_FILE).exists():
             return
         entries = list(folder.iterdir()) if folder.exists() else []
-        others = [e.name for e in entries if e.name not in own and not is_temporary(e)]
+        others = [e.name for e in entries if e.name not in own and not files.is_temporary(e)]
         others += [
             f"{name}/{path.name}" for name in own for path in (folder / name).glob("*.parquet")
         ]
-    except OSError as error:  # a file, or a folder that may not be read
-        raise StoreError(f"The store {folder} cannot be opened: {error.strerror}") from error
     if others:
         raise StoreError(
             f"A new store must be an empty folder, or one that does not exist. "
@@ -537,7 +528,7 @@ def check_place(place: str | os.PathLike[str]) -> None:
 
 def _read_run(file: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(regular(file).read_bytes())
+        record = json.loads(files.regular(file).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     is_record = isinstance(record, dict) and all(
