@@ -3,7 +3,6 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +40,15 @@ def run(*words: Any) -> None:
 
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the ids, and the checksums, of each store are read, by the store's name."""
+    """How often columns of text are read of each store, by their names and the store's."""
     counts: Counter[str] = Counter()
+    real = Store.texts
 
-    def counted(real: Callable[[Store], Any]) -> Callable[[Store], Any]:
-        def count(store: Store, **view: Any) -> Any:
-            counts[f"{real.__name__} of {store.path.name}"] += 1
-            return real(store, **view)
+    def count(store: Store, *columns: str, **view: Any) -> Any:
+        counts[f"{' and '.join(columns)} of {store.path.name}"] += 1
+        return real(store, *columns, **view)
 
-        return count
-
-    for name in ("ids", "sha256"):
-        monkeypatch.setattr(Store, name, counted(getattr(Store, name)))
+    monkeypatch.setattr(Store, "texts", count)
     return counts
 
 
@@ -79,13 +75,13 @@ def test_training_a_head(
     world: Path, tmp_path: Path, counts: Counter[str], listed: list[Path], options: tuple[str, ...]
 ) -> None:
     run("train", world / "features", tmp_path / "model", *options)
-    assert counts == {"ids of features": 1, "sha256 of features": 1}
+    assert counts == {"image_id and sha256 of features": 1}
     assert listed.count(world / "photos") == 1  # for the report
 
 
 def test_testing_a_model(world: Path, counts: Counter[str], listed: list[Path]) -> None:
     run("evaluate", world / "model", world / "features", "--coarse", "folder")
-    assert counts == {"ids of features": 1, "sha256 of features": 1}
+    assert counts == {"image_id and sha256 of features": 1}
     assert listed.count(world / "photos") == 0
 
 
@@ -108,7 +104,7 @@ def test_fine_tuning(
     options = ("--epochs", "1", "--quiet", "--strategy", *words)
     run("finetune", world / "model", world / "photos", tmp_path / "tuned", *options)
     assert (tmp_path / "tuned" / "report.html").exists()
-    assert counts == {f"{what} of {name}": 1 for name in stores for what in ("ids", "sha256")}
+    assert counts == {f"image_id and sha256 of {name}": 1 for name in stores}
     assert listed.count(world / "photos") == 1
     assert listed.count(world / "more") == int("--unlabelled" in strategy)
     run("compare", world / "model", tmp_path / "tuned")

@@ -15,13 +15,7 @@ try:
 except ImportError:  # there is no wheel for this platform
     simd = None
 
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-# The same antialiased convolutions in vector instructions: docs/adr/0004-scaled-by-default.md.
+# Pillow's antialiased convolutions in vector instructions: docs/adr/0004-scaled-by-default.md.
 _SIMD_FILTERS = {}
 if simd:
     _SIMD_FILTERS = {
@@ -113,7 +107,7 @@ def _resize(image: Image.Image, size: tuple[int, int], box: Box, recipe: "Recipe
     """Resize the part of an RGB image in `box` to `size`, (width, height)."""
     simd_filter = _SIMD_FILTERS.get(recipe.interpolation)
     if recipe.decode == "exact" or simd_filter is None:
-        return image.resize(size, _FILTERS[recipe.interpolation], box)
+        return image.resize(size, Image.Resampling[recipe.interpolation.upper()], box)
     if not hasattr(_of_thread, "resizer"):
         _of_thread.resizer = simd.Resizer()
     left, top, right, bottom = box

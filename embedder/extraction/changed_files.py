@@ -18,10 +18,10 @@ from embedder.columns import extra_columns
 from embedder.errors import ReadError
 from embedder.extraction.shard import Stopped
 from embedder.sources import read_bytes
-from embedder.store import Store
+from embedder.store import Store, own_fields
 
 
-@dataclass(frozen=True)
+@dataclass
 class Refreshed:
     """What the files of a shard's stale rows hold.
 
@@ -76,7 +76,8 @@ def refresh_shard(
     refreshed = _with_columns_of(stale, pa.array(is_same), table, store)
     if not refreshed.equals(table):
         store.replace_shard(name, refreshed)
-    return Refreshed(found.replaced, int(is_same.sum()), found.unreadable)
+    found.num_same = int(is_same.sum())
+    return found
 
 
 def hash_of(path: bytes) -> str:
@@ -94,19 +95,19 @@ def _with_columns_of(
     """Take a manifest's columns from the refs, and `modified` of those that are the same."""
     ref_of = pc.index_in(table["image_id"], refs["image_id"].combine_chunks())
     same_of = pc.if_else(is_same.take(ref_of), ref_of, None)
-    columns = {f.name: (f, table[f.name]) for f in table.schema}
-    last = {name: columns.pop(name) for name in store.recipe.columns}
-    for name in store.extra_columns(columns):
-        del columns[name]
-    for name in ["modified", *extra_columns(refs.drop_columns(["same_file"]).column_names)]:
+    modified = _merged(refs["modified"], same_of, table["modified"])
+    place = table.column_names.index("modified")
+    updated = table.set_column(place, table.schema.field("modified"), modified)
+    updated = updated.select([field.name for field in own_fields(store.recipe)])
+    for name in extra_columns(refs.column_names):
         field = refs.schema.field(name)
         theirs = pa.nulls(len(table), field.type)
         if name in table.column_names and table.schema.field(name).type == field.type:
             theirs = table[name]
-        chosen = same_of if name == "modified" else ref_of
-        columns[name] = field, _merged(refs[name], chosen, theirs)
-    fields, arrays = zip(*columns.values(), *last.values(), strict=True)
-    return pa.table(list(arrays), schema=pa.schema(fields, metadata=table.schema.metadata))
+        updated = updated.append_column(field, _merged(refs[name], ref_of, theirs))
+    for name in store.recipe.columns:
+        updated = updated.append_column(table.schema.field(name), table[name])
+    return updated
 
 
 def _merged(ours: pa.ChunkedArray, place: pa.ChunkedArray, theirs: pa.Array) -> pa.ChunkedArray:

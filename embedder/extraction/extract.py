@@ -99,7 +99,7 @@ def run_extraction(
             stack.enter_context(lease(path, wait=options.wait))
         for path, recipe in recipes.items():
             store = Store.open_or_create(path, recipe, versions())
-            summary = Summary.begin(listing.source, store, options, listing, began)
+            summary = Summary.begin(store, options, listing, began)
             begun.append((store, summary))
         with _recorded(begun):
             watch.enter("comparing with the store")

@@ -1,6 +1,5 @@
 """What became of a run: its counts, its speed, and what held it back."""
 
-import os
 import re
 import socket
 import time
@@ -12,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from embedder.errors import StoreError
+from embedder.extraction.options import RunOptions
 from embedder.libraries import versions
 from embedder.recipe import Recipe
 from embedder.sources import Listing
@@ -188,25 +188,19 @@ class Summary(Work):
 
     @classmethod
     def begin(
-        cls,
-        source: str | os.PathLike[str],
-        store: Store,
-        options: Any,
-        listing: Listing,
-        started: float,
+        cls, store: Store, options: RunOptions, listing: Listing, started: float
     ) -> "Summary":
         """Start the record of a run.
 
         Args:
-            source: Where the images are.
-            store: Where their features go.
-            options: The run's `RunOptions`.
+            store: Where the features go.
+            options: Of the run.
             listing: What the source holds.
             started: When, in seconds since 1970.
         """
         num_listed: int = listing.refs.num_rows
         return cls(
-            source=os.fspath(source),
+            source=listing.source,
             store=str(store),
             options=asdict(options),
             recipe=store.recipe,

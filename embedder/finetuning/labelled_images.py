@@ -90,7 +90,8 @@ def rows_in(images: TrainingSet, store: Store) -> NDArray[np.int64]:
     Raises:
         Unfinished: The store lacks an image, or has other bytes of it.
     """
-    row_of = {image: row for row, image in enumerate(store.ids())}
+    ids, sha256 = store.texts("image_id", "sha256")
+    row_of = {image: row for row, image in enumerate(ids)}
     lost = [image for image in images.ids if image not in row_of]
     if lost:
         raise Unfinished(
@@ -98,7 +99,7 @@ def rows_in(images: TrainingSet, store: Store) -> NDArray[np.int64]:
             f"{len(lost):,} images in all"
         )
     rows = np.array([row_of[image] for image in images.ids], np.int64)
-    changed = np.flatnonzero(store.sha256()[rows] != images.sha256)
+    changed = np.flatnonzero(sha256[rows] != images.sha256)
     if len(changed):
         raise Unfinished(
             f"Images must not change while a model is fine-tuned. Received: other bytes of "

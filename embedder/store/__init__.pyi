@@ -10,6 +10,7 @@ from .schema import (
     Failure as Failure,
     Row as Row,
     failures_table as failures_table,
+    own_fields as own_fields,
     row_indices as row_indices,
     rows_table as rows_table,
     shard_name as shard_name,

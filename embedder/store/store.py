@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedder import files
-from embedder.columns import PASSING, VIEW, extra_columns
+from embedder.columns import PASSING, VIEW
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
 from embedder.recipe import Recipe
 from embedder.store import shard_file
@@ -133,7 +133,7 @@ class Store:
         if is_written:
             store = cls(folder)
             # The same weights can be somewhere else now.
-            is_written = all(getattr(store.recipe, name) == path for name, path in where.items())
+            is_written = all(getattr(store.recipe, name) == place for name, place in where.items())
             content = json.loads(file.read_bytes())
             if differences := store.recipe.differences(recipe):
                 raise RecipeMismatch(
@@ -384,11 +384,6 @@ class Store:
         """Number of embedded images."""
         num_rows = sum(map(self.num_rows_of, self.shard_names()))
         return num_rows // self.recipe.views
-
-    def extra_columns(self, names: Iterable[str]) -> list[str]:
-        """The columns that came from a manifest, among those of this store's rows."""
-        own = [*self.recipe.columns, *([VIEW] if self.recipe.views > 1 else [])]
-        return [name for name in extra_columns(names) if name not in own]
 
     # Writing -------------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ def read_unlabelled(path: str, model: Model, labelled: set[str]) -> Unlabelled:
     """
     store = Store(path)
     model.check_recipe(store.recipe, f"the store {path}")
-    sha256 = store.sha256()
+    ids, sha256 = store.texts("image_id", "sha256")
     is_new = np.array([checksum not in labelled for checksum in sha256], dtype=bool)
     if not is_new.any():
         raise RequestError(
@@ -111,7 +111,7 @@ def read_unlabelled(path: str, model: Model, labelled: set[str]) -> Unlabelled:
             f"Received: {path}, of {len(sha256):,} images"
         )
     features = store.vectors(model.column)[is_new].astype(np.float32)
-    return Unlabelled(store.ids()[is_new], sha256[is_new], features)
+    return Unlabelled(ids[is_new], sha256[is_new], features)
 
 
 def fit_semi_supervised(
