@@ -16,13 +16,7 @@ except ImportError:  # there is no wheel for this platform
     simd = None
 
 # Pillow's antialiased convolutions in vector instructions: docs/adr/0004-scaled-by-default.md.
-_SIMD_FILTERS = {}
-if simd:
-    _SIMD_FILTERS = {
-        "bilinear": simd.FilterType.bilinear,
-        "bicubic": simd.FilterType.catmull_rom,
-        "lanczos": simd.FilterType.lanczos3,
-    }
+_SIMD_FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom", "lanczos": "lanczos3"}
 _of_thread = threading.local()  # holds a Resizer, which keeps its intermediate image
 
 
@@ -106,13 +100,13 @@ def _pad(image: Image.Image, recipe: "Recipe") -> Image.Image:
 def _resize(image: Image.Image, size: tuple[int, int], box: Box, recipe: "Recipe") -> Image.Image:
     """Resize the part of an RGB image in `box` to `size`, (width, height)."""
     simd_filter = _SIMD_FILTERS.get(recipe.interpolation)
-    if recipe.decode == "exact" or simd_filter is None:
+    if simd is None or recipe.decode == "exact" or simd_filter is None:
         return image.resize(size, Image.Resampling[recipe.interpolation.upper()], box)
     if not hasattr(_of_thread, "resizer"):
         _of_thread.resizer = simd.Resizer()
     left, top, right, bottom = box
     options = simd.ResizeOptions(
-        simd.ResizeAlg.convolution(simd_filter),
+        simd.ResizeAlg.convolution(getattr(simd.FilterType, simd_filter)),
         crop_box=simd.CropBox(left, top, right - left, bottom - top),
     )
     resized = Image.new("RGB", size)

@@ -82,11 +82,9 @@ def run_extraction(
     watch.enter("listing images")
     with ExitStack() as stack:
         # Before a store is made: a scheduler that does not answer must leave nothing behind.
-        pool = (
-            stack.enter_context(cluster.connect(options.scheduler, 0))
-            if options.scheduler
-            else None
-        )
+        pool = None
+        if options.scheduler:
+            pool = stack.enter_context(cluster.connect(options.scheduler, 0))
         listing = source if isinstance(source, Listing) else list_images(source)
         watch.enter("preparing the network")
         for recipe in recipes.values():

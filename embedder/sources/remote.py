@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Coroutine
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 import fsspec.asyn
@@ -17,7 +17,6 @@ from embedder.sources.refs import RefRow, is_image, make_refs, readable
 
 READ_SECONDS = 60  # for one image, from the request to its last byte
 _PASSING_STATUSES = {408, 423, 425, 429}
-_Result = TypeVar("_Result")
 
 
 def list_url(url: str) -> tuple[pa.Table, Counter[str]]:
@@ -80,17 +79,12 @@ def read_url(url: str, scheme: str) -> bytes:
     return content
 
 
-def _within_deadline(filesystem: Any, reading: Coroutine[Any, Any, _Result]) -> _Result:
+def _within_deadline(filesystem: Any, reading: Coroutine[Any, Any, Any]) -> Any:
     """Wait for what a remote file system reads, but not for ever."""
-
-    async def bounded() -> _Result:
-        return await asyncio.wait_for(reading, READ_SECONDS)
-
     try:
-        result: _Result = fsspec.asyn.sync(filesystem.loop, bounded)
+        return fsspec.asyn.sync(filesystem.loop, asyncio.wait_for, reading, READ_SECONDS)
     except TimeoutError as error:
         raise ReadError(f"not read within {READ_SECONDS} seconds", is_passing=True) from error
-    return result
 
 
 async def _get(filesystem: Any, url: str) -> bytes:

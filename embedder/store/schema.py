@@ -32,6 +32,7 @@ FAILURE_SCHEMA = pa.schema(
 _OLDEST_FAILURE_SCHEMA = pa.schema([field for field in FAILURE_SCHEMA if field.name != PASSING])
 _ROW_FIELDS = [
     pa.field("image_id", pa.string(), nullable=False),
+    pa.field(VIEW, pa.int16(), nullable=False),  # where there are several
     pa.field("sha256", pa.string(), nullable=False),
     pa.field("bytes", pa.int64(), nullable=False),
     pa.field("width", pa.int32(), nullable=False),
@@ -39,7 +40,6 @@ _ROW_FIELDS = [
     pa.field("format", pa.string(), nullable=False),
     pa.field("modified", MODIFIED_TYPE),
 ]
-_VIEW_FIELD = pa.field(VIEW, pa.int16(), nullable=False)
 
 
 class Row(NamedTuple):
@@ -81,8 +81,7 @@ def row_schema(
 
 def own_fields(recipe: Recipe) -> list[pa.Field]:
     """What the store itself has to say of each row."""
-    views = [_VIEW_FIELD] if recipe.views > 1 else []
-    return [*_ROW_FIELDS[:1], *views, *_ROW_FIELDS[1:]]
+    return [field for field in _ROW_FIELDS if field.name != VIEW or recipe.views > 1]
 
 
 def expected_columns(recipe: Recipe, kind: str) -> Columns:
