@@ -221,7 +221,7 @@ def test_every_vector_is_with_its_image_and_view(
     recipe = mean_colour_recipe.model_copy(update={"views": NUM_VIEWS})
     (archive / "bad.jpg").write_bytes(b"no image")
     store, receipt = run(recipe, archive, tmp_path / "out", MeanColour(batch_size))
-    assert (receipt.num_rows, receipt.failures.total()) == (20, 1)
+    assert (receipt.num_embedded, receipt.failures.total()) == (20, 1)
     rows = store.table(["image_id", "view", "embedding"]).to_pylist()
     assert len(rows) == 20 * NUM_VIEWS
     for row in rows:
@@ -242,7 +242,7 @@ def test_one_view_that_is_not_finite_makes_its_image_one_failure(
 
     recipe = mean_colour_recipe.model_copy(update={"views": NUM_VIEWS})
     store, receipt = run(recipe, archive, tmp_path / "out", Overflowing(batch_size))
-    assert (receipt.num_rows, receipt.failures.total()) == (20 - num_bad, num_bad)
+    assert (receipt.num_embedded, receipt.failures.total()) == (20 - num_bad, num_bad)
     assert len(set(store.failures()["image_id"].to_pylist())) == num_bad
     assert set(Counter(store.ids(view=None)).values()) <= {NUM_VIEWS}
     assert (len(store), len(store.ids(view=None))) == (20 - num_bad, (20 - num_bad) * NUM_VIEWS)
