@@ -2,12 +2,11 @@
 
 import inspect
 import os
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 from embedder import analysis, checks, finetuning, heads, inference, training
 from embedder.backbones import BACKBONES, RecipeOptions, make_recipe
@@ -15,7 +14,7 @@ from embedder.errors import RequestError
 from embedder.extraction import OnProgress, Progress, RunOptions, run_extraction
 from embedder.finetuning import TuneOptions
 from embedder.inference import ExportFormat
-from embedder.options import description_of
+from embedder.options import described, options_of
 from embedder.store import Store
 from embedder.training import HeadName, TrainOptions
 
@@ -32,25 +31,20 @@ Result = TypeVar("Result")
 def _with_options(function: Callable[..., Result]) -> Callable[..., Result]:
     """Let a function be called with the attributes of its option classes, as keywords of its own.
 
-    Its signature and its docstring tell of them; the classes check what is given. Some of the
-    attributes are chosen as in `Annotated[RunOptions, {"engine"}]`.
+    Its signature and its docstring tell of them; the classes check what is given.
     """
     signature, doc = inspect.signature(function), function.__doc__ or ""
+    classes = options_of(function)
     parameters: dict[str, inspect.Parameter] = {}
-    classes: dict[str, tuple[Any, set[str]]] = {}
     for name, parameter in signature.parameters.items():
-        cls, *only = get_args(parameter.annotation) or [parameter.annotation]
-        if not is_dataclass(cls):
+        if name not in classes:
             parameters[name] = parameter
             continue
-        chosen = [field for field in fields(cls) if not only or field.name in only[0]]
-        classes[name] = cls, {field.name for field in chosen}
-        types = get_type_hints(cls, include_extras=True)
-        lines = [
-            _described(f"{field.name}: {description_of(types[field.name])}") for field in chosen
-        ]
+        cls, chosen = classes[name]
+        types = get_type_hints(cls)
         own = next(line for line in doc.splitlines() if line.startswith(f"        {name}: "))
-        doc, types = doc.replace(own, "\n".join(lines)), get_type_hints(cls)
+        lines = [described(field.name, field.type, indent=8) for field in chosen]
+        doc = doc.replace(own, "\n".join(lines))
         parameters |= {
             field.name: parameter.replace(
                 name=field.name, default=field.default, annotation=types[field.name]
@@ -65,18 +59,16 @@ def _with_options(function: Callable[..., Result]) -> Callable[..., Result]:
                 f"Unknown option: {', '.join(sorted(unknown))}. There are: {', '.join(parameters)}"
             )
         made = {
-            own: cls(**{name: given.pop(name) for name in names & given.keys()})
-            for own, (cls, names) in classes.items()
+            name: cls(
+                **{field.name: given.pop(field.name) for field in chosen if field.name in given}
+            )
+            for name, (cls, chosen) in classes.items()
         }
         return function(*args, **given, **made)
 
     call.__doc__ = doc
     call.__signature__ = signature.replace(parameters=[*parameters.values()])  # type: ignore[attr-defined]
     return call
-
-
-def _described(option: str) -> str:
-    return textwrap.fill(option, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
 
 
 @_with_options
@@ -296,10 +288,7 @@ def export(
 
 
 def verify(
-    store: Store | str | os.PathLike[str],
-    source: str | None = None,
-    audit: int = 0,
-    seed: int = 0,
+    store: Store | str | os.PathLike[str], source: str | None = None, audit: int = 0, seed: int = 0
 ) -> "list[Check]":
     """Check that every row of a store is whole and unique, and that vectors are their images'.
 

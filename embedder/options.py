@@ -2,6 +2,8 @@
 
 import inspect
 import textwrap
+from collections.abc import Callable
+from dataclasses import Field, fields, is_dataclass
 from functools import wraps
 from typing import (
     Annotated,
@@ -47,13 +49,32 @@ def checked(cls: Class) -> Class:
 
 def documented(cls: Class) -> Class:
     """Add the descriptions of a class's attributes to its docstring."""
-    described = [
-        textwrap.fill(f"    {name}: {text}", _DOC_WIDTH, subsequent_indent=" " * 8)
+    lines = [
+        described(name, annotation, indent=4)
         for name, annotation in get_type_hints(cls, include_extras=True).items()
-        if (text := description_of(annotation))
+        if description_of(annotation)
     ]
-    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *described])
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
     return cls
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, list[Field[Any]]]]:
+    """Parameters whose annotation is an option class: by name, the class and its fields.
+
+    Some of the fields are chosen as in `Annotated[RunOptions, {"engine"}]`.
+    """
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        cls, *only = get_args(parameter.annotation) or [parameter.annotation]
+        if is_dataclass(cls):
+            found[name] = cls, [field for field in fields(cls) if not only or field.name in only[0]]
+    return found
+
+
+def described(name: str, annotation: Any, indent: int) -> str:
+    """Lines of a docstring on an attribute, so many spaces from the margin."""
+    text = f"{' ' * indent}{name}: {description_of(annotation)}"
+    return textwrap.fill(text, _DOC_WIDTH, subsequent_indent=" " * (indent + 4))
 
 
 def description_of(annotation: Any) -> str:

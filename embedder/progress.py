@@ -22,7 +22,7 @@ _LINE_SECONDS = 5.0  # between plain lines
 _NOTEBOOK_SECONDS = 0.2  # between changes of a line
 
 
-def ignore(_: "Progress") -> None:
+def ignore(_: object) -> None:
     """Show nothing."""
 
 
@@ -111,8 +111,7 @@ class _NotebookLine:
 
     def __call__(self, progress: "Progress") -> None:
         self._progress = progress
-        is_new = self._speed.entered(progress)
-        if is_new or time.monotonic() - self._last > _NOTEBOOK_SECONDS:
+        if self._speed.entered(progress) or time.monotonic() - self._last > _NOTEBOOK_SECONDS:
             self._last = time.monotonic()
             self.show()
 

@@ -156,16 +156,12 @@ class Recipe(BaseModel):
             raise RecipeError.of(error.errors(), type(self).model_fields) from None
 
     @model_validator(mode="after")
-    def _check_sizes(self) -> Self:
+    def _check_sizes_and_layers(self) -> Self:
         if not all(MIN_SIDE <= side <= MAX_SIDE for side in self.image_size):
             raise ValueError(
                 f"each side must be {MIN_SIDE} to {MAX_SIDE} pixels, as (height, width). "
                 f"Received: image_size={self.image_size}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_layers(self) -> Self:
         if len(set(self.layers)) < len(self.layers):
             raise ValueError(f"each layer must be named once. Received: layers={self.layers}")
         if self.views > 1 and VIEW in self.columns:
@@ -216,12 +212,9 @@ class Recipe(BaseModel):
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the sha256 of the recipe's canonical JSON."""
         values = self.model_dump(mode="json")
-        if not self.layers:  # as in stores made before there were layers
-            del values["layers"]
-        if self.head is None:  # as in stores made before there were heads
-            del values["head"]
-        if self.views == 1:  # as in stores made before there were views
-            del values["views"]
+        for name in ("layers", "head", "views"):  # stores made before there were these have none
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del values[name]
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

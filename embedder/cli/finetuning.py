@@ -11,6 +11,7 @@ from embedder.cli.options import JsonFile, ModelPath, Quiet, command
 from embedder.extraction import RunOptions
 from embedder.files import local_path
 from embedder.finetuning import TuneOptions
+from embedder.progress import ignore
 
 
 @command
@@ -36,8 +37,7 @@ def finetune(
             write_head_report(head, metrics, folder, listing)
 
     with console.progress(quiet) as on_progress:
-        on_epoch = _ignore if quiet else _print_epoch
-        watch = Watcher(on_progress, on_epoch, write_report)
+        watch = Watcher(on_progress, ignore if quiet else _print_epoch, write_report)
         tuned = tune(model, source, out, options, run, activations, watch)
     if not quiet:
         _print_tuned(tuned.metrics, tuned.path, tuned.head is not None)
@@ -45,10 +45,6 @@ def finetune(
 
 def _print_epoch(epoch: Any) -> None:
     console.err.print(str(epoch))  # else as a dataclass, over several lines
-
-
-def _ignore(_: Any) -> None:
-    pass
 
 
 def _print_tuned(metrics: dict[str, Any], path: Path, is_new: bool) -> None:

@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field
 from functools import wraps
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,7 +13,7 @@ import typer
 
 from embedder.cli import console
 from embedder.errors import RequestError
-from embedder.options import description_of
+from embedder.options import description_of, options_of
 
 Source = Annotated[str, typer.Argument(help="Folder, glob, manifest (.txt .csv .parquet) or URL.")]
 StorePath = Annotated[str, typer.Argument(help="Folder of the feature store.")]
@@ -35,22 +35,19 @@ _WORDS: dict[str, dict[str, Any]] = {
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function.
 
-    A parameter of an option class becomes an option for each of its fields, or for some of them, as
-    in `Annotated[RunOptions, {"engine"}]`. What is wrong with these, like any `EmbedderError`, ends
-    the command with a message and an exit status.
+    A parameter of an option class becomes an option for each of its fields, see `options_of`. What
+    is wrong with these, like any `EmbedderError`, ends the command with a message and an exit
+    status.
 
     Returns:
         What Typer makes a command of. Its attribute `made_of` takes what was typed, by the names of
         the command's parameters, and makes the function's arguments of it.
     """
-    classes: dict[str, tuple[Any, list[Field[Any]]]] = {}
+    classes = options_of(function)
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
-        cls, *only = get_args(parameter.annotation) or [parameter.annotation]
-        if is_dataclass(cls):
-            chosen = [field for field in fields(cls) if not only or field.name in only[0]]
-            classes[parameter.name] = cls, chosen
-            parameters += map(_parameter, chosen)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in classes:
+            parameters += map(_parameter, classes[name][1])
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
