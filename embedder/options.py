@@ -5,15 +5,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import Field, fields, is_dataclass
 from functools import wraps
-from typing import (
-    Annotated,
-    Any,
-    TypeVar,
-    dataclass_transform,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from pydantic import ConfigDict, InstanceOf, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -79,8 +71,7 @@ def described(name: str, annotation: Any, indent: int) -> str:
 
 def description_of(annotation: Any) -> str:
     """What is said of an attribute in its annotation, or else in a part of that; or ''."""
-    if get_origin(annotation) is Annotated:
-        for note in annotation.__metadata__:
-            if isinstance(note, FieldInfo) and note.description:
-                return note.description
+    for note in getattr(annotation, "__metadata__", ()):  # of Annotated
+        if isinstance(note, FieldInfo) and note.description:
+            return note.description
     return next(filter(None, map(description_of, get_args(annotation))), "")

@@ -6,14 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress as ProgressBar,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 if TYPE_CHECKING:
     from embedder.extraction import OnProgress, Progress
@@ -42,13 +36,13 @@ def show_progress(
         yield line
         line.show()
     elif console.is_terminal:
-        with ProgressBar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}", markup=False),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[failures]}", markup=False),
+        with bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[speed]}", markup=False),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[failures]}", markup=False),
             console=console,
             transient=True,
         ) as bar:
@@ -82,7 +76,7 @@ class _Speed:
 
 
 class _BarPainter:
-    def __init__(self, bar: ProgressBar) -> None:
+    def __init__(self, bar: bars.Progress) -> None:
         self._bar, self._speed = bar, _Speed()
         self._task = bar.add_task("starting", total=None, speed="", failures="")
 

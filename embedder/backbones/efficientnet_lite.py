@@ -46,18 +46,14 @@ def make_network(number: int, image_size: tuple[int, int]) -> "keras.Model":
         map, (batch, height / 32, width / 32, 1280). The weights are random.
     """
     keras = import_keras()
-    layers = keras.layers
+    layers, unbiased = keras.layers, {"padding": "same", "use_bias": False}
 
     def convolve(x: Any, name: str, filters: int, kernel: int, stride: int = 1) -> Any:
-        conv = layers.Conv2D(
-            filters, kernel, stride, padding="same", use_bias=False, name=f"{name}_conv"
-        )
+        conv = layers.Conv2D(filters, kernel, stride, name=f"{name}_conv", **unbiased)
         return normalise(conv(x), name)
 
     def convolve_depthwise(x: Any, name: str, kernel: int, stride: int) -> Any:
-        conv = layers.DepthwiseConv2D(
-            kernel, stride, padding="same", use_bias=False, name=f"{name}_conv"
-        )
+        conv = layers.DepthwiseConv2D(kernel, stride, name=f"{name}_conv", **unbiased)
         return normalise(conv(x), name)
 
     def normalise(x: Any, name: str) -> Any:
@@ -105,10 +101,10 @@ def load(network: "keras.Model", path: Path) -> None:
 
 def _load_state_dict(network: "keras.Model", path: Path) -> None:
     """Fill the network from the PyTorch port's state dict, layer by layer in the graph's order."""
-    arrays = read_state_dict(path)
-    arrays = {k: v for k, v in arrays.items() if not k.startswith("_fc.")}
-    remaining = iter(
-        [(key, value) for key, value in arrays.items() if not key.endswith("num_batches_tracked")]
+    remaining = (
+        (key, value)
+        for key, value in read_state_dict(path).items()
+        if not key.startswith("_fc.") and not key.endswith("num_batches_tracked")
     )
     try:
         # Keras lists layers in the order they were built, which is the order of the file; each

@@ -4,21 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from embedder import recipe
 from embedder.options import Name, checked
-from embedder.recipe import (
-    DEFAULT_BACKBONE,
-    Crop,
-    CropFraction,
-    Decode,
-    ImageSize,
-    Interpolation,
-    L2Normalise,
-    Layers,
-    Pooling,
-    Precision,
-    StoreDtype,
-    Views,
-)
 
 
 @checked
@@ -32,7 +19,7 @@ class RecipeOptions:
             "make no difference. Or hub:PRESET, an image network of KerasHub with weights of its "
             "own."
         ),
-    ] = DEFAULT_BACKBONE
+    ] = recipe.DEFAULT_BACKBONE
     weights: Annotated[
         Name | None,
         Field(
@@ -41,14 +28,14 @@ class RecipeOptions:
             "pixels are preprocessed as the backbone's."
         ),
     ] = None
-    layers: Layers | None = None
-    pooling: Pooling | None = None
-    image_size: ImageSize | None = None
-    crop: Crop | None = None
-    crop_fraction: CropFraction | None = None
-    interpolation: Interpolation | None = None
-    decode: Decode | None = None
-    precision: Precision | None = None
-    store_dtype: StoreDtype | None = None
-    l2_normalise: L2Normalise | None = None
-    views: Views | None = None
+    layers: recipe.Layers | None = None
+    pooling: recipe.Pooling | None = None
+    image_size: recipe.ImageSize | None = None
+    crop: recipe.Crop | None = None
+    crop_fraction: recipe.CropFraction | None = None
+    interpolation: recipe.Interpolation | None = None
+    decode: recipe.Decode | None = None
+    precision: recipe.Precision | None = None
+    store_dtype: recipe.StoreDtype | None = None
+    l2_normalise: recipe.L2Normalise | None = None
+    views: recipe.Views | None = None

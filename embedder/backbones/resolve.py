@@ -8,13 +8,7 @@ from typing import Any
 from embedder.backbones import hub
 from embedder.backbones.options import RecipeOptions
 from embedder.backbones.table import BACKBONES, Backbone
-from embedder.backbones.weights import (
-    IMAGENET,
-    RANDOM,
-    PackagedWeights,
-    digest_of,
-    seed_of,
-)
+from embedder.backbones.weights import IMAGENET, RANDOM, PackagedWeights, digest_of, seed_of
 from embedder.columns import EMBEDDING, RESERVED_COLUMNS
 from embedder.errors import RecipeError, WeightsError
 from embedder.libraries import logger

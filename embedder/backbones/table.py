@@ -129,24 +129,13 @@ def _load_efficientnet(network: "keras.Model", path: Path) -> None:
         normalisation.finalize_state()
 
 
+# Side of the image, number of parameters and sha256 of the weights of EfficientNet-Lite0, 1 and 2.
+_LITE = (
+    (224, 3_413_024, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    (240, 4_189_344, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    (260, 4_869_168, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+)
 BACKBONES: dict[str, Backbone] = {
-    "efficientnet-lite0": _lite(
-        0,
-        224,
-        3_413_024,
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    ),
-    "efficientnet-lite1": _lite(
-        1,
-        240,
-        4_189_344,
-        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-    ),
-    "efficientnet-lite2": _lite(
-        2,
-        260,
-        4_869_168,
-        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-    ),
+    **{f"efficientnet-lite{number}": _lite(number, *facts) for number, facts in enumerate(_LITE)},
     **_read_applications(),
 }

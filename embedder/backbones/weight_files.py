@@ -13,14 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedder.backbones.declared import (
-    MAX_JSON_BYTES,
-    check_archive,
-    check_hdf5,
-    check_network,
-    parse_json,
-    walk,
-)
+from embedder.backbones import declared
 from embedder.backbones.layers import leaf_layers, with_canonical_names
 from embedder.errors import WeightsError
 from embedder.libraries import import_keras, logger
@@ -46,12 +39,10 @@ def save_network(network: "keras.Model", path: Path) -> None:
     """
     if path.suffix != ".keras":
         # HDF5 that cannot write ends the process with it: what it needs is asked for before.
-        num_bytes = sum(variable.numpy().nbytes for variable in network.variables)
+        num_bytes = sum(variable.numpy().nbytes + _HDF5_BYTES for variable in network.variables)
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(
-                    file.fileno(), 0, num_bytes + _HDF5_BYTES * len(network.variables)
-                )
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
     with warnings.catch_warnings():
         # TensorFlow's variables are older than NumPy 2.
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
@@ -80,7 +71,7 @@ def load_hdf5(network: "keras.Model", path: Path) -> None:
     layers = {layer.name: layer for layer in leaf_layers(network) if layer.weights}
     try:
         with h5py.File(path, "r") as file:
-            check_hdf5(file, path.stat().st_size, path)
+            declared.check_hdf5(file, path.stat().st_size, path)
             arrays = with_canonical_names(dict(_arrays_by_layer(file)), layers.values())
             wanted = with_canonical_names(layers)
             _check_match(network, path, wanted, arrays)
@@ -189,7 +180,7 @@ def load_keras_model(path: Path) -> "keras.Model":
     """
     config, num_bytes = _read_archive(path)
     check_configuration(config, path)
-    check_network(config, num_bytes, path)
+    declared.check_network(config, num_bytes, path)
     keras = import_keras()
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
@@ -210,14 +201,14 @@ def _read_archive(path: Path) -> tuple[Any, int]:
 
     try:
         with zipfile.ZipFile(path) as archive:
-            check_archive(archive, path)
+            declared.check_archive(archive, path)
             with archive.open("config.json") as file:
-                config = parse_json(file.read(MAX_JSON_BYTES + 1))
+                config = declared.parse_json(file.read(declared.MAX_JSON_BYTES + 1))
             if not isinstance(config, dict):
                 raise ValueError("its configuration is no object")
             num_bytes = archive.getinfo(_WEIGHTS_FILE).file_size
             with archive.open(_WEIGHTS_FILE) as file, h5py.File(file, "r") as arrays:
-                check_hdf5(arrays, num_bytes, path)
+                declared.check_hdf5(arrays, num_bytes, path)
     except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise WeightsError(f"{path} is not a whole .keras file: {error}") from error
     return config, num_bytes
@@ -238,7 +229,7 @@ def check_configuration(config: Any, path: Path) -> None:
 
 def _refused_objects(config: Any) -> Iterator[str]:
     """Names of classes in a model's configuration that are not trusted."""
-    for _, value, _ in walk(config):
+    for _, value, _ in declared.walk(config):
         if not isinstance(value, dict) or "class_name" not in value:
             continue
         name, module = str(value["class_name"]), str(value.get("module") or "builtins")

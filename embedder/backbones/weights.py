@@ -119,9 +119,7 @@ class PublishedWeights:
         Raises:
             WeightsError: It cannot be had from the network, or its hash is another.
         """
-        path = self.path
-        if path is None:
-            path = self._download()
+        path = self.path or self._download()
         kind = "sha256" if len(self.digest) == 64 else "md5"
         if self.digest and (found := digest_of(path, kind)) != self.digest:
             raise WeightsError(
