@@ -5,6 +5,7 @@ crop and resize, the network's own `preprocess_input` on a NumPy array, and Kera
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from embedder.libraries import import_keras
 from embedder.machine import num_cores
 from embedder.recipe import Recipe
 
-MIN_COSINE = 0.9999  # between engines, and to plain Keras
+MIN_COSINE = 0.9999  # between engines, to plain Keras, and of a stored vector to one made again
 _MAX_BATCH_DIFFERENCE = 1e-5  # alone and in a batch, as a share of the largest value
 _MAX_STAGE_DIFFERENCE = 1e-5  # of the preprocessed pixels, as a share of the largest value
 _MAX_PIXEL_DIFFERENCE = 1  # of 255, for the rounding
@@ -91,23 +92,20 @@ def check_features(recipe: Recipe, gpus: Sequence[str]) -> list[Check]:
         alone[name] = embed(recipe, runtime, card[None])[0]
         in_batch = embed(recipe, runtime, batch)[1]
         difference = float(np.abs(in_batch - alone[name]).max() / np.abs(alone[name]).max())
-        cosine = float(cosines(alone[name][None], expected[None])[0])
         checks += [
-            Check(
-                f"{name}: as plain Keras",
-                cosine >= MIN_COSINE,
-                f"cosine {cosine:.7f}, at least {MIN_COSINE}",
-            ),
+            _check_alike(f"{name}: as plain Keras", alone[name], expected),
             Check(
                 f"{name}: alone as in a batch",
                 difference <= _MAX_BATCH_DIFFERENCE,
                 f"difference {difference:.1e}, at most {_MAX_BATCH_DIFFERENCE:.0e}",
             ),
         ]
-    cosine = float(cosines(*(vector[None] for vector in alone.values()))[0])
-    agree = f"cosine {cosine:.7f}, at least {MIN_COSINE}"
-    checks.append(Check(f"{' and '.join(alone)} agree", cosine >= MIN_COSINE, agree))
-    return checks
+    return [*checks, _check_alike(f"{' and '.join(alone)} agree", *alone.values())]
+
+
+def _check_alike(name: str, vector: NDArray[np.float32], other: NDArray[np.float32]) -> Check:
+    found = cosine(vector, other)
+    return Check(name, found >= MIN_COSINE, f"cosine {found:.7f}, at least {MIN_COSINE}")
 
 
 def check_resize(recipe: Recipe, card: NDArray[np.uint8], encoded: bytes) -> Check:
@@ -199,9 +197,8 @@ def embed(recipe: Recipe, runtime: Runtime, pixels: NDArray[np.uint8]) -> NDArra
     return vectors
 
 
-def cosines(vectors: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Cosine of each vector to the other in its row: two of (n, dim) to (n,)."""
-    one, other = vectors.astype(np.float64), others.astype(np.float64)
-    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    result: NDArray[np.float64] = (one * other).sum(axis=1) / norms
-    return result
+def cosine(vector: NDArray[Any], other: NDArray[Any]) -> float:
+    """Cosine of two vectors, or feature maps, of one shape; of noughts, 1 to noughts and else 0."""
+    one, two = vector.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    norms = float(np.linalg.norm(one) * np.linalg.norm(two))
+    return float(one @ two) / norms if norms else float(np.array_equal(one, two))

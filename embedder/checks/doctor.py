@@ -12,15 +12,8 @@ from PIL import Image
 
 from embedder import engines
 from embedder.backbones import make_recipe
+from embedder.checks import conformance
 from embedder.checks.check import Check
-from embedder.checks.conformance import (
-    check_features,
-    check_input_stage,
-    check_resize,
-    colour_bars,
-    cosines,
-    embed,
-)
 from embedder.decode import FORMATS, decode_rgb
 from embedder.engines import Runtime
 from embedder.errors import EngineError, SourceError
@@ -60,16 +53,16 @@ def self_test(backbone: str, weights: str | None = None) -> list[Check]:
         WeightsError: The weights are missing or corrupt.
     """
     recipe, found = make_recipe(backbone, weights), gpus()
-    card = colour_bars(_CARD_SIZE)
+    card = conformance.colour_bars(_CARD_SIZE)
     upright, on_its_side = _encode(card, 1), _encode(card, 6)
     return [
         _check_rotation(recipe, upright, on_its_side),
         *(
-            check_resize(recipe.model_copy(update={"decode": decode}), card, upright)
+            conformance.check_resize(recipe.model_copy(update={"decode": decode}), card, upright)
             for decode in ("exact", "scaled")
         ),
-        check_input_stage(recipe),
-        *check_features(recipe, found),
+        conformance.check_input_stage(recipe),
+        *conformance.check_features(recipe, found),
         *_check_precisions(recipe, engines.choose("auto", found)),
     ]
 
@@ -92,16 +85,16 @@ def _check_precisions(recipe: Recipe, runtime: Runtime) -> list[Check]:
         encoded = [path.read_bytes() for path in chosen]
         what = f"{len(encoded)} demo images"
     except SourceError:
-        encoded, what = [_encode(colour_bars(_CARD_SIZE), 1)], "the test card"
+        encoded, what = [_encode(conformance.colour_bars(_CARD_SIZE), 1)], "the test card"
     pixels = np.stack([decode_rgb(file, recipe).pixels for file in encoded])
-    exact = embed(recipe, runtime, pixels)
+    exact = conformance.embed(recipe, runtime, pixels)
     checks = []
     for precision in precisions(runtime):
         if precision == "float32":
             continue
         other = recipe.model_copy(update={"precision": precision})
-        found = cosines(exact, embed(other, runtime, pixels))
-        median, lowest = float(np.median(found)), float(found.min())
+        found = list(map(conformance.cosine, exact, conformance.embed(other, runtime, pixels)))
+        median, lowest = float(np.median(found)), min(found)
         checks.append(
             Check(
                 f"{precision} as float32",

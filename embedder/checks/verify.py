@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from embedder import engines
 from embedder.checks.check import Check
+from embedder.checks.conformance import MIN_COSINE, cosine
 from embedder.columns import VIEW
 from embedder.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RequestError, SourceError
@@ -21,7 +22,6 @@ from embedder.sources import list_images, read_bytes
 from embedder.store import EMBEDDINGS, FAILURES, Store, scan, vectors_of
 
 _Embed = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
-MIN_COSINE = 0.9999  # between a stored vector and the same image embedded again, alone
 _MAX_NAMES = 3  # ids shown for a check that failed
 
 
@@ -61,15 +61,14 @@ def _check_shards(store: Store) -> Check:
     files = list(store.check_files())
     problems = [str(file.error) for file in files if file.error]
     num_without = sum(not file.has_digests for file in files)
-    num_shards = len(files)
-    detail = f"{num_shards:,} files read, checksums and digests right"
+    detail = f"{len(files):,} files read, checksums and digests right"
     if num_without:
         detail = (
-            f"{num_shards:,} files read, checksums right; {num_without:,} of an older version have "
+            f"{len(files):,} files read, checksums right; {num_without:,} of an older version have "
             f"no digests"
         )
     if problems:
-        detail = f"{len(problems):,} of {num_shards:,} files: {'; '.join(problems[:_MAX_NAMES])}"
+        detail = f"{len(problems):,} of {len(files):,} files: {'; '.join(problems[:_MAX_NAMES])}"
     return Check("every shard whole, of this recipe", not problems, detail)
 
 
@@ -91,17 +90,14 @@ def _check_views(store: Store) -> Check:
     rows = store.table(["image_id", VIEW]).group_by("image_id")
     # So many rows, so many of them different, and the last of them: there is one of each.
     counts = rows.aggregate([(VIEW, "count"), (VIEW, "count_distinct"), (VIEW, "max")])
-    is_whole = pc.and_(
-        pc.and_(
-            pc.equal(counts[f"{VIEW}_count"], num_views),
-            pc.equal(counts[f"{VIEW}_count_distinct"], num_views),
-        ),
-        pc.equal(counts[f"{VIEW}_max"], num_views - 1),
+    is_whole = (
+        (pc.field(f"{VIEW}_count") == num_views)
+        & (pc.field(f"{VIEW}_count_distinct") == num_views)
+        & (pc.field(f"{VIEW}_max") == num_views - 1)
     )
-    wrong = counts.filter(pc.invert(is_whole))["image_id"].to_pylist()
+    wrong = counts.filter(~is_whole)["image_id"].to_pylist()
     detail = f"{counts.num_rows:,} images with {num_views} views, {len(wrong):,} not whole"
-    if wrong:
-        detail += f": {', '.join(wrong[:_MAX_NAMES])}"
+    detail += _named(wrong)
     return Check("every image with each of its views once", not wrong, detail)
 
 
@@ -114,10 +110,12 @@ def _check_vectors(store: Store) -> Check:
             is_finite &= np.isfinite(vectors).all(axis=1)
         num_rows += table.num_rows
         bad += table["image_id"].filter(pa.array(~is_finite)).to_pylist()
-    detail = f"{num_rows:,} vectors, {len(bad):,} not"
-    if bad:
-        detail += f": {', '.join(bad[:_MAX_NAMES])}"
+    detail = f"{num_rows:,} vectors, {len(bad):,} not{_named(bad)}"
     return Check("every vector finite", not bad, detail)
+
+
+def _named(ids: list[str]) -> str:
+    return f": {', '.join(ids[:_MAX_NAMES])}" if ids else ""
 
 
 def _check_source(store: Store, source: str) -> Check:
@@ -171,14 +169,14 @@ def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
     for image_id in chosen:
         stored = rows.filter(pc.equal(rows["image_id"], image_id))
         views = [0, *random.integers(1, recipe.views, 1)] if recipe.views > 1 else [0]
-        cosine = _cosine_now(recipe, embed, paths.get(image_id), stored, views)
-        if cosine is None or cosine < MIN_COSINE:
+        found = _cosine_now(recipe, embed, paths.get(image_id), stored, views)
+        if found is None or found < MIN_COSINE:
             wrong.append(str(image_id))
-        if cosine is not None:
-            lowest = min(lowest, cosine)
+        if found is not None:
+            lowest = min(lowest, found)
     detail = f"{len(chosen):,} images embedded again, lowest cosine {lowest:.7f}"
     if wrong:
-        detail += f"; {len(wrong):,} wrong or changed: {', '.join(wrong[:_MAX_NAMES])}"
+        detail += f"; {len(wrong):,} wrong or changed{_named(wrong)}"
     return Check(name, not wrong, detail)
 
 
@@ -220,12 +218,6 @@ def _cosine_now(
             return None
         features = embed(pixels[view])
         cosines += [
-            _cosine(features[column][0], vectors_of(row[column])[0]) for column in recipe.columns
+            cosine(features[column][0], vectors_of(row[column])[0]) for column in recipe.columns
         ]
     return min(cosines)
-
-
-def _cosine(one: NDArray[Any], other: NDArray[Any]) -> float:
-    now, then = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
-    norms = float(np.linalg.norm(now) * np.linalg.norm(then))
-    return float(now @ then) / norms if norms else float(np.array_equal(now, then))

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from embedder.evaluation import SIGNIFICANCE_LEVEL
-from embedder.files import whole_file
-from embedder.report.page import template
+from embedder.report.page import write_page
 
 _ROOM = 0.02  # of accuracy, beside the widest intervals
 
@@ -20,7 +19,9 @@ def write_comparison(path: Path, rows: list[dict[str, Any]]) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    page = template("comparison.html.j2").render(
+    write_page(
+        path,
+        "comparison.html.j2",
         title=f"{len(rows)} models compared",
         rows=rows,
         num_images=f"{rows[0]['num_images']:,}",
@@ -28,6 +29,3 @@ def write_comparison(path: Path, rows: list[dict[str, Any]]) -> None:
         high=min(1.0, max(row["accuracy"]["high"] for row in rows) + _ROOM),
         significant=SIGNIFICANCE_LEVEL,
     )
-    with whole_file(path) as file:
-        # Names of folders need not be valid text.
-        file.write(page.encode("utf-8", "replace"))

@@ -7,18 +7,8 @@ BokehJS escapes where a tooltip shows them, and as `PlainText`, which it does no
 from typing import Any
 
 import numpy as np
+from bokeh import models
 from bokeh.embed import json_item
-from bokeh.models import (
-    BooleanFilter,
-    CDSView,
-    ColumnDataSource,
-    FixedTicker,
-    HoverTool,
-    NumeralTickFormatter,
-    PlainText,
-    Range1d,
-    WheelZoomTool,
-)
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from numpy.typing import NDArray
@@ -87,7 +77,7 @@ def confusion_matrix(confusion: NDArray[np.integer], classes: list[str]) -> dict
     shares = counts / confusion.sum(axis=1)[rows]
     has_counts = len(classes) <= _MAX_COUNTED
     deepest = 0.65 if has_counts else 1.0  # below it, a count can be read on the colour
-    source = ColumnDataSource(
+    source = models.ColumnDataSource(
         {
             "row": rows.tolist(),
             "column": columns.tolist(),
@@ -112,7 +102,7 @@ def confusion_matrix(confusion: NDArray[np.integer], classes: list[str]) -> dict
         )  # fmt: skip
     told = f"true: {_NAME.format('true')}<br>predicted: {_NAME.format('predicted')}"
     told += "<br>@count images, @share{0.0%} of the true class"
-    plot.add_tools(HoverTool(tooltips=_TOOLTIP.format(told), renderers=[cells]))
+    plot.add_tools(models.HoverTool(tooltips=_TOOLTIP.format(told), renderers=[cells]))
     return dict(json_item(plot))
 
 
@@ -124,8 +114,8 @@ def _matrix_figure(classes: list[str]) -> figure:
     plot = figure(
         frame_width=side,
         frame_height=side,
-        x_range=Range1d(start=-0.5, end=count - 0.5, bounds="auto"),
-        y_range=Range1d(start=count - 0.5, end=-0.5, bounds="auto"),
+        x_range=models.Range1d(start=-0.5, end=count - 0.5, bounds="auto"),
+        y_range=models.Range1d(start=count - 0.5, end=-0.5, bounds="auto"),
         x_axis_location="above",
         x_axis_label="predicted",
         y_axis_label="true",
@@ -134,8 +124,10 @@ def _matrix_figure(classes: list[str]) -> figure:
         active_drag=None,  # or a finger could not scroll the page
     )
     plot.toolbar.logo = None
-    plot.axis.ticker = FixedTicker(ticks=list(range(count)) if is_named else [])
-    plot.axis.major_label_overrides = {i: PlainText(text=_short(c)) for i, c in enumerate(classes)}
+    plot.axis.ticker = models.FixedTicker(ticks=list(range(count)) if is_named else [])
+    plot.axis.major_label_overrides = {
+        i: models.PlainText(text=_short(c)) for i, c in enumerate(classes)
+    }
     plot.axis.major_label_text_font_size = f"{min(cell - 1, 13)}px"
     plot.axis.major_tick_line_color = None
     plot.xaxis.major_label_orientation = "vertical" if cell < _MAX_CELL_PIXELS else 0.6
@@ -155,8 +147,8 @@ def reliability_diagram(reliability: dict[str, list[dict[str, Any]]]) -> dict[st
             (means, 0 to 1) and `num_images`; the area of a point is its bin's share of the images.
     """
     plot = _chart("confidence", "accuracy", height=400)
-    plot.x_range = plot.y_range = Range1d(start=-0.02, end=1.02)
-    plot.xaxis.formatter = NumeralTickFormatter(format="0%")
+    plot.x_range = plot.y_range = models.Range1d(start=-0.02, end=1.02)
+    plot.xaxis.formatter = models.NumeralTickFormatter(format="0%")
     plot.line([0, 1], [0, 1], color=_GREY, line_dash="dotted", line_width=1.5)
     styles = {"before": (_WRONG, "square"), "after": (_RIGHT, "circle")}
     points: list[Any] = []
@@ -164,7 +156,7 @@ def reliability_diagram(reliability: dict[str, list[dict[str, Any]]]) -> dict[st
         filled = [bin_ for bin_ in bins if bin_["num_images"]]
         colour, marker = styles.get(name, (COLOURS[2], "diamond"))
         counts = np.array([bin_["num_images"] for bin_ in filled])
-        source = ColumnDataSource(
+        source = models.ColumnDataSource(
             {
                 "confidence": [bin_["confidence"] for bin_ in filled],
                 "accuracy": [bin_["accuracy"] for bin_ in filled],
@@ -182,7 +174,7 @@ def reliability_diagram(reliability: dict[str, list[dict[str, Any]]]) -> dict[st
         )  # fmt: skip
     told = "@name calibration<br>confidence @confidence{0.0%}<br>accuracy @accuracy{0.0%}"
     told += "<br>@count images"
-    plot.add_tools(HoverTool(tooltips=_TOOLTIP.format(told), renderers=points))
+    plot.add_tools(models.HoverTool(tooltips=_TOOLTIP.format(told), renderers=points))
     plot.legend.location = "top_left"
     plot.legend.glyph_height = plot.legend.glyph_width = 16
     plot.legend.background_fill_color = plot.legend.border_line_color = None
@@ -199,9 +191,9 @@ def learning_curve(curve: list[dict[str, Any]]) -> dict[str, Any]:
     """
     points = sorted(curve, key=lambda point: point["labels_per_class"])
     names = "labels_per_class", "accuracy", "low", "high"
-    source = ColumnDataSource({name: [point[name] for point in points] for name in names})
+    source = models.ColumnDataSource({name: [point[name] for point in points] for name in names})
     plot = _chart("labels per class", "accuracy", x_axis_type="log", height=400)
-    plot.xaxis.ticker = FixedTicker(ticks=[point["labels_per_class"] for point in points])
+    plot.xaxis.ticker = models.FixedTicker(ticks=[point["labels_per_class"] for point in points])
     plot.xgrid.ticker = plot.xaxis.ticker
     x, y = "labels_per_class", "accuracy"
     plot.varea(x, "low", "high", source=source, color=_RIGHT, fill_alpha=0.18)
@@ -209,7 +201,7 @@ def learning_curve(curve: list[dict[str, Any]]) -> dict[str, Any]:
     dots = plot.scatter(x, y, source=source, color=_RIGHT, size=8)
     told = "@labels_per_class labels per class<br>accuracy @accuracy{0.0%}"
     told += "<br>@low{0.0%} to @high{0.0%}"
-    plot.add_tools(HoverTool(tooltips=_TOOLTIP.format(told), renderers=[dots], mode="vline"))
+    plot.add_tools(models.HoverTool(tooltips=_TOOLTIP.format(told), renderers=[dots], mode="vline"))
     return dict(json_item(plot))
 
 
@@ -218,7 +210,7 @@ def _chart(x_label: str, y_label: str, **options: Any) -> figure:
         x_axis_label=x_label, y_axis_label=y_label, sizing_mode="stretch_width", tools="",
         toolbar_location=None, **options,
     )  # fmt: skip
-    plot.yaxis.formatter = NumeralTickFormatter(format="0%")
+    plot.yaxis.formatter = models.NumeralTickFormatter(format="0%")
     return plot
 
 
@@ -233,17 +225,19 @@ def embedding_map(points: dict[str, list[Any]]) -> dict[str, Any]:
     symbols = [symbol(code) for code in points["code"]]
     colours = [colour for colour, _ in symbols]
     markers = [marker for _, marker in symbols]
-    source = ColumnDataSource({**points, "colour": colours, "marker": markers}, name="points")
+    source = models.ColumnDataSource(
+        {**points, "colour": colours, "marker": markers}, name="points"
+    )
     plot = figure(
         width=800, height=760, sizing_mode="scale_width", match_aspect=True,
         toolbar_location="above", tools="pan,box_zoom,reset", active_drag="pan",
     )  # fmt: skip
     # The wheel alone goes on scrolling the page.
-    plot.add_tools(wheel := WheelZoomTool(modifiers="ctrl"))
+    plot.add_tools(wheel := models.WheelZoomTool(modifiers="ctrl"))
     plot.toolbar.active_scroll = wheel
     plot.toolbar.logo = None
     plot.axis.visible = plot.grid.visible = False
-    chosen = CDSView(filter=BooleanFilter(name="chosen"))
+    chosen = models.CDSView(filter=models.BooleanFilter(name="chosen"))
     plot.scatter("x", "y", source=source, size=4, color=_GREY, alpha=0.25)
     dots = plot.scatter(
         "x", "y", source=source, view=chosen, marker="marker", size=9, color="colour",
@@ -258,5 +252,5 @@ def embedding_map(points: dict[str, list[Any]]) -> dict[str, Any]:
     told += f"<div>true: {_NAME.format('label')}<br>predicted: {_NAME.format('predicted')}"
     told += "<br><bdi style='color:#666;font-size:11px;overflow-wrap:anywhere'>@image_id</bdi>"
     told += "</div></div>"
-    plot.add_tools(HoverTool(tooltips=_TOOLTIP.format(told), renderers=[dots], limit=3))
+    plot.add_tools(models.HoverTool(tooltips=_TOOLTIP.format(told), renderers=[dots], limit=3))
     return dict(json_item(plot))

@@ -28,21 +28,14 @@ def write_head_report(
         source: Where the images are, for thumbnails; as the store's last run had it, if None.
     """
     path = folder / REPORT_FILE
-    write_report(
-        path,
-        report_of(head, metrics),
-        thumbnails_of(source or head.model.recorded().provenance.source),
-    )
+    thumbnails = thumbnails_of(source or head.model.recorded().provenance.source)
+    write_report(path, report_of(head, metrics), thumbnails)
     return path
 
 
 def report_of(head: TrainedHead, metrics: dict[str, Any]) -> Report:
     """Everything the report shows, but the pictures."""
-    test, is_multilabel = head.test, head.images.is_multilabel
-    classes = head.images.classes.tolist()
-    confusion = np.zeros((0, 0), np.int64)
-    if not is_multilabel:
-        confusion = test.confusion()
+    test = head.test
     scores = dict(test.scores)
     if head.coarse_of is not None:
         scores |= test.hierarchical(head.coarse_of)
@@ -50,9 +43,9 @@ def report_of(head: TrainedHead, metrics: dict[str, Any]) -> Report:
         title=_title(head),
         metrics=scores,
         notes=notes_of(head, metrics),
-        classes=classes,
+        classes=head.images.classes.tolist(),
         per_class=test.per_class(),
-        confusion=confusion,
+        confusion=np.zeros((0, 0), int) if test.is_multilabel else test.confusion(),
         reliability=test.reliability(),
         learning_curve=metrics["learning_curve"],
         mistakes=_mistakes(head),

@@ -113,7 +113,9 @@ def write_report(path: Path, report: Report, thumbnail: Callable[[str, int], byt
     ]
     map_classes = _map_classes(report)
     drawn = _figures(report, _map_columns(report, map_classes, pictures))
-    page = template("report.html.j2").render(
+    write_page(
+        path,
+        "report.html.j2",
         report=report,
         tiles=[_tile(name, interval) for name, interval in report.metrics.items()],
         per_class=sorted(report.per_class, key=lambda row: (row["recall"], row["f1"])),
@@ -128,13 +130,14 @@ def write_report(path: Path, report: Report, thumbnail: Callable[[str, int], byt
         # Only scripts that carry it run: a name that escaped the escaping would still do nothing.
         nonce=secrets.token_urlsafe(),
     )
-    # Names of files need not be valid text.
-    with whole_file(path) as file:
-        file.write(page.encode("utf-8", "replace"))
 
 
-def template(name: str) -> jinja2.Template:
-    """A template of this package, whose values are escaped."""
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page from a template of this package, which escapes its values.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -146,7 +149,9 @@ def template(name: str) -> jinja2.Template:
     environment.filters["share"] = lambda part, whole: f"{100 * part / whole:.2f}"
     # Bokeh's documents define a model where they first name it: sorted keys would break them.
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    return environment.get_template(name)
+    page = environment.get_template(template).render(values)
+    with whole_file(path) as file:
+        file.write(page.encode("utf-8", "replace"))  # names of files need not be valid text
 
 
 def _percent(share: float) -> str:
