@@ -43,24 +43,6 @@ class Preset:
     converter: Any
     sha256: str
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width), in pixels."""
-        height, width = self.converter.image_size
-        return int(height), int(width)
-
-    @property
-    def crop(self) -> str:
-        """As in `Recipe`."""
-        if self.converter.pad_to_aspect_ratio:
-            return "pad"
-        return "center" if self.converter.crop_to_aspect_ratio else "squash"
-
-    @property
-    def interpolation(self) -> str:
-        """As in `Recipe`."""
-        return str(self.converter.interpolation).replace("lanczos3", "lanczos")
-
     def preprocess(self, pixels: Any) -> Any:
         """RGB in [0, 255] as the network wants it; the converter itself, for a NumPy array."""
         if isinstance(pixels, np.ndarray):
@@ -146,15 +128,18 @@ def row_of_preset(preset: str) -> Backbone:
         WeightsError: The preset cannot be had, is damaged, or could run code.
     """
     opened = open_preset(preset)  # in float32: for the facts alone
+    converter = opened.converter
+    height, width = converter.image_size
+    uncropped = "pad" if converter.pad_to_aspect_ratio else "squash"
     return Backbone(
         make=lambda _: open_preset(preset, import_keras().config.dtype_policy().name).network,
         preprocess=opened.preprocess,
         load=lambda *_: None,
         dim=int(opened.network.output_shape[-1]),
-        image_size=opened.image_size,
+        image_size=(int(height), int(width)),
         crop_fraction=1.0,
-        crop=opened.crop,
-        interpolation=opened.interpolation,
+        crop="center" if converter.crop_to_aspect_ratio else uncropped,
+        interpolation=str(converter.interpolation).replace("lanczos3", "lanczos"),
         num_parameters=opened.network.count_params(),
         licence="see the preset",
         weights=None,

@@ -156,8 +156,7 @@ def print_summary(summary: "Summary") -> None:
     facts["store"] = summary.store
     facts["next"] = f"embedder inspect {shell_word(summary.store)}"
     print_facts(facts)
-    if reasons := summary.failures + summary.unreadable:
-        print_reasons(reasons)
+    print_reasons(summary.failures + summary.unreadable)
 
 
 def _total(count: int | None) -> str:
@@ -173,40 +172,38 @@ def print_facts(facts: dict[str, str]) -> None:
 
 
 def print_table(heads: tuple[str, ...], rows: list[list[str]]) -> None:
-    """Show rows of texts under their heads."""
-    table = Table(*heads, box=None, pad_edge=False)
+    """Show rows of texts, under their heads if there are any."""
+    table = Table(*heads, box=None, pad_edge=False, show_header=bool(heads))
     for row in rows:
         table.add_row(*row)
     out.print(table)
 
 
 def print_reasons(reasons: Counter[tuple[str, str]]) -> None:
-    """Show the most frequent failures, by stage and kind of reason."""
+    """Show the most frequent failures, if any, by stage and kind of reason."""
     from embedder.extraction import grouped_reasons
 
-    table = Table("failures", "stage", "reason", box=None, pad_edge=False)
     groups = grouped_reasons(reasons)
-    for (stage, error), count in groups.most_common(10):
-        table.add_row(f"{count:,}", stage, error)
+    if not groups:
+        return
+    rows = [[f"{count:,}", stage, error] for (stage, error), count in groups.most_common(10)]
     out.print()
-    out.print(table)
+    print_table(("failures", "stage", "reason"), rows)
     if len(groups) > 10:
         out.print(f"and {len(groups) - 10:,} more reasons, in failures/*.parquet")
 
 
 def print_checks(checks: "list[Check]") -> None:
     """Show checks; end with exit status 1 if one failed."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for check in checks:
-        table.add_row("pass" if check.passed else "FAIL", check.name, check.detail)
-    out.print(table)
+    rows = [["pass" if check.passed else "FAIL", check.name, check.detail] for check in checks]
+    print_table((), rows)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
 
 
-def interval(metric: dict[str, float]) -> str:
+def interval(value: float, low: float, high: float) -> str:
     """A metric with its interval, as text."""
-    return f"{metric['value']:.3f}  (95 % interval {metric['low']:.3f} to {metric['high']:.3f})"
+    return f"{value:.3f}  (95 % interval {low:.3f} to {high:.3f})"
 
 
 def size(num_bytes: int) -> str:

@@ -4,7 +4,7 @@ import os
 import shlex
 from collections import Counter
 from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,8 +54,6 @@ def extract(
 @command
 def inspect(store: StorePath) -> None:
     """Show what is in STORE: recipe, rows, failures by reason, size, runs."""
-    from rich.table import Table
-
     from embedder.store import Store
 
     opened = Store(store)
@@ -72,29 +70,30 @@ def inspect(store: StorePath) -> None:
         "weights source": opened.recipe.weights_source,
     }
     console.print_facts(facts | {name: str(v) for name, v in opened.recipe.model_dump().items()})
-    if reasons:
-        console.print_reasons(reasons)
-    table = Table(
-        "run", "status", "embedded", "failed", "images/s", "seconds", "bottleneck", box=None
-    )
-    for run in opened.runs():
-        counts = run["counts"]
-        table.add_row(
-            run["when"],
-            run["status"][:40],
-            f"{counts['embedded']:,}",
-            f"{counts['failed']:,}",
-            f"{run['images_per_second']:,.1f}",
-            f"{run['seconds_total']:,.1f}",
-            run["bottleneck"].split(":")[0],
-        )
+    console.print_reasons(reasons)
+    runs = opened.runs()
     console.out.print()
-    console.out.print(table)
+    console.print_table(
+        ("run", "status", "embedded", "failed", "images/s", "seconds", "bottleneck"),
+        [_run_cells(run) for run in runs],
+    )
     if unreadable := opened.unreadable_runs():
         console.out.print(f"no records of runs, in runs/: {', '.join(unreadable)}")
-    if last := next((run for run in reversed(opened.runs()) if run["images_per_second"]), None):
+    if last := next((run for run in reversed(runs) if run["images_per_second"]), None):
         console.out.print()
         console.print_facts({"bottleneck": last["bottleneck"]})
+
+
+def _run_cells(run: dict[str, Any]) -> list[str]:
+    return [
+        run["when"],
+        run["status"][:40],
+        f"{run['counts']['embedded']:,}",
+        f"{run['counts']['failed']:,}",
+        f"{run['images_per_second']:,.1f}",
+        f"{run['seconds_total']:,.1f}",
+        run["bottleneck"].split(":")[0],
+    ]
 
 
 @command
@@ -132,7 +131,7 @@ def demo(
     console.print_summaries(summaries)
     console.out.print("\nA linear probe on these features, tested on a fifth of the images:\n")
     metrics = train(Store(store)).evaluate()
-    console.print_facts({name: console.interval(metric) for name, metric in metrics.items()})
+    console.print_facts({name: console.interval(**metric) for name, metric in metrics.items()})
 
 
 def make_recipes(

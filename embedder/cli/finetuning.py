@@ -48,21 +48,17 @@ def _print_epoch(epoch: Any) -> None:
 
 
 def _print_tuned(metrics: dict[str, Any], path: Path, is_new: bool) -> None:
-    tuning, intervals = metrics["tuning"], metrics["intervals"]["test"]
-    low, high = intervals["accuracy"]
-    value = metrics["test"]["accuracy"]
-    tuned, total = tuning["num_tuned"], tuning["num_weights"]
-    against = tuning["against_before"]
-    seconds = metrics["seconds"]
+    tuning, test = metrics["tuning"], metrics["test"]
+    against, bounds = tuning["against_before"], metrics["intervals"]["test"]["accuracy"]
     facts = {
         "strategy": tuning["strategy"] + ("" if is_new else " (done before)"),
-        "tested on": f"{metrics['test']['num_images']:,} images",
-        "accuracy": console.interval({"value": value, "low": low, "high": high}),
+        "tested on": f"{test['num_images']:,} images",
+        "accuracy": console.interval(test["accuracy"], *bounds),
         "before": f"{tuning['accuracy_before']:.3f}",
         "McNemar": f"{against['num_better']:,} images better, {against['num_worse']:,} worse, "
         f"p = {against['p_value']:.2g}",
-        "weights": f"{tuned:,} tuned; the backbone has {total:,}",
-        "seconds": ", ".join(f"{name} {value:,.1f}" for name, value in seconds.items()),
+        "weights": f"{tuning['num_tuned']:,} tuned; the backbone has {tuning['num_weights']:,}",
+        "seconds": ", ".join(f"{name} {s:,.1f}" for name, s in metrics["seconds"].items()),
         "verdict": tuning["verdict"],
         "model": str(path),
         "next": f"embedder export {console.shell_word(str(path))} OUT --format onnx",

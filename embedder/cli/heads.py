@@ -121,14 +121,15 @@ def predict(
         "failed": f"{result.num_failed:,} images",
         "predictions": str(result.path),
     }
-    if store and result.summary is not None:
-        console.print_summary(result.summary)
-    elif result.summary is not None:
-        facts |= _run_facts(result.summary)
-    console.print_facts(facts)
-    summary = None if store else result.summary
-    if summary is not None and (reasons := summary.failures + summary.unreadable):
-        console.print_reasons(reasons)
+    summary = result.summary
+    if summary is None:
+        console.print_facts(facts)
+    elif store:
+        console.print_summary(summary)
+        console.print_facts(facts)
+    else:
+        console.print_facts(facts | _run_facts(summary))
+        console.print_reasons(summary.failures + summary.unreadable)
 
 
 def _run_facts(summary: Any) -> dict[str, str]:
@@ -181,8 +182,7 @@ def export(
 
 
 def _metric_facts(metrics: dict[str, Any]) -> dict[str, str]:
-    intervals = metrics["intervals"]["test"]
     facts = {"tested on": f"{metrics['test']['num_images']:,} images"}
-    for name, (low, high) in intervals.items():
-        facts[name] = console.interval({"value": metrics["test"][name], "low": low, "high": high})
+    for name, (low, high) in metrics["intervals"]["test"].items():
+        facts[name] = console.interval(metrics["test"][name], low, high)
     return facts

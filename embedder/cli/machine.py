@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 @command
 def backbones(
     name: Annotated[
-        str | None,
-        typer.Argument(help="Show this network alone.", autocompletion=backbone_names),
+        str | None, typer.Argument(help="Show this network alone.", autocompletion=backbone_names)
     ] = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="List what --layer can name, with shapes.")
