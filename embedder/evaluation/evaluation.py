@@ -77,11 +77,8 @@ class Evaluation:
     @classmethod
     def pooled(cls, parts: "list[Evaluation]") -> "Evaluation":
         """All predictions of several rounds of cross-validation, one after the other."""
-        joined = {
-            name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("codes", "logits", "calibrated", "chosen")
-        }
-        return cls(parts[0].classes, **joined)
+        columns = zip(*(part._arrays for part in parts), strict=True)
+        return cls(parts[0].classes, *map(np.concatenate, columns))
 
     def __len__(self) -> int:
         """Number of images."""
@@ -89,13 +86,21 @@ class Evaluation:
 
     def rows(self, indices: NDArray[Any]) -> "Evaluation":
         """Some of the images: indices, or booleans (n,)."""
-        parts = (self.codes, self.logits, self.calibrated, self.chosen)
-        return Evaluation(self.classes, *(part[indices] for part in parts))
+        return Evaluation(self.classes, *(array[indices] for array in self._arrays))
+
+    @property
+    def _arrays(self) -> tuple[NDArray[Any], ...]:
+        return self.codes, self.logits, self.calibrated, self.chosen
 
     @property
     def is_multilabel(self) -> bool:
         """Whether an image can have several labels (multi-label)."""
         return self.codes.ndim == 2
+
+    @property
+    def uncalibrated(self) -> NDArray[np.float64]:
+        """(n, n_classes) probabilities of the logits as the head gives them."""
+        return probabilities_of(self.logits, 1.0, self.is_multilabel)
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -124,31 +129,21 @@ class Evaluation:
     @cached_property
     def scores_before_calibration(self) -> Scores:
         """Log-loss and calibration error of the logits as the head gives them."""
-        probabilities = probabilities_of(self.logits, 1.0, self.is_multilabel)
+        before = self.uncalibrated
         if self.is_multilabel:
-            all_scores = multilabel_scores(self.codes, probabilities, probabilities > 0.5)
+            all_scores = multilabel_scores(self.codes, before, before > 0.5)
         else:
-            all_scores = scores(self.codes, probabilities)
+            all_scores = scores(self.codes, before)
         return {name: all_scores[name] for name in ("log_loss", "ece")}
 
     def hierarchical(self, coarse_of: NDArray[np.integer]) -> Scores:
-        """Scores on the tree of coarse and fine classes.
-
-        Args:
-            coarse_of: (n_classes,), as in `hierarchical_scores`.
-        """
+        """Scores on the tree of coarse and fine classes; see `hierarchical_scores`."""
         return hierarchical_scores(self.codes, self.predicted, coarse_of)
 
     def per_class(self) -> list[dict[str, Any]]:
         """Precision, recall and F1 of each class."""
-        if not self.is_multilabel:
-            return per_class(self.codes, self.predicted, self.classes)
-        rows = []
-        for column, name in enumerate(self.classes):
-            pair = np.array(["", str(name)])
-            binary = self.codes[:, column].astype(np.int64), self.chosen[:, column].astype(np.int64)
-            rows += [row for row in per_class(*binary, pair) if row["class"] == name]
-        return rows
+        predicted = self.chosen.astype(np.int64) if self.is_multilabel else self.predicted
+        return per_class(self.codes, predicted, self.classes)
 
     def confusion(self) -> NDArray[np.int64]:
         """Number of images by true class (rows) and predicted class (columns); not multi-label."""
@@ -176,9 +171,8 @@ class Evaluation:
 
     def reliability(self) -> dict[str, list[dict[str, float]]]:
         """Bins of the reliability diagram, before and after calibration."""
-        before = probabilities_of(self.logits, 1.0, self.is_multilabel)
         bins = {}
-        for name, probabilities in (("before", before), ("after", self.calibrated)):
+        for name, probabilities in (("before", self.uncalibrated), ("after", self.calibrated)):
             if self.is_multilabel:
                 bins[name] = reliability(probabilities.ravel(), self.codes.astype(bool).ravel())
             else:

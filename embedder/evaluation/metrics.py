@@ -38,11 +38,13 @@ def scores(
         `value`, and `low` and `high`, the bounds of the 95 % bootstrap interval over images.
     """
     num_classes = probabilities.shape[1]
+    one_hot = np.eye(num_classes, dtype=bool)
     predicted = probabilities.argmax(axis=1)
     own = probabilities[np.arange(len(codes)), codes]
     metrics: dict[str, _Metric] = {
         "accuracy": _mean(predicted == codes),
-        **_by_class(codes, predicted, num_classes),
+        "balanced_accuracy": _balanced_accuracy(one_hot[codes], one_hot[predicted]),
+        "macro_f1": _macro_f1(one_hot[codes], one_hot[predicted]),
         "log_loss": _mean(-np.log(np.clip(own, _SMALLEST, 1.0))),
         "ece": _calibration_error(probabilities.max(axis=1), predicted == codes),
     }
@@ -69,26 +71,20 @@ def multilabel_scores(
     truth = codes.astype(bool)
     clipped = np.clip(probabilities, _SMALLEST, 1 - _SMALLEST)
     loss = -np.where(truth, np.log(clipped), np.log1p(-clipped)).mean(axis=1)
-    hits, wanted, made = (truth & chosen), truth, chosen
-
-    def macro_f1(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        total = weights @ wanted.astype(float) + weights @ made.astype(float)
-        f1 = 2 * (weights @ hits.astype(float)) / np.maximum(total, 1)
-        return _masked_mean(f1, weights @ wanted.astype(float) > 0)
+    num_hits = (truth & chosen).sum(axis=1)
+    num_labels = truth.sum(axis=1) + chosen.sum(axis=1)
+    errors = [_calibration_error(p, t) for p, t in zip(probabilities.T, truth.T, strict=True)]
 
     def micro_f1(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        total = weights @ (wanted.sum(axis=1) + made.sum(axis=1))
-        return np.asarray(2 * (weights @ hits.sum(axis=1)) / np.maximum(total, 1))
+        return np.asarray(2 * (weights @ num_hits) / np.maximum(weights @ num_labels, 1))
 
     metrics: dict[str, _Metric] = {
         "accuracy": _mean((truth == chosen).all(axis=1)),
-        "macro_f1": macro_f1,
+        "macro_f1": _macro_f1(truth, chosen),
         "micro_f1": micro_f1,
         "mean_average_precision": _mean_average_precision(truth, probabilities),
         "log_loss": _mean(loss),
-        "ece": _mean_of_columns(
-            [_calibration_error(p, t) for p, t in zip(probabilities.T, truth.T, strict=True)]
-        ),
+        "ece": lambda weights: np.mean([error(weights) for error in errors], axis=0),
     }
     return with_intervals(metrics, len(codes))
 
@@ -143,14 +139,16 @@ def per_class(
     """Score each class by itself.
 
     Args:
-        codes: (n_images,), the true classes.
-        predicted: (n_images,), the predicted classes.
+        codes: (n_images,), the true classes; or if multi-label, int (n_images, n_classes) of 0
+            and 1.
+        predicted: The predicted classes, likewise.
         classes: (n_classes,), their names.
 
     Returns:
         `class`, `precision`, `recall`, `f1` (0 to 1) and `num_images` of each that occurs.
     """
     codes, labels = codes.astype(np.int64), np.arange(len(classes))
+    made = predicted if predicted.ndim == 1 else predicted.nonzero()[1]
     values = precision_recall_fscore_support(codes, predicted, labels=labels, zero_division=0.0)
     return [
         {
@@ -160,10 +158,10 @@ def per_class(
             "f1": float(f1),
             "num_images": int(num_images),
         }
-        for code, (name, precision, recall, f1, num_images) in enumerate(
-            zip(classes, *values, strict=True)
+        for name, is_made, precision, recall, f1, num_images in zip(
+            classes, np.isin(labels, made), *values, strict=True
         )
-        if num_images or code in predicted
+        if num_images or is_made
     ]
 
 
@@ -214,28 +212,29 @@ def _mean(values: NDArray[Any]) -> _Metric:
     return lambda weights: weights @ numbers / len(numbers)
 
 
-def _mean_of_columns(metrics: list[_Metric]) -> _Metric:
-    return lambda weights: np.mean([metric(weights) for metric in metrics], axis=0)
+def _balanced_accuracy(truth: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> _Metric:
+    """Mean recall of the classes, of both arrays bool (n_images, n_classes).
+
+    A resample can lack a class, which is then left out, here and in `_macro_f1`.
+    """
+    hits, wanted = (truth & chosen).astype(float), truth.astype(float)
+
+    def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        num_wanted = weights @ wanted
+        return _masked_mean(weights @ hits / np.maximum(num_wanted, 1), num_wanted > 0)
+
+    return metric
 
 
-def _by_class(
-    codes: NDArray[np.integer], predicted: NDArray[np.integer], num_classes: int
-) -> dict[str, _Metric]:
-    """Metrics that average over classes; a resample can lack a class, which is then left out."""
-    is_class = np.eye(num_classes)[codes]
-    is_hit = is_class * (codes == predicted)[:, None]
-    is_made = np.eye(num_classes)[predicted]
+def _macro_f1(truth: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> _Metric:
+    hits, wanted, made = (x.astype(float) for x in (truth & chosen, truth, chosen))
 
-    def balanced_accuracy(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        wanted = weights @ is_class
-        return _masked_mean(weights @ is_hit / np.maximum(wanted, 1), wanted > 0)
+    def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        num_wanted = weights @ wanted
+        f1 = 2 * (weights @ hits) / np.maximum(num_wanted + weights @ made, 1)
+        return _masked_mean(f1, num_wanted > 0)
 
-    def macro_f1(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        wanted = weights @ is_class
-        f1 = 2 * (weights @ is_hit) / np.maximum(wanted + weights @ is_made, 1)
-        return _masked_mean(f1, wanted > 0)
-
-    return {"balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
+    return metric
 
 
 def _masked_mean(values: NDArray[np.float64], is_counted: NDArray[np.bool_]) -> NDArray[np.float64]:
