@@ -103,17 +103,13 @@ def _linear_terms(model: Model, classifier: Any) -> tuple[NDArray[Any], NDArray[
             return kernel[:, 1:] - kernel[:, :1], bias[1:] - bias[:1]
         return kernel, bias
     if isinstance(classifier, OneVsRestClassifier):
-        terms = [_terms_of_label(model, label) for label in classifier.estimators_]
+        terms = [_linear_terms(model, label) for label in classifier.estimators_]
         kernels, biases = zip(*terms, strict=True)
         return np.concatenate(kernels, axis=1), np.concatenate(biases)
-    raise _not_foldable(model)
-
-
-def _terms_of_label(model: Model, classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     if hasattr(classifier, "y_"):  # of a label that all images have, or none: always the same
         constant = np.asarray(classifier.y_, np.float64).reshape(1)
         return np.zeros((model.estimator.n_features_in_, 1)), constant
-    return _linear_terms(model, classifier)
+    raise _not_foldable(model)
 
 
 def _not_foldable(model: Model) -> RequestError:

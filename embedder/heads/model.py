@@ -14,17 +14,10 @@ from numpy.typing import NDArray
 
 from embedder.backbones import check_arrays_of_archive
 from embedder.errors import ModelError, RecipeError, RecipeMismatch
-from embedder.files import local_path, regular
+from embedder.files import local_path, os_errors_as, regular
 from embedder.heads.calibration import probabilities_of
 from embedder.heads.keras_head import KerasHead
-from embedder.heads.model_folder import (
-    KERAS_FILE,
-    MODEL_FILE,
-    SKOPS_FILE,
-    HeadFile,
-    ModelFolder,
-    Record,
-)
+from embedder.heads.model_folder import HEAD_FILES, MODEL_FILE, HeadFile, ModelFolder, Record
 from embedder.recipe import Recipe
 from embedder.store import Store, scan, vectors_of
 
@@ -156,15 +149,15 @@ class Model:
             ModelError: The folder cannot be written.
         """
         path, place = local_path(folder), local_path(place or folder)
-        try:
+        with os_errors_as(ModelError, f"The model {place} cannot be written"):
             path.mkdir(parents=True, exist_ok=True)
             head: dict[str, Any] = {"kind": self.head, "settings": self.settings}
             if isinstance(self.estimator, KerasHead):
-                file = path / KERAS_FILE
+                file = path / HEAD_FILES["keras"]
                 self.estimator.save(file)
                 head["keras"] = self.estimator.to_json()
             else:
-                file = path / SKOPS_FILE
+                file = path / HEAD_FILES["skops"]
                 import skops.io
 
                 skops.io.dump(self.estimator, file)
@@ -180,10 +173,6 @@ class Model:
                 "thresholds": None if self.thresholds is None else self.thresholds.tolist(),
             }
             ModelFolder(path).write_description(content, self.record)
-        except OSError as error:
-            raise ModelError(
-                f"The model {place} cannot be written: {error.strerror or error}"
-            ) from error
 
     def _weights_source_in(self, folder: Path) -> str:
         """Where the weights are; of a file in the model's own folder its name, so it can move."""

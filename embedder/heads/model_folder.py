@@ -13,19 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import (
-    AfterValidator,
-    AllowInfNan,
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    InstanceOf,
-    NonNegativeInt,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+import pydantic
 
 from embedder.backbones import read_json
 from embedder.errors import ModelError
@@ -36,16 +24,15 @@ METRICS_FILE = "metrics.json"
 PREDICTIONS_FILE = "predictions.parquet"
 PSEUDO_LABELS_FILE = "pseudo_labels.parquet"
 REPORT_FILE = "report.html"
-SKOPS_FILE, KERAS_FILE = "head.skops", "head.keras"  # one of them holds the head
+HEAD_FILES = {"skops": "head.skops", "keras": "head.keras"}  # one of them holds the head
 BACKBONE_FILES = ("backbone.weights.h5", "backbone.keras")  # of a backbone that was tuned
 _FILES = {MODEL_FILE, METRICS_FILE, PREDICTIONS_FILE, PSEUDO_LABELS_FILE, REPORT_FILE}
-_FILES |= {SKOPS_FILE, KERAS_FILE, *BACKBONE_FILES}
+_FILES |= {*HEAD_FILES.values(), *BACKBONE_FILES}
 
+_KEYS = [pa.field(name, pa.string(), nullable=False) for name in ("image_id", "sha256", "label")]
 PREDICTIONS_SCHEMA = pa.schema(
     [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("label", pa.string(), nullable=False),
+        *_KEYS,
         pa.field("part", pa.string(), nullable=False),
         pa.field("group", pa.int64(), nullable=False),
         pa.field("predicted", pa.string()),
@@ -53,13 +40,7 @@ PREDICTIONS_SCHEMA = pa.schema(
     ]
 )
 PSEUDO_LABELS_SCHEMA = pa.schema(
-    [
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("label", pa.string(), nullable=False),
-        pa.field("confidence", pa.float64()),
-        pa.field("round", pa.int64()),
-    ]
+    [*_KEYS, pa.field("confidence", pa.float64()), pa.field("round", pa.int64())]
 )
 FORMAT = 1
 _TOGETHER = ("fingerprint", "column", "head", "classes", "temperature", "thresholds")
@@ -82,13 +63,20 @@ def _different(names: list[str]) -> list[str]:
     return names
 
 
-_Path = InstanceOf[str]  # which need not be UTF-8, as pydantic's own texts
+def _one_for_each_class(values: list[float] | None, info: pydantic.ValidationInfo) -> Any:
+    classes = info.data.get("classes", [])
+    if values is not None and len(values) != len(classes):
+        raise ValueError(f"must be one for each of {len(classes)} classes")
+    return values
 
 
-class _Said(BaseModel):
+_Path = pydantic.InstanceOf[str]  # which need not be UTF-8, as pydantic's own texts
+
+
+class _Said(pydantic.BaseModel):
     """What a file says; members that are not known are kept."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(
+    model_config: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(
         frozen=True, strict=True, extra="allow", allow_inf_nan=False, defer_build=True
     )
 
@@ -105,9 +93,9 @@ class HeadFile(_Said):
     """
 
     kind: str
-    settings: Annotated[dict[str, Any], AfterValidator(_plain)]
+    settings: Annotated[dict[str, Any], pydantic.AfterValidator(_plain)]
     file: Literal["head.skops", "head.keras"]
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: str = pydantic.Field(pattern=r"^[0-9a-f]{64}$")
     keras: Any = None
 
 
@@ -133,21 +121,11 @@ class Description(_Said):
     weights_source: _Path
     column: str
     head: HeadFile
-    classes: Annotated[list[str], AfterValidator(_different)]
-    temperature: float = Field(gt=0)
-    thresholds: list[float] | None
+    classes: Annotated[list[str], pydantic.AfterValidator(_different)]
+    temperature: float = pydantic.Field(gt=0)
+    thresholds: Annotated[list[float] | None, pydantic.AfterValidator(_one_for_each_class)]
     tables: dict[str, str] = {}
     checksum: str | None = None
-
-    @field_validator("thresholds")
-    @classmethod
-    def _check_thresholds(
-        cls, thresholds: list[float] | None, info: ValidationInfo
-    ) -> list[float] | None:
-        classes = info.data.get("classes", [])
-        if thresholds is not None and len(thresholds) != len(classes):
-            raise ValueError(f"must be one for each of {len(classes)} classes")
-        return thresholds
 
 
 class RecordedOptions(_Said):
@@ -161,7 +139,7 @@ class RecordedOptions(_Said):
     coarse: _Path | None = None
     unlabelled: _Path | None = None
     unlabelled_method: str = "self-training"
-    seed: NonNegativeInt = 0
+    seed: pydantic.NonNegativeInt = 0
 
 
 class Provenance(_Said):
@@ -180,8 +158,8 @@ class Provenance(_Said):
     source: _Path | None = None
     when: str
     versions: dict[str, Any]
-    num_trained_on: NonNegativeInt
-    num_unlabelled: NonNegativeInt = 0
+    num_trained_on: pydantic.NonNegativeInt
+    num_unlabelled: pydantic.NonNegativeInt = 0
 
 
 class RecordedTuning(_Said):
@@ -204,21 +182,23 @@ class Record(_Said):
 
     labels: _Path
     options: RecordedOptions
-    coarse_of: list[NonNegativeInt] | None = None
+    coarse_of: list[pydantic.NonNegativeInt] | None = None
     provenance: Provenance
     tuning: RecordedTuning | None = None
 
 
 # What `metrics.json` says, as far as it is shown. -------------------------------------------
 
-_Number = Annotated[float, AllowInfNan(True)]  # NaN: a metric of what there was none of
-_Bounds = Annotated[list[_Number], Field(min_length=2, max_length=2)]
+_Number = Annotated[
+    float, pydantic.Field(allow_inf_nan=True)
+]  # NaN: a metric of what there was none of
+_Bounds = Annotated[list[_Number], pydantic.Field(min_length=2, max_length=2)]
 
 
 class _Scores(_Said):
     __pydantic_extra__: dict[str, _Number]
-    accuracy: FiniteFloat
-    log_loss: FiniteFloat
+    accuracy: float
+    log_loss: float
 
 
 class _IntervalsOfScores(_Said):
@@ -232,30 +212,30 @@ class _Intervals(_Said):
 
 class _Tuning(_Said):
     strategy: str
-    num_tuned: NonNegativeInt
-    num_weights: NonNegativeInt
+    num_tuned: pydantic.NonNegativeInt
+    num_weights: pydantic.NonNegativeInt
 
 
 class _Metrics(_Said):
     test: _Scores
     intervals: _Intervals
-    seconds: dict[str, FiniteFloat]
+    seconds: dict[str, float]
     tuning: _Tuning | None = None
 
 
 class _TunedScores(_Scores):
-    num_images: NonNegativeInt
+    num_images: pydantic.NonNegativeInt
 
 
 class _PairedTest(_Said):
-    num_better: NonNegativeInt
-    num_worse: NonNegativeInt
-    p_value: FiniteFloat
+    num_better: pydantic.NonNegativeInt
+    num_worse: pydantic.NonNegativeInt
+    p_value: float
 
 
 class _WholeTuning(_Tuning):
     verdict: str
-    accuracy_before: FiniteFloat
+    accuracy_before: float
     against_before: _PairedTest
 
 
@@ -435,9 +415,7 @@ class ModelFolder:
             content = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
             raise ModelError(f"{self.path} is not a model: it has no {name}") from None
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {error}") from error
         if not isinstance(content, dict):
             raise ModelError(f"{path} must hold an object. Received: {_shown(content)}")
@@ -457,7 +435,7 @@ def _checksum_of(content: dict[str, Any]) -> str:
 def _validated(kind: type[_SaidT], content: dict[str, Any], path: Path) -> _SaidT:
     try:
         return kind.model_validate(content)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in problem["loc"])
     # "Input should be a valid string" is told as "must be a valid string".

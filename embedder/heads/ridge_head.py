@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
@@ -103,17 +103,28 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         check_classification_targets(labels)
         is_multilabel = type_of_target(labels) == "multilabel-indicator"
-        labels = labels if is_multilabel else column_or_1d(labels, warn=True)
-        classes, targets, strata = (_of_indicators if is_multilabel else _of_classes)(labels)
         weights = None
-        if self.class_weight is not None:
-            if is_multilabel:
+        if is_multilabel:
+            if self.class_weight is not None:
                 raise RequestError(
                     "`class_weight` must be None where a row can have several classes. "
                     f"Received: class_weight={self.class_weight!r}"
                 )
-            by_class = compute_class_weight(self.class_weight, classes=classes, y=labels)
-            weights = by_class[strata]
+            classes = np.arange(labels.shape[1])
+            strata = np.unique(labels, axis=0, return_inverse=True)[1]  # sets of classes
+            rows, codes = np.nonzero(labels)
+        else:
+            labels = column_or_1d(labels, warn=True)
+            classes, strata = np.unique(labels, return_inverse=True)
+            if len(classes) < 2:
+                raise ValueError(
+                    f"`y` must have at least two classes. Received: one class, {classes}"
+                )
+            rows, codes = np.arange(len(labels)), strata
+            if self.class_weight is not None:
+                by_class = compute_class_weight(self.class_weight, classes=classes, y=labels)
+                weights = by_class[strata]
+        targets = one_vs_rest_targets(rows, codes, len(labels), len(classes))
         folds = stratified_folds(strata, self.num_folds)
         sums = sums_by_fold(features, targets, folds, self.num_folds, weights)
         return self.fit_sums(sums, classes, is_multilabel)
@@ -127,7 +138,7 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Fit to sums of rows that were read elsewhere.
 
         Args:
-            sums_by_fold: Of each fold, of the targets that `signs` gives; weighted as wanted.
+            sums_by_fold: Of each fold, as of `ridge_statistics.sums_by_fold`; weighted as wanted.
             classes: (num_classes,), names of the targets, sorted.
             is_multilabel: Whether a row can have any number of classes.
 
@@ -189,7 +200,7 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         scores = self.decision_function(X)
         if self.multilabel_:
-            return np.asarray(softmax(np.stack([-scores, scores], axis=-1), axis=-1)[..., 1])
+            return np.asarray(expit(2 * scores))
         both = np.stack([-scores, scores], axis=-1) if scores.ndim == 1 else scores
         return np.asarray(softmax(both, axis=-1))
 
@@ -247,22 +258,3 @@ def _squared_error(
         + (coef * (sums.scatter @ coef)).sum()
     )
     return float(about_means + sums.weight * (offsets**2).sum())
-
-
-def _of_classes(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int8], NDArray[np.int64]]:
-    """Classes, targets and strata of one class per row."""
-    classes, codes = np.unique(y, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f"`y` must have at least two classes. Received: one class, {classes}")
-    return (
-        classes,
-        one_vs_rest_targets(np.arange(len(codes)), codes, len(codes), len(classes)),
-        codes,
-    )
-
-
-def _of_indicators(y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int8], NDArray[np.int64]]:
-    """Classes, targets and strata of an indicator matrix; a stratum is a set of classes."""
-    rows, codes = np.nonzero(y)
-    strata = np.unique(y, axis=0, return_inverse=True)[1]
-    return np.arange(y.shape[1]), one_vs_rest_targets(rows, codes, len(y), y.shape[1]), strata

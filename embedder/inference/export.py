@@ -8,8 +8,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +17,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedder import backbones
+from embedder import backbones, errors, files
 from embedder.decode import decode_rgb
-from embedder.errors import (
-    DecodeError,
-    ModelError,
-    ReadError,
-    RequestError,
-    SourceError,
-    Unfinished,
-)
-from embedder.extraction import Progress, RunOptions
-from embedder.files import is_temporary, local_path, whole_folder
+from embedder.extraction import OnProgress, RunOptions
 from embedder.heads import Model, as_keras_layers
 from embedder.inference.formats import (
     EMBEDDING,
@@ -94,7 +84,7 @@ def export(
     source: str | os.PathLike[str] | None = None,
     num_images: int = DEFAULT_NUM_IMAGES,
     tolerance: float = DEFAULT_TOLERANCE,
-    watch: Callable[[Progress], None] | None = None,
+    watch: OnProgress | None = None,
 ) -> Exported:
     """Write a model as one network from pixels to calibrated probabilities.
 
@@ -121,21 +111,25 @@ def export(
         Unfinished: The format cannot hold the network, or computes something else; nothing is
             written.
     """
-    row, folder = find_format(file_format), local_path(out).resolve()
+    row, folder = find_format(file_format), files.local_path(out).resolve()
     model = Model.load(model_path)
     _check_folder(folder)
     if num_images < 1:
-        raise RequestError(f"`num_images` must be at least 1. Received: num_images={num_images}")
+        raise errors.RequestError(
+            f"`num_images` must be at least 1. Received: num_images={num_images}"
+        )
     model = _in_float32(model)
     with tempfile.TemporaryDirectory() as work, import_keras().device("cpu:0"):
         pixels = _sample(model, source, num_images, Path(work, "images"))
         network = whole_network(model)
         expected = _predicted(model, Path(work), watch)
-        with _written(folder) as temporary:
+        with (
+            files.os_errors_as(errors.ModelError, f"The export {folder} cannot be written"),
+            files.whole_folder(folder) as temporary,
+        ):
             received = write_and_run(network, row, temporary / row.file, pixels)
             num_bytes = sum(file.stat().st_size for file in temporary.rglob("*"))
-            differences = _differences(received, expected)
-            _check_differences(differences, row, tolerance)
+            differences = _compare(received, expected, row, tolerance)
             exported = Exported(folder, row.file, num_bytes, len(pixels), differences)
             _describe(model, exported, row, temporary)
     return exported
@@ -177,26 +171,26 @@ def _sample(
     if source is None and model.record is not None:
         source = model.record.provenance.source
     if source is None:
-        raise RequestError(f"The model does not say where its images are. {_ADVICE}")
+        raise errors.RequestError(f"The model does not say where its images are. {_ADVICE}")
     try:
         paths = list_images(source).refs["path"].to_pylist()
-    except SourceError as error:
-        raise RequestError(f"{error}. {_ADVICE}") from error
+    except errors.SourceError as error:
+        raise errors.RequestError(f"{error}. {_ADVICE}") from error
     folder.mkdir()
     pixels = []
     for number in np.linspace(0, len(paths) - 1, min(num_images, len(paths))).astype(int):
         try:
             encoded = read_bytes(paths[number])
             pixels.append(decode_rgb(encoded, model.recipe).pixels)
-        except (ReadError, DecodeError):
+        except (errors.ReadError, errors.DecodeError):
             continue
         (folder / f"{number:09d}.jpg").write_bytes(encoded)  # whatever its format: see FORMATS
     if not pixels:
-        raise RequestError(f"None of the images tried of {source} can be decoded. {_ADVICE}")
+        raise errors.RequestError(f"None of the images tried of {source} can be decoded. {_ADVICE}")
     return np.stack(pixels)
 
 
-def _predicted(model: Model, work: Path, watch: Callable[[Progress], None] | None) -> Outputs:
+def _predicted(model: Model, work: Path, watch: OnProgress | None) -> Outputs:
     """What `predict` gives for the images in `work/images`, in the order of their names."""
     model.save(work / "model")
     # On OpenVINO also where there is a GPU: there, TensorFlow multiplies with fewer digits.
@@ -216,22 +210,26 @@ def _predicted(model: Model, work: Path, watch: Callable[[Progress], None] | Non
     return {PROBABILITIES: np.array(probabilities, np.float32), EMBEDDING: embedding}
 
 
-def _differences(received: Outputs, expected: Outputs) -> dict[str, float]:
-    """The largest of each output: of an embedding, as a share of its largest value."""
+def _compare(
+    received: Outputs, expected: Outputs, row: Format, tolerance: float
+) -> dict[str, float]:
+    """The largest difference of each output: of an embedding, as a share of its largest value.
+
+    Raises:
+        Unfinished: One is larger than the tolerance.
+    """
     scales = {PROBABILITIES: 1.0, EMBEDDING: np.abs(expected[EMBEDDING]).max()}
-    return {
+    differences = {
         name: float(np.abs(received[name] - expected[name]).max() / scale)
         for name, scale in scales.items()
     }
-
-
-def _check_differences(differences: dict[str, float], row: Format, tolerance: float) -> None:
     if not all(value <= tolerance for value in differences.values()):  # so that nan is refused
         found = ", ".join(f"{value:.2g} of {name}" for name, value in differences.items())
-        raise Unfinished(
+        raise errors.Unfinished(
             f"What {row.file} computes must differ from what `predict` gives by {tolerance:g} at "
             f"most. Received: {found}. Nothing was kept"
         )
+    return differences
 
 
 # The folder ----------------------------------------------------------------------------------
@@ -240,25 +238,13 @@ def _check_differences(differences: dict[str, float], row: Format, tolerance: fl
 def _check_folder(folder: Path) -> None:
     known = {LABELS_FILE, DESCRIPTION_FILE, "model.bin", *(row.file for row in FORMATS.values())}
     held = folder.iterdir() if folder.is_dir() else ()
-    names = {entry.name for entry in held if not is_temporary(entry)}
+    names = {entry.name for entry in held if not files.is_temporary(entry)}
     is_older_export = names <= known and DESCRIPTION_FILE in names
     if (folder.exists() and not folder.is_dir()) or (names and not is_older_export):
-        raise ModelError(
+        raise errors.ModelError(
             f"A model must be exported to an empty folder, over an older export, or to a folder "
             f"that does not exist. Received: {folder}, which holds something else"
         )
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which is there whole or not at all, in place of what was there."""
-    try:
-        with whole_folder(folder) as new:
-            yield new
-    except OSError as error:
-        raise ModelError(
-            f"The export {folder} cannot be written: {error.strerror or error}"
-        ) from error
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
@@ -271,10 +257,7 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 def _describe(model: Model, exported: Exported, row: Format, folder: Path) -> None:
     """Write the labels, and all that is needed to use the network and to know where it is from."""
-    runtime = (
-        *row.packages,
-        *(["keras-hub"] if backbones.is_preset(model.recipe.backbone) else []),
-    )
+    presets = ["keras-hub"] if backbones.is_preset(model.recipe.backbone) else []
     thresholds = None if model.thresholds is None else model.thresholds.tolist()
     classes = model.classes.tolist()
     content: dict[str, Any] = {
@@ -296,7 +279,7 @@ def _describe(model: Model, exported: Exported, row: Format, folder: Path) -> No
         "column": model.column,
         "head": {"kind": model.head, "sha256": model.head_sha256, "temperature": model.temperature},
         "parity": {"num_images": exported.num_images, "differences": exported.differences},
-        "versions": versions() | _versions(runtime),
+        "versions": versions() | _versions([*row.packages, *presets]),
     }
     # A folder's name can hold a line break, and a class would be two.
     lines = "".join(f"{' '.join(name.splitlines())}\n" for name in classes)

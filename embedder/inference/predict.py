@@ -2,11 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +15,8 @@ from numpy.typing import NDArray
 
 from embedder.columns import LOGITS
 from embedder.errors import RequestError, StoreBusy, Unfinished
-from embedder.extraction import Progress, RunOptions, Summary, run_extraction
-from embedder.files import local_path, remove_abandoned, remove_folder, whole_file
+from embedder.extraction import OnProgress, RunOptions, Summary, run_extraction
+from embedder.files import local_path, os_errors_as, remove_abandoned, remove_folder, whole_file
 from embedder.heads import Model
 from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images, scheme_of
@@ -25,11 +24,7 @@ from embedder.store import Store, lease, scan, vectors_of
 
 DEFAULT_TOP_K = 5
 
-_RANKED = pa.list_(
-    pa.struct(
-        [pa.field("class", pa.string(), nullable=False), pa.field("probability", pa.float32())]
-    )
-)
+_RANK = pa.struct([pa.field("class", pa.string(), nullable=False), ("probability", pa.float32())])
 SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -37,7 +32,7 @@ SCHEMA = pa.schema(
         pa.field("class", pa.string()),
         pa.field("classes", pa.list_(pa.string())),
         pa.field("probability", pa.float32()),
-        pa.field("top_k", _RANKED),
+        pa.field("top_k", pa.list_(_RANK)),
         pa.field("error", pa.string()),
     ]
 )
@@ -75,7 +70,7 @@ def predict(
     top_k: int = DEFAULT_TOP_K,
     options: RunOptions | None = None,
     keep: str | None = None,
-    watch: Callable[[Progress], None] | None = None,
+    watch: OnProgress | None = None,
 ) -> Predictions:
     """Predict the classes of images, and write them to one Parquet file.
 
@@ -115,7 +110,7 @@ def predict(
         return Predictions(path, *_write(model, store, path, top_k), store.path)
     options = options or RunOptions()
     listing = list_images(source)
-    hidden = _hidden_stores(path)
+    hidden = path.with_name(f".{path.name}.logits")  # a store for each source and model
     if keep:
         kept, recipe = os.fspath(local_path(keep)), model.recipe
     else:
@@ -130,11 +125,6 @@ def predict(
             with suppress(StoreBusy), lease(other, patience=0.0):  # else another run's
                 remove_folder(other)
     return Predictions(path, *num_rows, Path(kept), summary)
-
-
-def _hidden_stores(path: Path) -> Path:
-    """The folder of the stores that are kept for a file of predictions."""
-    return path.with_name(f".{path.name}.logits")
 
 
 def _store_of(folder: Path, listing: Listing, recipe: Recipe) -> Path:
@@ -179,7 +169,7 @@ def prediction_table(
     chosen = [model.classes[row].tolist() for row in model.chosen(probabilities)]
     pairs = pa.StructArray.from_arrays(
         [pa.array(names.ravel().tolist(), pa.string()), pa.array(ranked.ravel())],
-        fields=list(_RANKED.value_type),
+        fields=list(_RANK),
     )
     offsets = pa.array(np.arange(0, len(pairs) + 1, top_k, dtype=np.int32))
     best = [None] * len(ids) if model.is_multilabel else names[:, 0].tolist()
@@ -189,7 +179,7 @@ def prediction_table(
         "class": pa.array(best, pa.string()),
         "classes": pa.array(chosen, SCHEMA.field("classes").type),
         "probability": pa.array(ranked[:, 0]),
-        "top_k": pa.ListArray.from_arrays(offsets, pairs, type=_RANKED),
+        "top_k": pa.ListArray.from_arrays(offsets, pairs, type=SCHEMA.field("top_k").type),
         "error": pa.nulls(len(ids), pa.string()),
     }
     return pa.table(columns, schema=SCHEMA)
@@ -234,22 +224,13 @@ def _write(
 
 
 def _failure_rows(failures: pa.Table) -> pa.Table:
-    errors = [
-        f"{stage}: {error}"
-        for stage, error in zip(
-            failures["stage"].to_pylist(), failures["error"].to_pylist(), strict=True
-        )
-    ]
-    known: dict[str, Any] = {
+    known = {
         "image_id": failures["image_id"],
         "sha256": failures["sha256"],
-        "error": pa.array(errors, pa.string()),
+        "error": pc.binary_join_element_wise(failures["stage"], failures["error"], ": "),
     }
-    columns = {
-        field.name: known.get(field.name, pa.nulls(failures.num_rows, field.type))
-        for field in SCHEMA
-    }
-    return pa.table(columns, schema=SCHEMA)
+    absent = {name: pa.nulls(failures.num_rows, SCHEMA.field(name).type) for name in SCHEMA.names}
+    return pa.table(absent | known, schema=SCHEMA)
 
 
 def _of_ids(table: pa.Table, ids: pa.Array | None) -> pa.Table:
@@ -260,11 +241,9 @@ def _of_ids(table: pa.Table, ids: pa.Array | None) -> pa.Table:
 def _parquet_file(path: Path) -> Iterator[pq.ParquetWriter]:
     """A file that is there whole or not at all."""
     remove_abandoned(path.absolute().parent)  # of a prediction that was killed
-    try:
-        with (
-            whole_file(path) as file,
-            pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
-        ):
-            yield writer
-    except OSError as error:
-        raise Unfinished(f"{path} cannot be written: {error.strerror or error}") from error
+    with (
+        os_errors_as(Unfinished, f"{path} cannot be written"),
+        whole_file(path) as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
+    ):
+        yield writer
