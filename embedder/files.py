@@ -28,19 +28,6 @@ _DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # not what is
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 
 
-@contextmanager
-def os_errors_as(kind: type[EmbedderError], what: str) -> Iterator[None]:
-    """Tell of an `OSError` as of an error of this package.
-
-    Raises:
-        EmbedderError: Of that kind: what, such as that a file cannot be written, and why.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"{what}: {error.strerror or error}") from error
-
-
 def temporary_beside(path: Path) -> Path:
     """A new name in the same folder, hidden, which says whose it is; see `remove_abandoned`."""
     token = secrets.token_hex(4)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embedder.errors import EmbedderError
-from embedder.files import local_path, whole_file
+from embedder.files import local_path, os_errors_as, whole_file
 from embedder.progress import LinePrinter, ignore, show_progress
 
 if TYPE_CHECKING:
@@ -77,21 +77,9 @@ def write_text(path: str, text: str) -> None:
     Raises:
         EmbedderError: It cannot be written.
     """
-    with writing(path), whole_file(local_path(path)) as file:
+    unwritable = os_errors_as(EmbedderError, f"{path} cannot be written")
+    with unwritable, whole_file(local_path(path)) as file:
         file.write(text.encode())
-
-
-@contextmanager
-def writing(path: str) -> Iterator[None]:
-    """Say of a file that was asked for that it cannot be written.
-
-    Raises:
-        EmbedderError: It cannot.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise EmbedderError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def started() -> float:

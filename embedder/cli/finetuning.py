@@ -8,8 +8,9 @@ import typer
 
 from embedder.cli import console
 from embedder.cli.options import JsonFile, ModelPath, Quiet, command
+from embedder.errors import EmbedderError
 from embedder.extraction import RunOptions
-from embedder.files import local_path
+from embedder.files import local_path, os_errors_as
 from embedder.finetuning import TuneOptions
 from embedder.progress import ignore
 
@@ -83,7 +84,7 @@ def compare(
     if json_out:
         console.write_text(json_out, json.dumps(table, indent=2))
     if report:
-        with console.writing(report):
+        with os_errors_as(EmbedderError, f"{report} cannot be written"):
             write_comparison(local_path(report), table)
     console.print_table(
         ("model", "kind", "accuracy", "95 % interval", "p", "seconds", "tuned", "verdict"),

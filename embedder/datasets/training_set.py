@@ -128,12 +128,9 @@ def read_training_set(
             f"that are not of the source's bytes"
         )
     rows = np.array([row for row, image_id in enumerate(ids) if image_id in by_id], dtype=np.int64)
-    several = [
-        [name.strip() for name in by_id[ids[row]].split(separator)]
-        if separator
-        else [by_id[ids[row]]]
-        for row in rows
-    ]
+    several = [[by_id[image_id]] for image_id in ids[rows]]
+    if separator is not None:
+        several = [[name.strip() for name in text.split(separator)] for (text,) in several]
     classes, codes = encoded(several, separator is not None, known)
     if separator is not None:
         check_joinable(classes)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from embedder.columns import TEST
@@ -43,23 +42,22 @@ class TestedModel:
             ModelError: The folder holds no model, or one that was not tested on images of its own.
         """
         folder = ModelFolder(path)
-        table = folder.read_predictions("sha256", "label", "part", "predicted")
+        columns = folder.read_predictions("sha256", "label", "part", "predicted")
         metrics, (said, _) = folder.read_metrics(), folder.read_description()
-        table = table.filter(pc.equal(table["part"], TEST))
-        if not table.num_rows:
+        is_tested = columns["part"] == TEST
+        if not is_tested.any():
             raise ModelError(
                 f"A model must have been tested on images that it was not trained on. Received: "
                 f"{folder.path}, trained with cross-validation; train it with --split 0.2 or "
                 f"official lists"
             )
-        columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
         tuning = metrics.get("tuning")
         return cls(
             path=folder.path,
             kind=tuning["strategy"] if tuning else f"frozen + {said.head.kind}",
-            ids=columns["image_id"],
-            sha256=columns["sha256"],
-            is_right=columns["label"] == columns["predicted"],
+            ids=columns["image_id"][is_tested],
+            sha256=columns["sha256"][is_tested],
+            is_right=(columns["label"] == columns["predicted"])[is_tested],
             metrics=metrics,
         )
 

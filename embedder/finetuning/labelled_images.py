@@ -34,10 +34,9 @@ def read_labelled(path: str | os.PathLike[str], model: Model, seed: int) -> Trai
         RequestError: It was not tested on images of its own.
     """
     try:
-        table = ModelFolder(path).read_predictions()
+        columns = ModelFolder(path).read_predictions()
     except ModelError as error:
         raise ModelError(f"The model must tell what it was trained on: {error}") from error
-    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     classes, codes = codes_of(columns["label"], model.is_multilabel, model.classes)
     parts = columns["part"]
     name = model.recorded().options.split

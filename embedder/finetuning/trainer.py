@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, dataclasses
 
 from embedder.errors import Unfinished
-from embedder.files import whole_file
+from embedder.files import os_errors_as, whole_file
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
@@ -258,13 +258,9 @@ class _Trainer:
         arrays = {f"state_{i}": v.numpy() for i, v in enumerate(self._state)}
         arrays |= {f"best_{i}": value for i, value in enumerate(self._best)}
         arrays["epochs"] = np.array(json.dumps([asdict(epoch) for epoch in self.epochs]))
-        try:
-            with whole_file(path) as file:
-                np.savez(file, allow_pickle=False, **arrays)
-        except OSError as error:
-            raise Unfinished(
-                f"The checkpoint {path} cannot be written: {error.strerror or error}"
-            ) from error
+        unwritable = os_errors_as(Unfinished, f"The checkpoint {path} cannot be written")
+        with unwritable, whole_file(path) as file:
+            np.savez(file, allow_pickle=False, **arrays)
 
     def restore(self, path: Path) -> None:
         """Go on from what `save` wrote.

@@ -322,18 +322,14 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             float32 (n, n_classes), 0 to 1. They sum to 1, unless labels are multi-label.
         """
         logits = self._logits(X)
-        probabilities: NDArray[np.float32] = (
-            expit(logits) if self.is_multilabel_ else softmax(logits, axis=1)
-        )
-        return probabilities
+        return np.asarray(expit(logits) if self.is_multilabel_ else softmax(logits, axis=1))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """The likeliest class of each image (n,); or int64 (n, n_labels), 1 for those above 0.5."""
         logits = self._logits(X)
         if self.is_multilabel_:
             return (logits > 0).astype(np.int64)
-        labels: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
-        return labels
+        return np.asarray(self.classes_[logits.argmax(axis=1)])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the network to a `.keras` file; `to_json` has the rest."""
@@ -426,9 +422,8 @@ def _held_out(
     labels: NDArray[Any], fraction: float, random: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Choose a share of the images, alike in every class but never the whole of one: bool (n,)."""
-    strata = (
-        np.zeros(len(labels)) if labels.ndim == 2 else np.unique(labels, return_inverse=True)[1]
-    )
+    is_multilabel = labels.ndim == 2
+    strata = np.zeros(len(labels)) if is_multilabel else np.unique(labels, return_inverse=True)[1]
     order = random.permutation(len(strata))
     order = order[np.argsort(strata[order], kind="stable")]
     candidates = order[np.diff(strata[order], prepend=-1) == 0]  # all but the first of each class

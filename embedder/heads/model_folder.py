@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
+from numpy.typing import NDArray
 
 from embedder.backbones import read_json
 from embedder.errors import ModelError
@@ -348,8 +349,8 @@ class ModelFolder:
 
     # Tables
 
-    def read_predictions(self, *columns: str) -> pa.Table:
-        """Read columns of `predictions.parquet`, or all; sorted by image.
+    def read_predictions(self, *columns: str) -> dict[str, NDArray[Any]]:
+        """Read columns of `predictions.parquet`, or all: arrays (n,), sorted by image.
 
         Raises:
             ModelError: It cannot be read, lacks one of them, or is not what was written.
@@ -357,7 +358,8 @@ class ModelFolder:
         schema = PREDICTIONS_SCHEMA
         if columns:
             schema = pa.schema([schema.field(name) for name in ("image_id", *columns)])
-        return self._read_table(PREDICTIONS_FILE, schema).sort_by("image_id")
+        table = self._read_table(PREDICTIONS_FILE, schema).sort_by("image_id")
+        return {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
 
     def read_pseudo_labels(self) -> pa.Table | None:
         """Read `pseudo_labels.parquet`; None where the model has not learned from any.

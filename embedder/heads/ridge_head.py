@@ -177,10 +177,9 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self)
         features = validate_data(self, X, dtype=[np.float32, np.float64], reset=False)
-        scores: NDArray[Any] = features @ self.coef_.T.astype(features.dtype)
+        scores = features @ self.coef_.T.astype(features.dtype)
         scores += self.intercept_.astype(features.dtype)
-        of_second: NDArray[Any] = scores[:, 0]
-        return of_second if len(self.coef_) < len(self.classes_) else scores
+        return np.asarray(scores[:, 0] if len(self.coef_) < len(self.classes_) else scores)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """The class of each row, (n_rows,); or (n_rows, num_classes) of 0 and 1."""
@@ -188,8 +187,7 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.multilabel_:
             return (scores > 0).astype(np.int64)
         codes = scores.argmax(axis=1) if scores.ndim == 2 else (scores > 0).astype(np.int64)
-        chosen: NDArray[Any] = self.classes_[codes]
-        return chosen
+        return np.asarray(self.classes_[codes])
 
     def predict_proba(self, X: ArrayLike) -> NDArray[Any]:  # noqa: N803
         """Softmax of the scores, of temperature 1: an order, until a temperature is fitted.

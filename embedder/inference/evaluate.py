@@ -94,14 +94,14 @@ def _trained_on(folder: ModelFolder, num_trained_on: int) -> set[str]:
         ModelError: The model does not tell.
     """
     try:
-        table, pseudo = folder.read_predictions("sha256", "part"), folder.read_pseudo_labels()
+        columns, pseudo = folder.read_predictions("sha256", "part"), folder.read_pseudo_labels()
     except ModelError as error:
         raise ModelError(
             f"A model must tell what it was trained on. {error}. --include-trained tests on all "
             f"images"
         ) from error
-    rows = zip(table["sha256"].to_pylist(), table["part"].to_pylist(), strict=True)
-    trained = [sha256 for sha256, part in rows if part in (TRAIN, VALIDATION, CROSS_VALIDATED)]
+    is_trained_on = np.isin(columns["part"], [TRAIN, VALIDATION, CROSS_VALIDATED])
+    trained = columns["sha256"][is_trained_on]
     if len(trained) < num_trained_on:
         raise ModelError(
             f"A model must tell what it was trained on. Received: "

@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -201,7 +200,12 @@ def _write(
     """
     failures = _of_ids(store.failures(), ids)
     num_predicted = 0
-    with _parquet_file(path) as writer:
+    remove_abandoned(path.absolute().parent)  # of a prediction that was killed
+    with (
+        os_errors_as(Unfinished, f"{path} cannot be written"),
+        whole_file(path) as file,
+        pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
+    ):
         column = LOGITS if store.recipe.head else model.column
         for shard in scan(store, ["image_id", "sha256", column]):
             table = _of_ids(shard, ids)
@@ -235,15 +239,3 @@ def _failure_rows(failures: pa.Table) -> pa.Table:
 
 def _of_ids(table: pa.Table, ids: pa.Array | None) -> pa.Table:
     return table if ids is None else table.filter(pc.is_in(table["image_id"], ids))
-
-
-@contextmanager
-def _parquet_file(path: Path) -> Iterator[pq.ParquetWriter]:
-    """A file that is there whole or not at all."""
-    remove_abandoned(path.absolute().parent)  # of a prediction that was killed
-    with (
-        os_errors_as(Unfinished, f"{path} cannot be written"),
-        whole_file(path) as file,
-        pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
-    ):
-        yield writer

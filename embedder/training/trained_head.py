@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from embedder.datasets import TrainingSet, make_split
 from embedder.errors import ModelError, RequestError
 from embedder.evaluation import Evaluation, Scores, paired_difference
-from embedder.files import whole_folder
+from embedder.files import os_errors_as, whole_folder
 from embedder.heads import BACKBONE_FILES, Model, ModelFolder
 from embedder.store import Store
 from embedder.training.cross_validation import judge, refit
@@ -232,19 +232,15 @@ class TrainedHead:
         source = Path(self.model.recipe.weights_source)
         if source.name in BACKBONE_FILES and source.parent == path.absolute():
             backbone = backbone or source
-        try:
-            with whole_folder(path) as new:
-                if backbone is not None:
-                    _link(backbone, new / backbone.name)
-                files = ModelFolder(new)
-                files.write_tables(self.predictions(), self.pseudo_labels)
-                files.write_metrics(metrics)
-                self.model.save(new, path)
-                write_more(new, metrics)
-        except OSError as error:
-            raise ModelError(
-                f"The model {path} cannot be written: {error.strerror or error}"
-            ) from error
+        unwritable = os_errors_as(ModelError, f"The model {path} cannot be written")
+        with unwritable, whole_folder(path) as new:
+            if backbone is not None:
+                _link(backbone, new / backbone.name)
+            files = ModelFolder(new)
+            files.write_tables(self.predictions(), self.pseudo_labels)
+            files.write_metrics(metrics)
+            self.model.save(new, path)
+            write_more(new, metrics)
         return metrics
 
     def predictions(self) -> pa.Table:
