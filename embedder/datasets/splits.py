@@ -97,8 +97,7 @@ def make_split(spec: str, store: Store, images: "TrainingSet", seed: int) -> Spl
     """
     codes, groups = images.codes, images.groups
     if spec.startswith("kfold:") and spec[6:].isdecimal() and int(spec[6:]) > 1:
-        folds = grouped_folds(codes, groups, int(spec[6:]), seed)
-        return Split(spec, folds)
+        return Split(spec, grouped_folds(codes, groups, int(spec[6:]), seed))
     share = share_of(spec)
     if share is None:
         return _official(spec, store, images)

@@ -142,7 +142,7 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                 views = random.integers(features.shape[1], size=len(chosen))
                 yield features[chosen, views], labels[chosen]
 
-        return self._train(make_batches, validation)
+        return self.fit_stream(make_batches, validation)
 
     def _checked(self, X: ArrayLike, y: ArrayLike) -> Batch:  # noqa: N803
         """Features (n, views, dim) and labels (n,) or (n, n_labels), as scikit-learn wants them."""
@@ -175,9 +175,6 @@ class KerasHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             ValueError: Features are not finite.
         """
         self._check_parameters()
-        return self._train(make_batches, validation)
-
-    def _train(self, make_batches: MakeBatches, validation: Batch | None) -> Self:
         scaler, num_batches, class_weights = self._survey(make_batches)
         self.network_ = self._network(scaler)
         num_epochs = max(self.epochs, math.ceil(self.min_steps / num_batches))

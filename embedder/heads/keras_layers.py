@@ -40,12 +40,12 @@ def as_keras_layers(model: Model) -> "keras.Sequential":
     Raises:
         RequestError: The head is not made of such layers, as k nearest neighbours are not.
     """
-    if isinstance(model.estimator, KerasHead):
-        layers, kernel, bias = _of_network(model.estimator)
-    else:
-        layers, kernel, bias = _of_pipeline(model)
+    is_network = isinstance(model.estimator, KerasHead)
+    layers, kernel, bias = _of_network(model.estimator) if is_network else _of_pipeline(model)
     if kernel.shape[1] == 1:  # scikit-learn's way with two classes: the second one's
         kernel, bias = np.pad(kernel, ((0, 0), (1, 0))), np.pad(bias, (1, 0))
+    elif kernel.shape[1] == 2 and not model.is_multilabel:  # which `logits_of` gives that way too
+        kernel, bias = kernel - kernel[:, :1], bias - bias[:1]
     keras = import_keras()
     num_features = model.estimator.n_features_in_
     last = keras.layers.Dense(len(bias), name=LOGITS_LAYER, dtype="float32")
@@ -68,8 +68,6 @@ def _of_network(head: KerasHead) -> _Folded:
         copy.set_weights(layer.get_weights())
         layers.append(copy)
     kernel, bias = (array.astype(np.float64) for array in last.get_weights())
-    if len(bias) == 2 and not head.is_multilabel_:  # as `KerasHead.decision_function` has them
-        kernel, bias = kernel[:, 1:] - kernel[:, :1], bias[1:] - bias[:1]
     return layers, kernel, bias
 
 
@@ -92,16 +90,13 @@ def _of_pipeline(model: Model) -> _Folded:
 
 
 def _linear_terms(model: Model, classifier: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Kernel (dim, n) and bias (n,) of a classifier, float64; n is 1 of two classes."""
+    """Kernel (dim, n) and bias (n,) of a classifier, float64; n can be 1 of two classes."""
     if isinstance(classifier, _WITH_COEFFICIENTS):
         kernel = np.asarray(classifier.coef_, np.float64).T
         return kernel, np.broadcast_to(classifier.intercept_, kernel.shape[1:]).astype(np.float64)
     if isinstance(classifier, CentroidHead):
         centroids = classifier.centroids_.astype(np.float64)
-        kernel, bias = 2 * centroids.T, -(centroids**2).sum(axis=1)
-        if len(bias) == 2:
-            return kernel[:, 1:] - kernel[:, :1], bias[1:] - bias[:1]
-        return kernel, bias
+        return 2 * centroids.T, -(centroids**2).sum(axis=1)
     if isinstance(classifier, OneVsRestClassifier):
         terms = [_linear_terms(model, label) for label in classifier.estimators_]
         kernels, biases = zip(*terms, strict=True)

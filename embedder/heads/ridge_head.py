@@ -131,14 +131,14 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def fit_sums(
         self,
-        sums_by_fold: Sequence[SufficientStatistics],
+        sums: Sequence[SufficientStatistics],
         classes: ArrayLike,
         is_multilabel: bool = False,
     ) -> Self:
         """Fit to sums of rows that were read elsewhere.
 
         Args:
-            sums_by_fold: Of each fold, as of `ridge_statistics.sums_by_fold`; weighted as wanted.
+            sums: Of each fold, as of `ridge_statistics.sums_by_fold`; weighted as wanted.
             classes: (num_classes,), names of the targets, sorted.
             is_multilabel: Whether a row can have any number of classes.
 
@@ -149,11 +149,11 @@ class RidgeHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         alphas = np.asarray(self.alphas, np.float64)
         if len(alphas) == 0 or not (alphas > 0).all():
             raise RequestError(f"Every alpha must be more than 0. Received: alphas={self.alphas}")
-        folds = [sums for sums in sums_by_fold if sums.weight > 0]
+        folds = [of_fold for of_fold in sums if of_fold.weight > 0]
         if len(folds) < 2 and (len(alphas) > 1 or not folds):
             raise RequestError(
                 "At least two folds must have rows, for an alpha to be chosen. "
-                f"Received: {len(folds)} of {len(sums_by_fold)}"
+                f"Received: {len(folds)} of {len(sums)}"
             )
         self.held_out_errors_ = np.full(len(alphas), np.nan)
         if len(alphas) > 1:

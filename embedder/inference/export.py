@@ -258,7 +258,6 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 def _describe(model: Model, exported: Exported, row: Format, folder: Path) -> None:
     """Write the labels, and all that is needed to use the network and to know where it is from."""
     presets = ["keras-hub"] if backbones.is_preset(model.recipe.backbone) else []
-    thresholds = None if model.thresholds is None else model.thresholds.tolist()
     classes = model.classes.tolist()
     content: dict[str, Any] = {
         "file": row.file,
@@ -273,7 +272,7 @@ def _describe(model: Model, exported: Exported, row: Format, folder: Path) -> No
             EMBEDDING: {"dtype": "float32", "shape": [None, model.estimator.n_features_in_]},
         },
         "classes": classes,
-        "thresholds": thresholds,
+        "thresholds": None if model.thresholds is None else model.thresholds.tolist(),
         "recipe": model.recipe.model_dump(mode="json"),
         "fingerprint": model.recipe.fingerprint,
         "column": model.column,
