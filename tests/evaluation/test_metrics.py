@@ -164,3 +164,11 @@ def test_bins_of_the_reliability_diagram_hold_their_images() -> None:
     assert bins[1] == pytest.approx(
         {"confidence": (0.97 + 0.99 + 1.0) / 3, "accuracy": 2 / 3, "num_images": 3}
     )
+
+
+def test_of_several_labels_each_that_an_image_has_or_is_given_is_scored_by_itself() -> None:
+    codes = np.array([[1, 0, 1, 0], [1, 0, 0, 0]])
+    predicted = np.array([[1, 1, 0, 0], [0, 0, 0, 0]])
+    rows = per_class(codes, predicted, np.array(["a", "b", "c", "d"]))
+    assert [(row["class"], row["num_images"]) for row in rows] == [("a", 2), ("b", 0), ("c", 1)]
+    assert (rows[0]["precision"], rows[0]["recall"]) == (1.0, 0.5)
