@@ -161,7 +161,9 @@ def os_errors_as(kind: type[EmbedderError], trouble: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise kind(f"{trouble}: {error.strerror or error}") from error
+        # Of the number: Arrow's text says also what it was doing.
+        reason = os.strerror(error.errno) if error.errno else error
+        raise kind(f"{trouble}: {reason}") from error
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
