@@ -50,7 +50,7 @@ store, out = Store(sys.argv[1]), Path(sys.argv[2])
 options = TrainOptions(duplicates=None)
 older, newer = (train(store, "folder", head, options) for head in ("ridge", "centroid"))
 def save(head):
-    head.save(out, lambda folder: (folder / "report.html").write_text(head.model.head))
+    head.save(out, lambda folder, metrics: (folder / "report.html").write_text(head.model.head))
 for number in kills(str(out.parent), lambda: save(older), lambda: save(newer)):
     found, page = Model.load(out).head, (out / "report.html").read_text()
     print(found, page, len(list(out.iterdir())))

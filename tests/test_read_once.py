@@ -88,7 +88,7 @@ def test_testing_a_model(world: Path, counts: Counter[str], listed: list[Path]) 
 @pytest.mark.parametrize(
     ("strategy", "stores"),
     [
-        (("head",), ["tuned-features"]),
+        (("head",), ["activations", "tuned-features"]),
         (("norm", "--unlabelled", "MORE"), ["features", "unlabelled", "tuned-features"]),
     ],
 )
