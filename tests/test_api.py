@@ -99,7 +99,6 @@ def test_an_unknown_option_is_refused_with_those_there_are(tmp_path: Path) -> No
 
 def test_the_whole_way(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("embedder.evaluation.metrics.NUM_RESAMPLES", 20)
     store = embedder.extract(archive, "features", image_size=SIZE)
     assert all(check.passed for check in embedder.verify("features", str(archive), audit=2))
     head = embedder.train("features", head="ridge", duplicates=None, split="0.3")
