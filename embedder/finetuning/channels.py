@@ -1,6 +1,6 @@
 """Output channels of a network by their importance, so that only a few of them are tuned."""
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from embedder.errors import RequestError
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
-from embedder.finetuning.options import Importance, TuneOptions
+from embedder.finetuning.options import TuneOptions
 from embedder.finetuning.schedule import Group
 from embedder.finetuning.trainer import compiled
 from embedder.libraries import import_keras
@@ -16,7 +16,6 @@ from embedder.libraries import import_keras
 if TYPE_CHECKING:
     import keras
 
-CRITERIA = get_args(Importance)
 _NUM_BATCHES = 8  # more change a few of the chosen channels, at the cost of an epoch
 
 

@@ -13,6 +13,7 @@ from embedder.datasets import TrainingSet
 from embedder.decode import DecodedImage
 from embedder.errors import Unfinished
 from embedder.extraction import load_image
+from embedder.files import os_errors_as
 from embedder.finetuning.labelled_images import rows_in, targets_of, weights_of
 from embedder.heads import Model
 from embedder.libraries import import_keras
@@ -142,13 +143,11 @@ def mapped(file: Path, dtype: Any, shape: tuple[int, ...]) -> NDArray[Any]:
     Raises:
         Unfinished: There is no place for it.
     """
-    try:
+    with os_errors_as(Unfinished, f"{file} cannot be written"):
         array: NDArray[Any] = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):
             with file.open("r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-    except OSError as error:
-        raise Unfinished(f"{file} cannot be written: {error.strerror or error}") from error
     return array
 
 

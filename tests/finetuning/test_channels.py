@@ -1,7 +1,7 @@
 """Channels: those that matter most are chosen, on networks where one can tell by eye."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from embedder.errors import RequestError
-from embedder.finetuning.channels import CRITERIA, channel_group
+from embedder.finetuning.channels import channel_group
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
-from embedder.finetuning.options import TuneOptions
+from embedder.finetuning.options import Importance, TuneOptions
 from embedder.libraries import import_keras
 
 HEIGHT, WIDTH = 6, 9
 NUM_CLASSES = 3
+CRITERIA = get_args(Importance)
 
 
 def make_tiny(
