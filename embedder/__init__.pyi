@@ -34,6 +34,10 @@ def extract(
     batch_size: int | None = None,
     shard_size: int = 1024,
     workers: int | None = None,
+    decoders: int | None = None,
+    decode_timeout: float = 60.0,
+    read_ahead: int = 64,
+    allow_private: bool = False,
     scheduler: str | None = None,
     limit: int | None = None,
     max_failures: float = 0.1,
@@ -81,6 +85,14 @@ def extract(
             vectors are in memory until it is written; with several views there are as many more.
         workers: Local worker processes, where 1 works within this process; if absent, one per GPU,
             or 1 where there is none.
+        decoders: Processes of each worker that read and decode; if absent, one for each of the
+            worker's cores.
+        decode_timeout: Seconds for which one image may be read from a disk, or decoded, before it
+            is a failure.
+        read_ahead: Images that each worker reads at once, where reading is slow: from servers,
+            buckets and network disks.
+        allow_private: Follow redirects of servers to private addresses, such as those of a local
+            network.
         scheduler: Address of a running Dask scheduler, in place of local workers.
         limit: Only the first so many images of the source.
         max_failures: Share of the source's images, 0 to 1, that may fail.
@@ -185,6 +197,10 @@ def predict(
     batch_size: int | None = None,
     shard_size: int = 1024,
     workers: int | None = None,
+    decoders: int | None = None,
+    decode_timeout: float = 60.0,
+    read_ahead: int = 64,
+    allow_private: bool = False,
     scheduler: str | None = None,
     limit: int | None = None,
     max_failures: float = 0.1,
@@ -213,6 +229,14 @@ def predict(
             vectors are in memory until it is written; with several views there are as many more.
         workers: Local worker processes, where 1 works within this process; if absent, one per GPU,
             or 1 where there is none.
+        decoders: Processes of each worker that read and decode; if absent, one for each of the
+            worker's cores.
+        decode_timeout: Seconds for which one image may be read from a disk, or decoded, before it
+            is a failure.
+        read_ahead: Images that each worker reads at once, where reading is slow: from servers,
+            buckets and network disks.
+        allow_private: Follow redirects of servers to private addresses, such as those of a local
+            network.
         scheduler: Address of a running Dask scheduler, in place of local workers.
         limit: Only the first so many images of the source.
         max_failures: Share of the source's images, 0 to 1, that may fail.

@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from embedder.columns import EMBEDDING, LOGITS, VIEW
 from embedder.errors import RecipeError
 from embedder.options import documented
+from embedder.pixels import Pixels
 
 DEFAULT_BACKBONE = "efficientnet-lite0"
 MIN_SIDE = 32  # pixels: below it the last feature map of a stride-32 network is empty
 MAX_SIDE = 4096  # pixels: a batch of 32 at this side is 1.6 GB of uint8
 MAX_VIEWS = 64  # a shard of 1,024 images then holds 65,536 vectors
-_OF_PIXELS = ("image_size", "crop", "crop_fraction", "interpolation", "decode", "views")
 
 
 Layers = Annotated[
@@ -204,9 +204,9 @@ class Recipe(BaseModel):
         return re.sub(r"[^\w.-]+", "-", self.backbone)
 
     @property
-    def pixels(self) -> tuple[Any, ...]:
+    def pixels(self) -> Pixels:
         """What decides the pixels that the network sees: equal for recipes that can share them."""
-        return tuple(getattr(self, name) for name in _OF_PIXELS)
+        return Pixels(*(getattr(self, name) for name in Pixels._fields))
 
     @property
     def fingerprint(self) -> str:
@@ -220,7 +220,7 @@ class Recipe(BaseModel):
 
     def differences_in_pixels(self, other: "Recipe") -> list[str]:
         """As `differences`, of what decides the pixels."""
-        return [line for line in self.differences(other) if line.split(":")[0] in _OF_PIXELS]
+        return [line for line in self.differences(other) if line.split(":")[0] in Pixels._fields]
 
     def differences(self, other: "Recipe") -> list[str]:
         """One line for each attribute in which `other` differs: `name: mine, not theirs`."""

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "embedder"
 
 # Packages, and modules beside them, from the bottom up: imports go down, never up or sideways.
 LEVELS = (
-    ("columns", "errors"),
+    ("columns", "errors", "pixels"),
     ("libraries", "machine", "options"),
     ("files", "recipe", "sources", "neighbours"),
     ("decode", "backbones", "store"),

@@ -21,6 +21,7 @@ from embedder.decode.views import Box, draw_augmentation
 from embedder.errors import DecodeError
 
 if TYPE_CHECKING:  # which would load pydantic
+    from embedder.pixels import Pixels
     from embedder.recipe import Recipe
 
 # Pillow's own error level: half a gigabyte of RGB. No camera photo reaches it; a file of a few
@@ -37,12 +38,17 @@ MAX_SCANNED_PIXELS = 2**32
 # not decoded.
 _REFUSED_FORMATS = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 Image.init()
-FORMATS = tuple(sorted(set(Image.OPEN) - _REFUSED_FORMATS))
+# Tried in this order; each of the first ones is known by how its files begin.
+_COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = (
+    *_COMMON_FORMATS,
+    *sorted(set(Image.OPEN) - _REFUSED_FORMATS - set(_COMMON_FORMATS)),
+)
 
-# Of all threads of this process. An image takes about 8 bytes a pixel while it is brought to RGB:
-# the large ones together take 1.4 GB, each other thread up to 0.27 GB. Photos of a camera of 33
-# megapixels are not large, so that they do not wait on a machine of 64 cores either.
-_budget = PixelBudget(MAX_PIXELS, num_ordinary=2**25)
+# An image takes about 8 bytes a pixel while it is brought to RGB: this is 0.27 GB. Photos of a
+# camera of 33 megapixels are not large, so that they do not wait on a machine of 64 cores either.
+MAX_ORDINARY_PIXELS = 2**25
+_budget = PixelBudget(MAX_PIXELS, MAX_ORDINARY_PIXELS)  # of all threads of this process
 
 # Markers of a JPEG that a segment follows, and the one of its end: 0xFF before 0 is a byte of
 # pixels, and before 0xFF a filling; 1 and 0xD0 to 0xD8 stand alone.
@@ -73,7 +79,22 @@ class DecodedImage(NamedTuple):
     augmented: tuple[NDArray[np.uint8], ...] = ()
 
 
-def decode_rgb(encoded: bytes, recipe: "Recipe") -> DecodedImage:
+class LargeImage(DecodeError):  # noqa: N818 - nothing is wrong with it
+    """It has more pixels than the caller wants decoded now.
+
+    Attributes:
+        num_pixels: That decoding it would hold in memory.
+    """
+
+    def __init__(self, num_pixels: int) -> None:
+        """Say how many."""
+        super().__init__(f"has {num_pixels:,} pixels", is_passing=True)
+        self.num_pixels = num_pixels
+
+
+def decode_rgb(
+    encoded: bytes, recipe: "Recipe | Pixels", max_pixels: int = MAX_PIXELS
+) -> DecodedImage:
     """Decode one image file and bring it to the recipe's size.
 
     Args:
@@ -82,8 +103,10 @@ def decode_rgb(encoded: bytes, recipe: "Recipe") -> DecodedImage:
             more than eight bits are stretched from the image's own range to 0..255. Colour
             profiles are not applied.
         recipe: Gives `image_size`, `crop`, `crop_fraction`, `interpolation`, `decode` and `views`.
+        max_pixels: How many decoding may hold in memory.
 
     Raises:
+        LargeImage: Decoding it would hold more than `max_pixels`.
         DecodeError: The bytes are truncated, not an image, declare more than `MAX_PIXELS` pixels,
             or are a JPEG of more scans than a photo has; or there is not enough memory, which may
             pass.
@@ -93,7 +116,7 @@ def decode_rgb(encoded: bytes, recipe: "Recipe") -> DecodedImage:
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             _check_size(image)
-            return _decode(image, encoded, recipe)
+            return _decode(image, encoded, recipe, max_pixels)
     except DecodeError:
         raise
     except Image.DecompressionBombError as error:
@@ -108,7 +131,9 @@ def decode_rgb(encoded: bytes, recipe: "Recipe") -> DecodedImage:
         raise DecodeError(f"{type(error).__name__}: {error}") from error
 
 
-def _decode(image: Image.Image, encoded: bytes, recipe: "Recipe") -> DecodedImage:
+def _decode(
+    image: Image.Image, encoded: bytes, recipe: "Recipe | Pixels", max_pixels: int
+) -> DecodedImage:
     """Decode an image whose header alone was read, when the budget of pixels has room for it."""
     num_pixels = image.width * image.height
     num_scans = _count_scans(encoded) if isinstance(image, JpegImageFile) else 1  # MPO is one too
@@ -116,6 +141,8 @@ def _decode(image: Image.Image, encoded: bytes, recipe: "Recipe") -> DecodedImag
     draft = _draft(image, recipe) if recipe.decode == "scaled" else None
     if num_scans == 1:  # else the coefficients of the whole are kept from scan to scan
         num_pixels = image.width * image.height
+    if num_pixels > max_pixels:
+        raise LargeImage(num_pixels)
     with _budget.taken(num_pixels), closing(image):
         return _load(image, draft, encoded, recipe)
 
@@ -124,7 +151,7 @@ def _load(
     image: Image.Image,
     draft: tuple[tuple[int, int], Box] | None,
     encoded: bytes,
-    recipe: "Recipe",
+    recipe: "Recipe | Pixels",
 ) -> DecodedImage:
     """Decode the pixels and bring them to the recipe's size; `draft` is that of `_draft`."""
     image_format = image.format or "unknown"
@@ -196,7 +223,7 @@ def _check_scans(image: Image.Image, num_scans: int) -> None:
         )
 
 
-def _draft(image: Image.Image, recipe: "Recipe") -> tuple[tuple[int, int], Box] | None:
+def _draft(image: Image.Image, recipe: "Recipe | Pixels") -> tuple[tuple[int, int], Box] | None:
     """Have a large JPEG decoded at 1/2, 1/4 or 1/8 of its size, yet twice the recipe's or more.
 
     Returns:
@@ -226,7 +253,7 @@ def _draft(image: Image.Image, recipe: "Recipe") -> tuple[tuple[int, int], Box] 
 
 
 def _augmented(
-    image: Image.Image, box: Box, encoded: bytes, recipe: "Recipe"
+    image: Image.Image, box: Box, encoded: bytes, recipe: "Recipe | Pixels"
 ) -> Iterator[NDArray[np.uint8]]:
     """All views but the first, of the part of an image in `box`; `encoded` decides them."""
     sha256 = hashlib.sha256(encoded).hexdigest()

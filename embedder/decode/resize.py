@@ -8,6 +8,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from embedder.decode.views import Augmentation, Box, part_of
 
 if TYPE_CHECKING:  # which would load pydantic
+    from embedder.pixels import Pixels
     from embedder.recipe import Recipe
 
 try:
@@ -20,7 +21,7 @@ _SIMD_FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom", "lanczos": "l
 _of_thread = threading.local()  # holds a Resizer, which keeps its intermediate image
 
 
-def fit(image: Image.Image, box: Box, recipe: "Recipe") -> Image.Image:
+def fit(image: Image.Image, box: Box, recipe: "Recipe | Pixels") -> Image.Image:
     """Bring a part of an image to the recipe's size, as it is.
 
     Args:
@@ -37,7 +38,7 @@ def fit(image: Image.Image, box: Box, recipe: "Recipe") -> Image.Image:
 
 
 def augment(
-    image: Image.Image, box: Box, augmentation: Augmentation, recipe: "Recipe"
+    image: Image.Image, box: Box, augmentation: Augmentation, recipe: "Recipe | Pixels"
 ) -> Image.Image:
     """Make one view, at the recipe's size, of a part of an image.
 
@@ -61,7 +62,7 @@ def augment(
     return _pad(view, recipe)
 
 
-def _center(box: Box, recipe: "Recipe") -> Box:
+def _center(box: Box, recipe: "Recipe | Pixels") -> Box:
     """The central part of a box, `crop_fraction` of the largest of the recipe's proportions."""
     height, width = recipe.image_size
     left, top, right, bottom = box
@@ -76,7 +77,7 @@ def _center(box: Box, recipe: "Recipe") -> Box:
     return crop_left, crop_top, crop_right, crop_bottom
 
 
-def _size_within(box: Box, recipe: "Recipe") -> tuple[int, int]:
+def _size_within(box: Box, recipe: "Recipe | Pixels") -> tuple[int, int]:
     """What a box is resized to, as Pillow's (width, height): with `pad`, of its proportions."""
     # Pillow wants (width, height); every other size in this package is (height, width).
     height, width = recipe.image_size
@@ -87,7 +88,7 @@ def _size_within(box: Box, recipe: "Recipe") -> tuple[int, int]:
     return max(1, round(box_width * scale)), max(1, round(box_height * scale))
 
 
-def _pad(image: Image.Image, recipe: "Recipe") -> Image.Image:
+def _pad(image: Image.Image, recipe: "Recipe | Pixels") -> Image.Image:
     """Put an image in the middle of a black one of the recipe's size."""
     height, width = recipe.image_size
     if image.size == (width, height):
@@ -97,7 +98,9 @@ def _pad(image: Image.Image, recipe: "Recipe") -> Image.Image:
     return canvas
 
 
-def _resize(image: Image.Image, size: tuple[int, int], box: Box, recipe: "Recipe") -> Image.Image:
+def _resize(
+    image: Image.Image, size: tuple[int, int], box: Box, recipe: "Recipe | Pixels"
+) -> Image.Image:
     """Resize the part of an RGB image in `box` to `size`, (width, height)."""
     simd_filter = _SIMD_FILTERS.get(recipe.interpolation)
     if simd is None or recipe.decode == "exact" or simd_filter is None:

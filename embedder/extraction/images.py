@@ -1,23 +1,24 @@
-"""Images of a shard, read and decoded ahead of the network, in the refs' order."""
+"""One image, read and decoded; light, as the decoder processes load no more than this."""
 
 import hashlib
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pyarrow as pa
-
-from embedder.decode import DecodedImage, decode_rgb
+from embedder.decode import MAX_PIXELS, DecodedImage, LargeImage, decode_rgb
 from embedder.errors import DecodeError, ReadError
-from embedder.extraction.record import Work
-from embedder.extraction.worker import WorkerState
-from embedder.recipe import Recipe
 from embedder.sources import read_bytes
 from embedder.store import Failure
 
-_MIN_LOOKAHEAD = 64  # images read and decoded ahead of the network, per shard
+if TYPE_CHECKING:  # which would load pydantic
+    from embedder.pixels import Pixels
+    from embedder.recipe import Recipe
+
+
+class EncodedImage(NamedTuple):
+    """The bytes of an image, or the failure that came instead; and how long that took."""
+
+    content: bytes | Failure
+    seconds: float
 
 
 class LoadedImage(NamedTuple):
@@ -31,64 +32,50 @@ class LoadedImage(NamedTuple):
     decode_cpu_seconds: float
 
 
-def load_image(path: bytes, recipe: Recipe) -> LoadedImage:
+def load_image(path: bytes, recipe: "Recipe | Pixels") -> LoadedImage:
     """Read and decode one image; what goes wrong is its outcome."""
+    return decode_image(read_image(path), recipe)
+
+
+def read_image(path: bytes, allow_private: bool = False) -> EncodedImage:
+    """Read one image; what goes wrong is its content.
+
+    Args:
+        path: That of its ref.
+        allow_private: As in `sources.read_bytes`.
+    """
     begin = time.perf_counter()
     try:
-        encoded = read_bytes(path)
+        content: bytes | Failure = read_bytes(path, allow_private=allow_private)
     except ReadError as error:
-        failure = Failure("read", str(error), error.is_passing)
-        return LoadedImage(None, None, failure, time.perf_counter() - begin, 0.0, 0.0)
+        content = Failure("read", str(error), error.is_passing)
+    return EncodedImage(content, time.perf_counter() - begin)
+
+
+def decode_image(
+    image: EncodedImage, recipe: "Recipe | Pixels", max_pixels: int = MAX_PIXELS
+) -> LoadedImage:
+    """Decode one image that was read; what goes wrong is its outcome.
+
+    Args:
+        image: What was read.
+        recipe: What it is decoded to.
+        max_pixels: As in `decode_rgb`.
+
+    Raises:
+        LargeImage: It has more pixels than that.
+    """
+    encoded = image.content
+    if isinstance(encoded, Failure):
+        return LoadedImage(None, None, encoded, image.seconds, 0.0, 0.0)
+    begin, cpu = time.perf_counter(), time.thread_time()
     sha256 = hashlib.sha256(encoded).hexdigest()
-    read, cpu = time.perf_counter(), time.thread_time()
     outcome: DecodedImage | Failure
     try:
-        outcome = decode_rgb(encoded, recipe)
+        outcome = decode_rgb(encoded, recipe, max_pixels)
+    except LargeImage:
+        raise
     except DecodeError as error:
         outcome = Failure("decode", str(error), error.is_passing)
     end, cpu = time.perf_counter(), time.thread_time() - cpu
-    return LoadedImage(len(encoded), sha256, outcome, read - begin, end - read, cpu)
-
-
-def load_images(
-    refs: pa.Table, recipe: Recipe, state: WorkerState, loading: Work
-) -> Iterator[LoadedImage]:
-    """Read and decode images by the worker's threads, ahead of need.
-
-    Args:
-        refs: Rows of a listing.
-        recipe: What images are decoded to.
-        state: Whose threads, and whose batches say how far ahead.
-        loading: Counts what was read and decoded.
-
-    Yields:
-        Images in the refs' order.
-    """
-    lookahead = max(_MIN_LOOKAHEAD, 4 * state.engine.batch_size)
-    # An image with several views waits with all their pixels; every thread still has one in work.
-    lookahead = min(lookahead, max(lookahead // recipe.views, state.num_threads + 1))
-    ahead: deque[Future[LoadedImage]] = deque()
-    try:
-        with state.feeding:
-            loading.first_read = time.time()
-            for path in refs["path"]:
-                ahead.append(state.decoders.submit(load_image, path.as_py(), recipe))
-                if len(ahead) == lookahead:
-                    yield _take(ahead.popleft(), loading)
-        while ahead:
-            yield _take(ahead.popleft(), loading)
-    finally:
-        for future in ahead:
-            future.cancel()
-
-
-def _take(future: Future[LoadedImage], loading: Work) -> LoadedImage:
-    loading.num_ready += future.done()
-    begin = time.perf_counter()
-    image = future.result()
-    loading.waits["decode"] += time.perf_counter() - begin
-    loading.seconds["read"] += image.read_seconds
-    loading.seconds["decode"] += image.decode_seconds
-    loading.decode_cpu_seconds += image.decode_cpu_seconds
-    loading.num_bytes_read += image.num_bytes or 0
-    return image
+    return LoadedImage(len(encoded), sha256, outcome, image.seconds, end - begin, cpu)

@@ -49,6 +49,38 @@ class RunOptions:
             "per GPU, or 1 where there is none.",
         ),
     ] = None
+    decoders: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Processes of each worker that read and decode; if absent, one for each "
+            "of the worker's cores.",
+        ),
+    ] = None
+    decode_timeout: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            description="Seconds for which one image may be read from a disk, or decoded, before "
+            "it is a failure.",
+        ),
+    ] = 60.0
+    read_ahead: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=1024,
+            description="Images that each worker reads at once, where reading is slow: from "
+            "servers, buckets and network disks.",
+        ),
+    ] = 64
+    allow_private: Annotated[
+        bool,
+        Field(
+            description="Follow redirects of servers to private addresses, such as those of a "
+            "local network."
+        ),
+    ] = False
     scheduler: Annotated[
         Name | None,
         Field(description="Address of a running Dask scheduler, in place of local workers."),

@@ -1,16 +1,17 @@
 """One shard: read, decode, embed, write, with the stages overlapped and each timed.
 
-Reading and decoding run in threads, ahead of the network; batches are embedded in the engine's
-own threads; the shard's thread only carries images from one to the other, in the refs' order.
-Pixels wait in a fixed number of buffers, which go round: where none is free, the network has all
-it can take, and decoding waits. A worker process keeps two shards in hand: the second begins when
-the first has handed its last image to the decoders, so nothing runs dry between shards.
+Reading and decoding run in processes, ahead of the network; batches are embedded in the engine's
+own threads; the shard's thread only notes which image is in which slot of which batch. Pixels are
+in a fixed number of batches, which go round: where none is free, the network has all it can take,
+and decoding waits. A worker process keeps two shards in hand: the second begins when the first has
+handed its last image to the decoders, so nothing runs dry between shards.
 """
 
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from embedder.errors import Unfinished
-from embedder.extraction.images import LoadedImage, load_images
+from embedder.extraction.decoders import DecoderPool, Outcome
 from embedder.extraction.record import Receipt, Work
 from embedder.extraction.worker import Job, WorkerState, finished_vectors
 from embedder.recipe import Recipe
@@ -63,25 +64,26 @@ def extract_shard(
         StoreError: The shard could not be written.
     """
     stores = [Store(job.store) for job in jobs]
-    shards = [
+    builders = [
         ShardBuilder(job.recipe, state, refs, of_job)
         for job, state, of_job in zip(jobs, states, earlier or [{}] * len(jobs), strict=True)
     ]
     loading = Work()
     reporter = _Reporter(report)
-    try:
-        for position, image in enumerate(load_images(refs, jobs[0].recipe, states[0], loading)):
+    batches = _Batches(builders, states[0], refs["path"].to_pylist(), loading)
+    with closing(batches):
+        num_done = 0
+        for outcomes in batches.feed.outcomes():
             if is_stopped():
-                raise Stopped(f"stopped while shard {shards[0].receipt.shard} was in work")
-            for shard in shards:
-                shard.add(position, image)
-            reporter.tell(position + 1, len(shards[0].failures))
-        for shard in shards:
-            shard.finish()
-    finally:
-        for shard in shards:
-            shard.give_back()
-    receipts = [shard.write(store, loading) for shard, store in zip(shards, stores, strict=True)]
+                raise Stopped(f"stopped while shard {builders[0].receipt.shard} was in work")
+            for outcome in outcomes:
+                batches.add(outcome)
+            num_done += len(outcomes)
+            reporter.tell(num_done, len(builders[0].failures))
+        batches.finish()
+    receipts = [
+        builder.write(store, loading) for builder, store in zip(builders, stores, strict=True)
+    ]
     reporter.tell(refs.num_rows, receipts[0].num_failures, at_once=True)
     return receipts
 
@@ -101,11 +103,75 @@ class _Reporter:
             self._told, self._time = (num_done, num_failures), now
 
 
-class ShardBuilder:
-    """Collects a shard's images into batches, and their vectors into rows.
+class _Batches:
+    """The batches that a shard's images are decoded into, until they are embedded."""
 
-    A vector finds its row by the position of its ref and its view, which travel with the pixels:
-    nothing depends on the order in which batches come back.
+    def __init__(
+        self,
+        builders: "Sequence[ShardBuilder]",
+        state: WorkerState,
+        paths: Sequence[bytes],
+        loading: Work,
+    ) -> None:
+        self._builders, self._state, self._loading = builders, state, loading
+        self._pool = state.decoders
+        self.feed = self._pool.feed(paths, loading)
+        self._rows: dict[int, dict[int, Row]] = {}  # by batch, then by place in it
+        self._in_flight: deque[Future[list[_EmbeddedBatch]]] = deque()
+
+    def add(self, outcome: Outcome) -> None:
+        """Note an image, whose pixels are in their slots, or its failure."""
+        row = Row(outcome.position, 0, outcome.num_bytes, outcome.sha256, 0, 0, "")
+        if isinstance(outcome.found, Failure):
+            self.feed.reuse(outcome.slots)
+            for builder in self._builders:
+                builder.failures.append((row, outcome.found))
+            return
+        row = Row(*row[:4], *outcome.found)
+        for view, slot in enumerate(outcome.slots):
+            batch, place = divmod(slot, self._pool.batch_size)
+            rows = self._rows.setdefault(batch, {})
+            rows[place] = row._replace(view=view) if view else row
+            if len(rows) == self._pool.batch_size:
+                self._submit(batch)
+
+    def _submit(self, batch: int) -> None:
+        """Have a batch embedded, and take in those that are done."""
+        self.feed.hand_over(batch)
+        rows = self._rows.pop(batch)
+        self._in_flight.append(
+            self._state.embedders.submit(_embed, self._builders, self._pool, batch, rows)
+        )
+        while self._in_flight and self._in_flight[0].done():
+            self._collect()
+
+    def _collect(self) -> None:
+        for builder, embedded in zip(
+            self._builders, self._in_flight.popleft().result(), strict=True
+        ):
+            builder.collect(embedded)
+
+    def finish(self) -> None:
+        """Embed the batches that are not full, and wait for all."""
+        for batch in sorted(self._rows):
+            self._submit(batch)
+        begin = time.perf_counter()
+        while self._in_flight:
+            self._collect()
+        self._loading.waits["embed"] += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Return what a shard that was given up still holds."""
+        self.feed.close()
+        for future in self._in_flight:
+            future.exception()  # its batch is back
+
+
+class ShardBuilder:
+    """Collects a shard's vectors, and makes rows of them.
+
+    A vector finds its row by the position of its ref and its view, which are noted with the slot
+    of its pixels: nothing depends on the order in which images or batches come back.
     """
 
     def __init__(
@@ -115,7 +181,7 @@ class ShardBuilder:
 
         Args:
             recipe: What is stored.
-            state: The worker's engine and buffers.
+            state: The worker's engine.
             refs: Rows of the listing.
             earlier: What the store had of these images; see `Earlier`.
         """
@@ -132,38 +198,9 @@ class ShardBuilder:
         # By column, one array for the shard, made when the first batch tells `dim`: a list of
         # batches, and its concatenation, would be three times the memory.
         self._vectors: dict[str, NDArray[Any]] = {}
-        self._batch: list[Row] = []
-        self._buffer: NDArray[np.uint8] | None = None  # holds the pixels of the batch
-        self._in_flight: deque[Future[_EmbeddedBatch]] = deque()
 
-    def add(self, position: int, image: LoadedImage) -> None:
-        """Add an image's views to the batch, or its failure to the failures."""
-        outcome = image.outcome
-        row = Row(position, 0, image.num_bytes, image.sha256, 0, 0, "")
-        if isinstance(outcome, Failure):
-            self.failures.append((row, outcome))
-            return
-        row = row._replace(width=outcome.width, height=outcome.height, format=outcome.format)
-        for view, pixels in enumerate((outcome.pixels, *outcome.augmented)):
-            if self._buffer is None:
-                begin = time.perf_counter()
-                self._buffer = self.state.buffers.get()
-                self.receipt.waits["embed"] += time.perf_counter() - begin
-            self._buffer[len(self._batch)] = pixels
-            self._batch.append(row._replace(view=view))
-            if len(self._batch) == len(self._buffer):
-                self._submit(self._buffer)
-
-    def _submit(self, buffer: NDArray[np.uint8]) -> None:
-        """Hand the batch over, with its buffer, and take in those that are done."""
-        self._in_flight.append(
-            self.state.embedders.submit(_embed, self.state, self.recipe, self._batch, buffer)
-        )
-        self._batch, self._buffer = [], None
-        while self._in_flight and self._in_flight[0].done():
-            self._collect(self._in_flight.popleft().result())
-
-    def _collect(self, embedded: "_EmbeddedBatch") -> None:
+    def collect(self, embedded: "_EmbeddedBatch") -> None:
+        """Take in the vectors of a batch."""
         self.receipt.seconds["embed"] += embedded.seconds
         indices = row_indices(embedded.rows, self.recipe.views)
         is_finite = np.ones(len(indices), bool)
@@ -181,30 +218,14 @@ class ShardBuilder:
                 error = f"the vector is not finite in {self.recipe.store_dtype}"
                 self.failures.append((row, Failure("embed", error)))
 
-    def finish(self) -> None:
-        """Embed the last, partial batch and wait for all."""
-        if self._buffer is not None:
-            self._submit(self._buffer)
-        begin = time.perf_counter()
-        while self._in_flight:
-            self._collect(self._in_flight.popleft().result())
-        self.receipt.waits["embed"] += time.perf_counter() - begin
-        self.failures.sort(key=lambda failure: failure[0].position)
-
-    def give_back(self) -> None:
-        """Return what a shard that was given up still holds of the state."""
-        if self._buffer is not None:
-            self.state.buffers.put(self._buffer)
-            self._buffer = None
-        for future in self._in_flight:
-            future.exception()  # its buffer is back
-
     def write(self, store: Store, loading: Work) -> Receipt:
         """Write the shard, and tell what became of it."""
         receipt, engine = self.receipt, self.state.engine
         receipt.add(loading)
         receipt.engine, receipt.batch_size = f"{engine.name} on {engine.device}", engine.batch_size
-        receipt.num_threads, receipt.num_parallel = self.state.num_threads, engine.num_parallel
+        receipt.num_threads = self.state.decoders.num_decoders
+        receipt.num_parallel = engine.num_parallel
+        self.failures.sort(key=lambda failure: failure[0].position)
         self._set_kept_apart()
         begin = time.perf_counter()
         good = sorted(row for row in self._rows if row.position not in self._not_finite)
@@ -240,14 +261,26 @@ class _EmbeddedBatch(NamedTuple):
 
 
 def _embed(
-    state: WorkerState, recipe: Recipe, rows: list[Row], buffer: NDArray[np.uint8]
-) -> _EmbeddedBatch:
-    """Embed a batch, of which the first `len(rows)` images are real, and return its buffer."""
-    begin = time.perf_counter()
+    builders: Sequence[ShardBuilder], pool: DecoderPool, batch: int, rows: dict[int, Row]
+) -> list[_EmbeddedBatch]:
+    """Embed a batch for each builder, and release it.
+
+    Args:
+        builders: With the engine of each.
+        pool: Of the batch.
+        batch: Its number.
+        rows: By place in the batch; other places hold nothing of use.
+    """
+    found = []
+    places = list(rows)
     try:
-        features = state.embed(buffer)
+        for builder in builders:
+            begin = time.perf_counter()
+            features = builder.state.embed(pool.shared.batches[batch])
+            mine = {name: f[places] for name, f in features.items()}
+            vectors = finished_vectors(mine, builder.recipe, builder.state.head)
+            seconds = time.perf_counter() - begin
+            found.append(_EmbeddedBatch(list(rows.values()), vectors, seconds))
     finally:
-        state.buffers.put(buffer)
-    mine = {name: f[: len(rows)] for name, f in features.items()}
-    vectors = finished_vectors(mine, recipe, state.head)
-    return _EmbeddedBatch(rows, vectors, time.perf_counter() - begin)
+        pool.release(batch)
+    return found

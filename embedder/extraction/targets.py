@@ -14,6 +14,7 @@ from embedder.engines import Runtime
 from embedder.errors import RequestError, Unfinished
 from embedder.extraction.changed_files import Refreshed, refresh_shard
 from embedder.extraction.cluster import Pool, WorkerContext
+from embedder.extraction.decoders import Feeding
 from embedder.extraction.options import RunOptions
 from embedder.extraction.plan import Plan, drop_repeated, make_plan, shards_by_id
 from embedder.extraction.record import Receipt, Summary, grouped_reasons
@@ -152,6 +153,9 @@ def compare(
         options.batch_size,
         num_images=plan.missing.num_rows + plan.stale.num_rows,
         gpus=None if options.scheduler else runtime.gpus,
+        feeding=Feeding(
+            options.decoders, options.decode_timeout, options.read_ahead, options.allow_private
+        ),
     )
     return Target(store, summary, refs, options, plan, job, plan.missing)
 

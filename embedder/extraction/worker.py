@@ -1,8 +1,7 @@
-"""What a worker process keeps between shards: the engine, the decoders and the buffers."""
+"""What a worker process keeps between shards: the engine, the decoders and their batches."""
 
 import contextlib
 import ctypes
-import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,19 +12,22 @@ from numpy.typing import NDArray
 
 from embedder import engines
 from embedder.columns import LOGITS
-from embedder.decode import prepare_decoders
 from embedder.engines import Engine, Features
 from embedder.errors import EngineError, ModelError, OutOfMemory
+from embedder.extraction.decoder_link import start_ahead
+from embedder.extraction.decoders import DecoderPool, Feeding
 from embedder.machine import gpus
 from embedder.recipe import Recipe
 
 if TYPE_CHECKING:
     from embedder.heads import Model
 
-_SHARDS_IN_HAND = 2  # of a worker process
 # A shorter run would be over before measuring batch sizes has paid for itself.
 _MIN_IMAGES_TO_MEASURE = 2000
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+_DEFAULT_FEEDING = Feeding()
 
 
 @dataclass(frozen=True)
@@ -38,32 +40,32 @@ class Job:
     batch_size: int | None  # None: found by measuring, where the run is long enough to gain by it
     num_images: int = 0
     gpus: tuple[str, ...] | None = None  # None: those of the worker, wherever it is
+    feeding: Feeding = _DEFAULT_FEEDING
 
 
 class WorkerState:
-    """What a worker process keeps between shards: the engine, the threads and the buffers."""
+    """What a worker process keeps between shards: the engine, the decoders and their batches."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, num_threads: int) -> None:
-        """Start the threads.
+    def __init__(
+        self, recipe: Recipe, engine: Engine, num_threads: int, feeding: Feeding = _DEFAULT_FEEDING
+    ) -> None:
+        """Make the batches that decoders fill.
 
         Args:
             recipe: What is computed.
             engine: Compiled model.
-            num_threads: Threads that read and decode.
+            num_threads: Cores for this worker, of which each has a decoder by default.
+            feeding: How images are read and decoded.
         """
-        prepare_decoders()
         _give_back_large_blocks()
         self.engine = engine
         self.head = load_head(recipe)
-        self.num_threads = num_threads
-        self.decoders = ThreadPoolExecutor(num_threads, "decode")
         self.embedders = ThreadPoolExecutor(engine.num_parallel, "embed")
-        # For each call of the engine one that is in work and one that waits; and one that each
-        # shard fills. A shard can always hand over the one it has, so none waits for ever.
-        self.buffers: queue.SimpleQueue[NDArray[np.uint8]] = queue.SimpleQueue()
-        for _ in range(2 * engine.num_parallel + _SHARDS_IN_HAND):
-            self.buffers.put(np.zeros((engine.batch_size, *recipe.image_size, 3), np.uint8))
-        self.feeding = threading.Lock()  # held by the shard that hands images to the decoders
+        # For each call of the engine one batch that is in work and one that waits.
+        self.decoders = DecoderPool(
+            *(recipe.pixels, engine.batch_size, 2 * engine.num_parallel),
+            *(feeding.decoders or num_threads, feeding),
+        )
         self._resizing = threading.Lock()
 
     def embed(self, pixels: NDArray[np.uint8]) -> Features:
@@ -122,10 +124,11 @@ _states_lock = threading.Lock()
 def worker_state_of(job: Job, num_threads: int) -> WorkerState:
     """This process's state for a job: made by its first shard, shared by all others."""
     runtime = engines.choose(job.engine, gpus() if job.gpus is None else job.gpus)
-    key = (job.recipe, runtime, job.batch_size, num_threads)
+    key = (job.recipe, runtime, job.batch_size, num_threads, job.feeding)
     with _states_lock:
         if key not in _states:
             recipe = job.recipe.of_features
+            start_ahead(job.feeding.decoders or num_threads)  # while the network is loaded
             engine = engines.load(recipe, runtime, job.batch_size, num_threads)
             if (
                 job.batch_size is None
@@ -133,7 +136,7 @@ def worker_state_of(job: Job, num_threads: int) -> WorkerState:
                 and engines.remembered_batch_size(recipe, runtime, num_threads) is None
             ):
                 engine = engines.find_batch_size(engine, recipe, runtime, num_threads)
-            _states[key] = WorkerState(job.recipe, engine, num_threads)
+            _states[key] = WorkerState(job.recipe, engine, num_threads, job.feeding)
         return _states[key]
 
 

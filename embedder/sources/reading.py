@@ -19,11 +19,12 @@ _KINDS = {
 }
 
 
-def read_bytes(path: bytes) -> bytes:
+def read_bytes(path: bytes, *, allow_private: bool = False) -> bytes:  # noqa: ARG001
     """Read one image file whole.
 
     Args:
         path: The `path` of a ref.
+        allow_private: Whether redirects may lead to private addresses.
 
     Raises:
         ReadError: The file is missing, is no regular file, cannot be read, or is larger than

@@ -1,3 +1,4 @@
+from .failure import Failure as Failure
 from .lease import lease as lease
 from .scanning import (
     scan as scan,
@@ -7,7 +8,6 @@ from .scanning import (
 from .schema import (
     EMBEDDINGS as EMBEDDINGS,
     FAILURES as FAILURES,
-    Failure as Failure,
     Row as Row,
     failures_table as failures_table,
     own_fields as own_fields,

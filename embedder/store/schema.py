@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from embedder.columns import PASSING, VIEW, extra_columns
 from embedder.recipe import Recipe
 from embedder.sources import MODIFIED_TYPE
+from embedder.store.failure import Failure
 from embedder.store.shard_file import Columns, metadata_of, vector_array
 
 EMBEDDINGS = "embeddings"
@@ -52,14 +53,6 @@ class Row(NamedTuple):
     width: int
     height: int
     format: str
-
-
-class Failure(NamedTuple):
-    """Why an image has no row."""
-
-    stage: str
-    error: str
-    is_passing: bool = False
 
 
 def row_schema(

@@ -1,6 +1,7 @@
 """Augmented views: of one decode, decided by the bytes alone, and kept or dropped together."""
 
 import hashlib
+import math
 import os
 import shutil
 from collections import Counter
@@ -265,23 +266,17 @@ def test_feature_maps_that_are_not_pooled_have_views(
 
 
 @pytest.mark.parametrize(
-    ("num_views", "num_threads", "num_ahead"), [(1, 2, 64), (8, 2, 8), (8, 9, 10), (64, 5, 6)]
+    ("num_views", "side", "num_decoders", "num_ahead"),
+    [(1, 64, 2, 64), (8, 64, 2, 64), (64, 512, 4, 2), (1, 4096, 3, 2), (8, 128, 16, 42)],
 )
-def test_no_more_pixels_are_decoded_ahead_than_without_views_unless_threads_would_idle(
-    tmp_path: Path, mean_colour_recipe: Recipe, num_views: int, num_threads: int, num_ahead: int
+def test_so_many_images_are_decoded_ahead_as_fit_into_memory_unless_decoders_would_idle(
+    mean_colour_recipe: Recipe, num_views: int, side: int, num_decoders: int, num_ahead: int
 ) -> None:
-    folder = make_archive(tmp_path / "photos", 70)
-    recipe = mean_colour_recipe.model_copy(update={"views": num_views})
-    state = WorkerState(recipe, MeanColour(), num_threads)
-    is_feeding = []
-
-    def note() -> bool:
-        is_feeding.append(state.feeding.locked())
-        return False
-
-    run(recipe, folder, tmp_path / "out", state, is_stopped=note)
-    num_last = num_ahead - 1  # beside the one that is taken
-    assert is_feeding == [True] * (70 - num_last) + [False] * num_last
+    recipe = mean_colour_recipe.model_copy(update={"views": num_views, "image_size": (side, side)})
+    state = WorkerState(recipe, MeanColour(batch_size=4, num_parallel=2), num_decoders)
+    # In and before the network, and one that each of two shards fills.
+    num_batches = len(state.decoders.shared.batches) - 2 * 2 - 2
+    assert num_batches == math.ceil(num_decoders * num_ahead * num_views / 4)
 
 
 # The store. ------------------------------------------------------------------------------------

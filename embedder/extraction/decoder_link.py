@@ -1,0 +1,190 @@
+"""The end of a decoder process that is in the process which started it."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from typing import Any
+
+import msgpack
+
+from embedder.errors import EngineError
+from embedder.extraction.buffers import shared_numbers
+from embedder.extraction.decoder_process import STAGES, start_code
+
+_END_SECONDS = 1.0  # for idle processes to end, before they are killed
+# One thread does all; libraries that reserve memory for more would use up its limit.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+class DecoderDied(Exception):  # noqa: N818 - says what happened
+    """A decoder process has ended.
+
+    Attributes:
+        slot: First slot of the image that it had in work; None if it had none.
+        stage: That the image was in, one of `STAGES`.
+        signal: That ended it; None if it ended by itself.
+        reason: Why, in words.
+    """
+
+    def __init__(self, slot: int | None, stage: str, status: int) -> None:
+        """Tell what ended it.
+
+        Args:
+            slot: As the attribute.
+            stage: As the attribute.
+            status: That it ended with, as `subprocess` has it: of a signal, minus its number.
+        """
+        self.slot, self.stage = slot, stage
+        self.signal = -status if status < 0 else None
+        self.reason = f"its decoder ended with status {status}"
+        if self.signal is not None:
+            with suppress(ValueError):  # a signal without a name
+                name = signal.Signals(self.signal).name
+                self.reason = f"its decoder was killed by signal {self.signal} ({name})"
+        super().__init__(self.reason)
+
+
+class DecoderLink:
+    """A decoder process, from the outside: see `decoder_process` for what is said."""
+
+    def __init__(self) -> None:
+        """Start one; it is ready a little later."""
+        self._link, theirs = multiprocessing.Pipe()
+        self._current, current = shared_numbers(2)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self._open_keys: set[int] = set()
+        self._is_ready = False
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - this program
+                [sys.executable, "-c", start_code(sys.path), str(theirs.fileno()), str(current)],
+                stdin=subprocess.DEVNULL,
+                stdout=self._errors,
+                stderr=self._errors,
+                pass_fds=(theirs.fileno(), current),
+                process_group=0,  # Ctrl-C in a terminal is for the process that started it
+                env=os.environ | _ENVIRONMENT,
+            )
+        os.close(current)
+
+    def open(self, key: int, file: int, *settings: Any) -> None:
+        """Tell it where pixels go, unless it knows.
+
+        Args:
+            key: That `load` names the place by.
+            file: Descriptor of the memory.
+            settings: Pixels, number of batches and the like.
+
+        Raises:
+            DecoderDied: It has ended.
+        """
+        if key in self._open_keys:
+            return
+        self._open_keys.add(key)
+        self._send("open", key, *settings)
+        with socket.socket(fileno=os.dup(self._link.fileno())) as channel:
+            try:
+                socket.send_fds(channel, [b"F"], [file])
+            except OSError:
+                raise self._death() from None
+
+    def close(self, key: int) -> None:
+        """Have it forget a place."""
+        if key in self._open_keys:
+            self._open_keys.remove(key)
+            with suppress(DecoderDied):
+                self._send("close", key)
+
+    def load(self, *arguments: Any) -> None:
+        """Hand it images.
+
+        Raises:
+            DecoderDied: It has ended.
+        """
+        self._send("load", *arguments)
+
+    def _send(self, *message: Any) -> None:
+        try:
+            self._link.send_bytes(msgpack.packb(message))
+        except OSError:
+            raise self._death() from None
+
+    def receive(self) -> list[Any]:
+        """Wait for what it has to tell of images, and return what follows `loaded`.
+
+        Raises:
+            DecoderDied: It has ended.
+            EngineError: It has never begun.
+        """
+        while True:
+            try:
+                content = self._link.recv_bytes()
+            except (EOFError, OSError):
+                raise self._death() from None
+            message: list[Any] = msgpack.unpackb(content, unicode_errors="surrogatepass")
+            if message[0] == "loaded":
+                return message[1:]
+            self._is_ready = True
+
+    def _death(self) -> DecoderDied | EngineError:
+        status = self._process.wait()
+        self._link.close()
+        if not self._is_ready and status > 0:
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            return EngineError(f"Decoder processes cannot be started: {' '.join(lines[-1:])}")
+        slot, stage = self._current.tolist()
+        return DecoderDied(slot - 1 if slot else None, STAGES[stage], status)
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """End it: at once if it is idle, else by force."""
+        self._link.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+
+
+_idle: list[DecoderLink] = []
+_lock = threading.Lock()
+
+
+def start_ahead(count: int) -> None:
+    """Start decoder processes that will be wanted soon, but for those that are idle."""
+    with _lock:
+        _idle[:] = [link for link in _idle if link.is_alive()]
+        _idle.extend(DecoderLink() for _ in range(count - len(_idle)))
+
+
+def take_idle() -> DecoderLink:
+    """A decoder process without work, or a new one."""
+    with _lock:
+        while _idle:
+            if (link := _idle.pop()).is_alive():
+                return link
+    return DecoderLink()
+
+
+def give_back(link: DecoderLink) -> None:
+    """Keep a decoder process for whoever wants it next; it ends by itself where nobody does."""
+    with _lock:
+        _idle.append(link)
+
+
+@atexit.register
+def _end_all() -> None:
+    with _lock:
+        while _idle:
+            _idle.pop().end()

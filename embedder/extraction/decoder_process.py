@@ -1,0 +1,252 @@
+"""A decoder process: reads images, decodes them, and puts their pixels into shared memory.
+
+It may crash, hang or run out of memory with an image: `decoders` starts another one. It loads
+neither Dask, Keras nor an engine, and is given no more than numbers and texts, in msgpack; nor does
+it give more back.
+
+    to it     open  KEY PIXELS NUM_BATCHES BATCH_SIZE SECONDS NUM_READERS ALLOW_PRIVATE, then a file
+              close KEY
+              load  KEY IN_THREADS MAX_PIXELS PATHS SLOTS
+    from it   ready
+              loaded OUTCOMES READ_SECONDS WAIT_SECONDS DECODE_SECONDS DECODE_CPU_SECONDS
+
+An outcome is SLOT NUM_BYTES SHA256 WIDTH HEIGHT FORMAT of an image, SLOT NUM_BYTES SHA256 STAGE
+ERROR IS_PASSING of a failure, or SLOT NUM_PIXELS of an image with more pixels than MAX_PIXELS.
+"""
+
+import contextlib
+import ctypes
+import gc
+import itertools
+import json
+import math
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import msgpack
+
+from embedder.decode import LargeImage, prepare_decoders
+from embedder.extraction.buffers import SharedBatches, shared_numbers
+from embedder.extraction.images import EncodedImage, decode_image, read_image
+from embedder.pixels import Pixels
+from embedder.sources import scheme_of
+from embedder.store import Failure
+
+# What decoding one image may take beside what the process has. The largest image that is let in,
+# of `decode.MAX_PIXELS`, takes 1.45 GiB (`benchmarks/decode_memory.py`).
+MAX_GIB = 2
+STAGES = ("read", "decode")
+_IDLE_SECONDS = 60.0  # without work, after which it ends
+_SEND_SECONDS = 0.02  # between outcomes, where images take long
+_M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+class _Place(NamedTuple):
+    """Where pixels go, and how they are made."""
+
+    pixels: Pixels
+    batches: SharedBatches
+    seconds: float
+    allow_private: bool
+    readers: ThreadPoolExecutor
+
+
+class _Task(NamedTuple):
+    """An image to load, and the slots of its views."""
+
+    place: _Place
+    path: bytes
+    max_pixels: int
+    slots: list[int]
+
+
+class DecoderProcess:
+    """What a decoder process does from its first message to its last."""
+
+    def __init__(self, link: Connection, current: Any) -> None:
+        """Begin with no work.
+
+        Args:
+            link: To the process that started this one.
+            current: int64 (2,), shared with it: the first slot of the image in work, plus 1, or 0
+                where none is; and the number of its stage in `STAGES`.
+        """
+        self._link, self._current = link, current
+        self._places: dict[int, _Place] = {}
+        self._inline: deque[_Task] = deque()
+        self._in_threads: dict[int, tuple[_Task, float]] = {}  # by number; since when it is read
+        self._numbers = itertools.count()  # of images, as slots come again
+        self._read: queue.SimpleQueue[tuple[int, EncodedImage]] = queue.SimpleQueue()
+        self._at_once = 1  # outcomes that are sent together
+        self._outcomes: list[list[Any]] = []
+        self._seconds = [0.0] * 4
+
+    def serve(self) -> None:
+        """Work until the other process is gone, or has had no work for a minute."""
+        self._link.send_bytes(msgpack.packb(["ready"]))
+        while True:
+            is_busy = bool(self._inline or self._in_threads)
+            if self._link.poll(0 if is_busy else _IDLE_SECONDS):
+                self._obey(*msgpack.unpackb(self._link.recv_bytes()))
+            elif is_busy:
+                self._work()
+            else:
+                return
+
+    def _obey(self, what: str, key: int, *arguments: Any) -> None:
+        if what == "open":
+            pixels, num_batches, batch_size, seconds, num_readers, allow_private = arguments
+            image_size, *others = pixels
+            settings = Pixels(tuple(image_size), *others)
+            shape = (batch_size, *settings.image_size, 3)
+            batches = SharedBatches(num_batches, shape, _receive_file(self._link))
+            readers = ThreadPoolExecutor(num_readers, "read")
+            self._places[key] = _Place(settings, batches, seconds, allow_private, readers)
+            _limit_memory()
+        elif what == "close":
+            del self._places[key]
+        else:
+            in_threads, max_pixels, paths, slots = arguments
+            place = self._places[key]
+            views = place.pixels.views
+            self._at_once = len(paths)
+            for first, path in zip(range(0, len(slots), views), paths, strict=True):
+                task = _Task(place, path, max_pixels, slots[first : first + views])
+                if in_threads or not is_local(path):
+                    number = next(self._numbers)
+                    self._in_threads[number] = task, math.inf
+                    place.readers.submit(self._read_in_thread, number, task)
+                else:
+                    self._inline.append(task)
+
+    def _read_in_thread(self, number: int, task: _Task) -> None:
+        self._in_threads[number] = task, time.monotonic()
+        self._read.put((number, read_image(task.path, task.place.allow_private)))
+
+    def _work(self) -> None:
+        """Load images until it is time to tell."""
+        until = time.monotonic() + _SEND_SECONDS
+        while len(self._outcomes) < self._at_once and time.monotonic() < until:
+            if self._inline:
+                task = self._inline.popleft()
+                self._begin(task, stage=0)
+                image = read_image(task.path, task.place.allow_private)
+                self._seconds[1] += image.seconds
+            elif self._in_threads:
+                found = self._next_read(until)
+                if found is None:
+                    break
+                task, image = found
+            else:
+                break
+            self._seconds[0] += image.seconds
+            self._decode(task, image)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self._current[0] = 0
+        if self._outcomes:
+            message = ["loaded", self._outcomes, *self._seconds]
+            self._link.send_bytes(msgpack.packb(message, unicode_errors="surrogatepass"))
+            self._outcomes, self._seconds = [], [0.0] * 4
+
+    def _begin(self, task: _Task, stage: int) -> None:
+        """Note what is in work; the system ends this process if that takes too long."""
+        signal.setitimer(signal.ITIMER_REAL, task.place.seconds)
+        self._current[:] = task.slots[0] + 1, stage
+
+    def _next_read(self, until: float) -> tuple[_Task, EncodedImage] | None:
+        begin = time.monotonic()
+        try:
+            number, image = self._read.get(timeout=max(0.0, until - begin))
+        except queue.Empty:
+            self._give_up_reading()
+            return None
+        finally:
+            self._seconds[1] += time.monotonic() - begin
+        known = self._in_threads.pop(number, None)
+        return None if known is None else (known[0], image)
+
+    def _give_up_reading(self) -> None:
+        """Tell of local files that take too long; what is remote has a deadline of its own."""
+        for number, (task, since) in list(self._in_threads.items()):
+            seconds = task.place.seconds
+            if time.monotonic() - since > seconds and is_local(task.path):
+                del self._in_threads[number]
+                failure = Failure("read", too_long(seconds), is_passing=True)
+                self._outcomes.append([task.slots[0], None, None, *failure])
+
+    def _decode(self, task: _Task, image: EncodedImage) -> None:
+        self._begin(task, stage=1)
+        first = task.slots[0]
+        try:
+            loaded = decode_image(image, task.place.pixels, task.max_pixels)
+        except LargeImage as error:
+            self._outcomes.append([first, error.num_pixels])
+            return
+        outcome = loaded.outcome
+        about = [first, loaded.num_bytes, loaded.sha256]
+        if isinstance(outcome, Failure):
+            if outcome.stage == "decode" and outcome.is_passing:  # there was not enough memory
+                outcome = Failure("decode", f"needed more than {MAX_GIB} GiB")
+            self._outcomes.append([*about, *outcome])
+        else:
+            for slot, pixels in zip(task.slots, (outcome.pixels, *outcome.augmented), strict=True):
+                task.place.batches.slot(slot)[...] = pixels
+            self._outcomes.append([*about, outcome.width, outcome.height, outcome.format])
+        self._seconds[2] += loaded.decode_seconds
+        self._seconds[3] += loaded.decode_cpu_seconds
+
+
+def is_local(path: bytes) -> bool:
+    """Whether a ref's path is that of a file."""
+    return scheme_of(path) in (None, "file")
+
+
+def too_long(seconds: float) -> str:
+    """Why an image that takes too long is a failure."""
+    return f"took longer than {seconds:g} s"
+
+
+def _receive_file(link: Connection) -> int:
+    with socket.socket(fileno=os.dup(link.fileno())) as channel:
+        _, (file, *_), _, _ = socket.recv_fds(channel, 1, 1)
+    return file
+
+
+def _limit_memory() -> None:
+    """Let this process take so much address space beside what it has now, and no more."""
+    with contextlib.suppress(OSError, ValueError):  # not Linux
+        with open("/proc/self/statm") as file:
+            num_bytes = int(file.read().split()[0]) * resource.getpagesize()
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (num_bytes + MAX_GIB * 2**30, most))
+
+
+def main() -> None:
+    """Serve the process whose socket is given, until it ends."""
+    link, current = Connection(int(sys.argv[1])), int(sys.argv[2])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # Of each thread: by default 8 MiB of address space, and 64 MiB for what it allocates.
+    threading.stack_size(2**20)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+    prepare_decoders()
+    gc.freeze()
+    with contextlib.suppress(EOFError, OSError):  # the other process is gone
+        DecoderProcess(link, shared_numbers(2, current)[0]).serve()
+    os._exit(0)  # a thread that reads may never end
+
+
+def start_code(path: list[str]) -> str:
+    """Python code that runs `main`, with the import path of the process that starts it."""
+    return f"import sys; sys.path[:] = {json.dumps(path)}; from {__name__} import main; main()"
