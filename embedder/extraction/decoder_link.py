@@ -138,7 +138,9 @@ class DecoderLink:
         if not self._is_ready and status > 0:
             self._errors.seek(0)
             lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            self._errors.close()
             return EngineError(f"Decoder processes cannot be started: {' '.join(lines[-1:])}")
+        self._errors.close()
         slot, stage = self._current.tolist()
         return DecoderDied(slot - 1 if slot else None, STAGES[stage], status)
 
@@ -164,7 +166,9 @@ _lock = threading.Lock()
 def start_ahead(count: int) -> None:
     """Start decoder processes that will be wanted soon, but for those that are idle."""
     with _lock:
-        _idle[:] = [link for link in _idle if link.is_alive()]
+        for link in [link for link in _idle if not link.is_alive()]:
+            _idle.remove(link)
+            link.end()
         _idle.extend(DecoderLink() for _ in range(count - len(_idle)))
 
 
@@ -172,8 +176,10 @@ def take_idle() -> DecoderLink:
     """A decoder process without work, or a new one."""
     with _lock:
         while _idle:
-            if (link := _idle.pop()).is_alive():
+            link = _idle.pop()
+            if link.is_alive():
                 return link
+            link.end()
     return DecoderLink()
 
 
@@ -184,7 +190,8 @@ def give_back(link: DecoderLink) -> None:
 
 
 @atexit.register
-def _end_all() -> None:
+def end_idle() -> None:
+    """End the processes that have no work."""
     with _lock:
         while _idle:
             _idle.pop().end()
