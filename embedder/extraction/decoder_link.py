@@ -16,7 +16,7 @@ import msgpack
 
 from embedder.errors import EngineError
 from embedder.extraction.buffers import shared_numbers
-from embedder.extraction.decoder_process import STAGES, start_code
+from embedder.extraction.decoder_process import STAGES, Times, start_code
 
 _END_SECONDS = 1.0  # for idle processes to end, before they are killed
 # One thread does all; libraries that reserve memory for more would use up its limit.
@@ -115,22 +115,33 @@ class DecoderLink:
         except OSError:
             raise self._death() from None
 
-    def receive(self) -> list[Any]:
-        """Wait for what it has to tell of images, and return what follows `loaded`.
+    def wait_until_ready(self) -> None:
+        """Wait until it has loaded what it needs.
 
         Raises:
             DecoderDied: It has ended.
-            EngineError: It has never begun.
+            EngineError: It has ended by itself.
         """
-        while True:
-            try:
-                content = self._link.recv_bytes()
-            except (EOFError, OSError):
-                raise self._death() from None
-            message: list[Any] = msgpack.unpackb(content, unicode_errors="surrogatepass")
-            if message[0] == "loaded":
-                return message[1:]
+        if not self._is_ready:
+            self._receive()
             self._is_ready = True
+
+    def receive(self) -> tuple[list[Any], Times]:
+        """Wait for what it has to tell of images: outcomes, and how long they took.
+
+        Raises:
+            DecoderDied: It has ended.
+        """
+        _, outcomes, times = self._receive()
+        return outcomes, Times(*times)
+
+    def _receive(self) -> list[Any]:
+        try:
+            content = self._link.recv_bytes()
+        except (EOFError, OSError):
+            raise self._death() from None
+        message: list[Any] = msgpack.unpackb(content, unicode_errors="surrogatepass")
+        return message
 
     def _death(self) -> DecoderDied | EngineError:
         status = self._process.wait()

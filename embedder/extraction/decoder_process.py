@@ -8,7 +8,7 @@ it give more back.
               close KEY
               load  KEY IN_THREADS MAX_PIXELS PATHS SLOTS
     from it   ready
-              loaded OUTCOMES READ_SECONDS WAIT_SECONDS DECODE_SECONDS DECODE_CPU_SECONDS
+              loaded OUTCOMES TIMES
 
 An outcome is SLOT NUM_BYTES SHA256 WIDTH HEIGHT FORMAT of an image, SLOT NUM_BYTES SHA256 STAGE
 ERROR IS_PASSING of a failure, or SLOT NUM_PIXELS of an image with more pixels than MAX_PIXELS.
@@ -30,6 +30,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -49,6 +50,27 @@ STAGES = ("read", "decode")
 _IDLE_SECONDS = 60.0  # without work, after which it ends
 _SEND_SECONDS = 0.02  # between outcomes, where images take long
 _M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+@dataclass(slots=True)
+class Times:
+    """How long images took, in seconds.
+
+    Attributes:
+        read: From asking for their bytes to having them, summed over images.
+        fastest_read: The shortest of these.
+        waited: That the process had to wait for bytes.
+        decode: To hash and decode.
+        decode_cpu: Of that, what it took of a core.
+        told: When it was told, by the monotonic clock, which all processes share.
+    """
+
+    read: float = 0.0
+    fastest_read: float = math.inf
+    waited: float = 0.0
+    decode: float = 0.0
+    decode_cpu: float = 0.0
+    told: float = 0.0
 
 
 class _Place(NamedTuple):
@@ -89,7 +111,7 @@ class DecoderProcess:
         self._read: queue.SimpleQueue[tuple[int, EncodedImage]] = queue.SimpleQueue()
         self._at_once = 1  # outcomes that are sent together
         self._outcomes: list[list[Any]] = []
-        self._seconds = [0.0] * 4
+        self._times = Times()
 
     def serve(self) -> None:
         """Work until the other process is gone, or has had no work for a minute."""
@@ -141,7 +163,7 @@ class DecoderProcess:
                 task = self._inline.popleft()
                 self._begin(task, stage=0)
                 image = read_image(task.path, task.place.allow_private)
-                self._seconds[1] += image.seconds
+                self._times.waited += image.seconds
             elif self._in_threads:
                 found = self._next_read(until)
                 if found is None:
@@ -149,14 +171,14 @@ class DecoderProcess:
                 task, image = found
             else:
                 break
-            self._seconds[0] += image.seconds
             self._decode(task, image)
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._current[0] = 0
         if self._outcomes:
-            message = ["loaded", self._outcomes, *self._seconds]
+            self._times.told = time.monotonic()
+            message = ["loaded", self._outcomes, astuple(self._times)]
             self._link.send_bytes(msgpack.packb(message, unicode_errors="surrogatepass"))
-            self._outcomes, self._seconds = [], [0.0] * 4
+            self._outcomes, self._times = [], Times()
 
     def _begin(self, task: _Task, stage: int) -> None:
         """Note what is in work; the system ends this process if that takes too long."""
@@ -171,7 +193,7 @@ class DecoderProcess:
             self._give_up_reading()
             return None
         finally:
-            self._seconds[1] += time.monotonic() - begin
+            self._times.waited += time.monotonic() - begin
         known = self._in_threads.pop(number, None)
         return None if known is None else (known[0], image)
 
@@ -202,8 +224,10 @@ class DecoderProcess:
             for slot, pixels in zip(task.slots, (outcome.pixels, *outcome.augmented), strict=True):
                 task.place.batches.slot(slot)[...] = pixels
             self._outcomes.append([*about, outcome.width, outcome.height, outcome.format])
-        self._seconds[2] += loaded.decode_seconds
-        self._seconds[3] += loaded.decode_cpu_seconds
+        self._times.read += image.seconds
+        self._times.fastest_read = min(self._times.fastest_read, image.seconds)
+        self._times.decode += loaded.decode_seconds
+        self._times.decode_cpu += loaded.decode_cpu_seconds
 
 
 def is_local(path: bytes) -> bool:

@@ -21,7 +21,7 @@ from embedder.errors import EngineError
 from embedder.extraction import decoder_link
 from embedder.extraction.buffers import SharedBatches
 from embedder.extraction.decoder_link import DecoderDied, DecoderLink
-from embedder.extraction.decoder_process import is_local, too_long
+from embedder.extraction.decoder_process import Times, is_local, too_long
 from embedder.extraction.record import Work
 from embedder.pixels import Pixels
 from embedder.store import Failure
@@ -161,20 +161,23 @@ class DecoderPool:
         in_hand: dict[int, Task] = {}  # by first slot
         pace = _Pace(self._max_ahead, self._num_readers)
         try:
-            while (tasks := self._next_tasks(in_hand, pace)) is not None:
-                in_hand |= {task.slots[0]: task for task in tasks}
+            while True:
                 try:
                     link = link or decoder_link.take_idle()
+                    link.wait_until_ready()
+                    tasks = self._next_tasks(in_hand, pace)
+                    if tasks is None:
+                        break
+                    in_hand |= {task.slots[0]: task for task in tasks}
                     self._hand_over(link, tasks, pace)
-                    outcomes, *seconds = link.receive()
-                    pace.hear(len(outcomes), *seconds[:3])
-                    self._hear(in_hand, outcomes, seconds)
+                    outcomes, times = link.receive()
+                    pace.hear(len(outcomes), times)
+                    self._hear(in_hand, outcomes, times)
                 except DecoderDied as death:
                     link = None
                     self._bury(in_hand, death)
-            if link is not None:
-                link.close(self._key)
-                decoder_link.give_back(link)
+            link.close(self._key)
+            decoder_link.give_back(link)
         except Exception as error:  # noqa: BLE001 - whoever waits raises it
             if link is not None:
                 link.end()
@@ -193,7 +196,11 @@ class DecoderPool:
                 if not self._feeds:
                     self._num_serving -= 1
                     return None
+                starved = next((feed for feed in self._feeds if feed.num_waiting), None)
+                begin = time.perf_counter()
                 self._changed.wait()
+                if starved is not None:
+                    starved.wait_for_room(time.perf_counter() - begin)
 
     def _take(self, in_hand: dict[int, Task], pace: "_Pace") -> list[Task]:
         if any(task.is_suspect for task in in_hand.values()):
@@ -227,7 +234,7 @@ class DecoderPool:
         slots = [slot for task in tasks for slot in task.slots]
         link.load(self._key, pace.is_slow, max_pixels, [task.path for task in tasks], slots)
 
-    def _hear(self, in_hand: dict[int, Task], outcomes: list[Any], seconds: list[float]) -> None:
+    def _hear(self, in_hand: dict[int, Task], outcomes: list[Any], times: Times) -> None:
         """Pass on what a decoder has done."""
         with self._changed:
             self._num_idle_deaths = 0
@@ -244,7 +251,7 @@ class DecoderPool:
                 outcome = Outcome(task.position, task.slots, num_bytes, sha256, found)
                 by_feed.setdefault(id(task.feed), (task.feed, []))[1].append(outcome)
             for feed, of_feed in by_feed.values():
-                feed.tell(of_feed, seconds)
+                feed.tell(of_feed, times)
             self._changed.notify_all()
 
     def _bury(self, in_hand: dict[int, Task], death: DecoderDied) -> None:
@@ -268,7 +275,7 @@ class DecoderPool:
                 if is_late or task.is_suspect:
                     failure = Failure(death.stage, reason, is_passing=death.stage == "read")
                     outcome = Outcome(task.position, task.slots, None, None, failure)
-                    task.feed.tell([outcome], [0.0] * 4)
+                    task.feed.tell([outcome], Times(told=time.monotonic()))
                 else:
                     task.is_suspect = True
                     task.feed.take_back(task)
@@ -293,7 +300,7 @@ class Feed:
             paths: Where the images are.
             loading: Counts what is read and decoded.
         """
-        self.heard: queue.SimpleQueue[list[Outcome] | Exception] = queue.SimpleQueue()
+        self.heard: queue.SimpleQueue[tuple[list[Outcome], float] | Exception] = queue.SimpleQueue()
         self.is_remote = not all(map(is_local, paths[:1]))
         self.suspects: deque[Task] = deque()
         self.large: deque[Task] = deque()
@@ -313,17 +320,17 @@ class Feed:
             EngineError: There are no decoders.
         """
         while self._num_left:
-            begin = time.perf_counter()
-            found: list[Outcome] | Exception
             try:
                 found = self.heard.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
-                found = []
-            self._loading.waits["decode"] += time.perf_counter() - begin
+                yield []
+                continue
             if isinstance(found, Exception):
                 raise found
-            self._num_left -= len(found)
-            yield found
+            outcomes, told = found
+            self._num_left -= len(outcomes)
+            yield outcomes
+            self._loading.python_seconds += time.monotonic() - told
 
     def reuse(self, slots: Sequence[int]) -> None:
         """Give the slots of an image that failed to the next one."""
@@ -376,6 +383,10 @@ class Feed:
         self._num_out += len(tasks)
         return tasks
 
+    def wait_for_room(self, seconds: float) -> None:
+        """Count what a decoder waited, since no batch was free."""
+        self._loading.waits["room"] += seconds
+
     def take_back(self, task: Task) -> None:
         """Have an image done again."""
         again = self.suspects if task.is_suspect else self.large if task.num_pixels else self._again
@@ -383,17 +394,17 @@ class Feed:
         self._num_out -= 1
         self._settle()
 
-    def tell(self, outcomes: list[Outcome], seconds: Sequence[float]) -> None:
-        """Pass on what became of images, and how long it took."""
+    def tell(self, outcomes: list[Outcome], times: Times) -> None:
+        """Pass on what became of images, and how long they took."""
         loading = self._loading
-        read, waited, decode, cpu = seconds
-        loading.seconds["read"] += read
-        loading.waits["read"] += waited
-        loading.seconds["decode"] += decode
-        loading.decode_cpu_seconds += cpu
+        loading.seconds["read"] += times.read
+        loading.fastest_read = min(loading.fastest_read, times.fastest_read)
+        loading.waits["read"] += times.waited
+        loading.seconds["decode"] += times.decode
+        loading.decode_cpu_seconds += times.decode_cpu
         loading.num_bytes_read += sum(outcome.num_bytes or 0 for outcome in outcomes)
         self._num_out -= len(outcomes)
-        self.heard.put(outcomes)
+        self.heard.put((outcomes, times.told))
         self._settle()
 
     def _settle(self) -> None:
@@ -414,11 +425,11 @@ class _Pace:
         self._max_ahead, self._num_readers = max_ahead, num_readers
         self._seconds = _AHEAD_SECONDS / 4  # an image; of the first nothing is known
 
-    def hear(self, num_images: int, read: float, waited: float, decode: float) -> None:
-        """Learn from what a decoder has done, in seconds."""
+    def hear(self, num_images: int, times: Times) -> None:
+        """Learn from what a decoder has done."""
         if num_images:
-            self._seconds = (self._seconds + (waited + decode) / num_images) / 2
-            self.is_slow = read / num_images > _SLOW_READ_SECONDS
+            self._seconds = (self._seconds + (times.waited + times.decode) / num_images) / 2
+            self.is_slow = times.read / num_images > _SLOW_READ_SECONDS
 
     def room(self, num_in_hand: int) -> int:
         """How many more it takes: none, unless they are worth a message."""

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from embedder.errors import StoreError
+from embedder.extraction.bottleneck import bottleneck_of
 from embedder.extraction.options import RunOptions
 from embedder.libraries import versions
 from embedder.recipe import Recipe
@@ -63,19 +64,21 @@ class Work:
         failures: Number of failures by (stage, error).
         unreadable: Number of images that keep the row they had, since nothing could be made of
             what they are now, by (stage, error).
-        seconds: Busy time by stage, summed over threads and workers. Threads that share a core
-            are all busy.
+        seconds: Busy time by stage, summed over decoders, threads and workers. What shares a core
+            is all busy, and so are reads that wait for their answers.
         decode_cpu_seconds: Of these, what decoding took of the cores.
-        waits: Seconds that shards waited for `decode` (the network had no work) and for `embed`
+        waits: Seconds that decoders waited for what they `read`, and for `room` to put pixels
             (the network had all it could take).
-        num_ready: Images that were decoded by the time they were wanted.
+        python_seconds: In which images waited for Python, in the engine's process, to hand them on.
+        fastest_read: The shortest that reading an image took, in seconds.
+        spans: When workers had a shard in hand: worker, begin and end in seconds since the epoch.
         first_read: When the first byte was read, in seconds since the epoch.
         last_written: When the last shard was written, in seconds since the epoch.
         num_bytes: Written to the store.
         num_bytes_read: Of image files.
         engine: Name and device.
         batch_size: Images in a batch.
-        num_threads: Threads of a worker that read and decode.
+        num_decoders: Processes of a worker that read and decode.
         num_parallel: Batches that a worker's engine takes at the same time.
     """
 
@@ -85,14 +88,16 @@ class Work:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     decode_cpu_seconds: float = 0.0
     waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    num_ready: int = 0
+    python_seconds: float = 0.0
+    fastest_read: float = float("inf")
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
     first_read: float = float("inf")
     last_written: float = 0.0
     num_bytes: int = 0
     num_bytes_read: int = 0
     engine: str = ""
     batch_size: int = 0
-    num_threads: int = 1
+    num_decoders: int = 1
     num_parallel: int = 1
 
     def add(self, other: "Work") -> None:
@@ -104,13 +109,15 @@ class Work:
             for stage, seconds in theirs.items():
                 mine[stage] += seconds
         self.decode_cpu_seconds += other.decode_cpu_seconds
-        self.num_ready += other.num_ready
+        self.python_seconds += other.python_seconds
+        self.fastest_read = min(self.fastest_read, other.fastest_read)
+        self.spans += other.spans
         self.first_read = min(self.first_read, other.first_read)
         self.last_written = max(self.last_written, other.last_written)
         self.num_bytes += other.num_bytes
         self.num_bytes_read += other.num_bytes_read
         self.engine, self.batch_size = other.engine, other.batch_size
-        self.num_threads, self.num_parallel = other.num_threads, other.num_parallel
+        self.num_decoders, self.num_parallel = other.num_decoders, other.num_parallel
 
     @property
     def num_failures(self) -> int:
@@ -215,65 +222,38 @@ class Summary(Work):
         """From the first byte read to the last shard written; 0 where nothing was embedded."""
         if not self.num_embedded:
             return 0.0
-        return self.num_embedded / self._elapsed
+        return self.num_embedded / self.elapsed
 
     @property
-    def _elapsed(self) -> float:
+    def elapsed(self) -> float:
+        """Seconds from the first byte read to the last shard written."""
         return max(self.last_written - self.first_read, 1e-9)
 
     @property
     def engine_idle(self) -> float:
         """Share of the run, 0 to 1, in which the engine could have taken a batch and had none."""
-        capacity = self.num_workers * self.num_parallel * self._elapsed
+        capacity = self.num_workers * self.num_parallel * self.elapsed
         return max(0.0, 1.0 - self.seconds["embed"] / capacity)
+
+    @property
+    def num_images(self) -> int:
+        """Images embedded or failed."""
+        return self.num_embedded + self.num_failures
+
+    @property
+    def seconds_without_shard(self) -> float:
+        """Seconds that workers had no shard in hand, between their first and their last."""
+        idle = 0.0
+        until: dict[str, float] = {}
+        for worker, begin, end in sorted(self.spans):
+            idle += max(0.0, begin - until.get(worker, begin))
+            until[worker] = max(end, until.get(worker, end))
+        return idle
 
     @property
     def bottleneck(self) -> str:
         """The stage that held the run back, the figures that say so, and what would help."""
-        if not self.num_embedded:
-            return "nothing to embed"
-        stage = self._slowest_stage()
-        num_threads = self.num_workers * self.num_threads
-        num_images = self.num_embedded + self.num_failures
-        ready = f"{self.num_ready / num_images:.0%} of the images were decoded when wanted"
-        idle = f"the engine idled {self.engine_idle:.0%} of the time"
-        if stage == "embed":
-            facts = f"{self.engine} was busy, {ready}"
-            if self.decode_cpu_seconds and "CPU" in self.engine:
-                share = self.decode_cpu_seconds / (num_threads * self._elapsed)
-                facts += f", and decoding took {share:.0%} of the {num_threads} cores"
-        elif stage == "decode":
-            rate = num_images * num_threads / max(self.decode_cpu_seconds, 1e-9)
-            facts = f"{num_threads} cores decode {rate:,.0f} images/s; {idle}"
-        elif stage == "read":
-            rate = self.num_bytes_read / self._elapsed / 1e6
-            facts = f"{num_threads} threads read {rate:,.1f} MB/s; {idle}"
-        else:
-            rate = self.num_bytes / max(self.seconds["write"], 1e-9) / 1e6
-            facts = f"shards are written at {rate:,.1f} MB/s; {idle}"
-        return f"{stage}-bound: {facts}. {self._advice(stage)}"
-
-    def _slowest_stage(self) -> str:
-        """By where the shards waited; on a CPU the stages share the cores, and all are busy."""
-        if self.seconds["write"] > max(*self.waits.values(), self._elapsed * self.num_workers / 2):
-            return "write"
-        if self.waits["embed"] >= self.waits["decode"]:
-            return "embed"
-        return "read" if self.seconds["read"] > self.seconds["decode"] else "decode"
-
-    def _advice(self, stage: str) -> str:
-        on_cpu = "CPU" in self.engine
-        if stage == "embed" and on_cpu and self.recipe.precision == "float32":
-            return "A GPU, more cores, or on a CPU that has it `--precision bfloat16` would help"
-        if stage == "embed":
-            return "More cores, workers or GPUs would help" if on_cpu else "More GPUs would help"
-        if stage == "decode" and self.recipe.decode == "exact":
-            return "More cores or workers would help, or `--decode scaled` where photos are large"
-        return {
-            "decode": "More cores or workers would help",
-            "read": "A faster disk or network, or more workers, would help",
-            "write": "A faster disk, or `--store-dtype float16`, would help",
-        }[stage]
+        return bottleneck_of(self) if self.num_embedded else "nothing to embed"
 
     def finish(self, store: Store) -> None:
         """Count what the store holds now, and keep the record there.
@@ -321,11 +301,11 @@ class Summary(Work):
             "seconds": {stage: round(self.seconds[stage], 3) for stage in STAGES},
             "decode_cpu_seconds": round(self.decode_cpu_seconds, 3),
             "waits": {stage: round(seconds, 3) for stage, seconds in self.waits.items()},
-            "ready": self.num_ready,
+            "python_seconds": round(self.python_seconds, 3),
             "engine_idle": round(self.engine_idle, 3) if self.num_embedded else None,
             "batch_size": self.batch_size,
             "workers": self.num_workers,
-            "threads": self.num_threads,
+            "decoders": self.num_decoders,
             "images_per_second": round(self.images_per_second, 1),
             "seconds_total": round(self.seconds_total, 3),
             "bottleneck": self.bottleneck,

@@ -7,6 +7,8 @@ and decoding waits. A worker process keeps two shards in hand: the second begins
 handed its last image to the decoders, so nothing runs dry between shards.
 """
 
+import os
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +70,7 @@ def extract_shard(
         ShardBuilder(job.recipe, state, refs, of_job)
         for job, state, of_job in zip(jobs, states, earlier or [{}] * len(jobs), strict=True)
     ]
-    loading = Work()
+    began, loading = time.time(), Work()
     reporter = _Reporter(report)
     batches = _Batches(builders, states[0], refs["path"].to_pylist(), loading)
     with closing(batches):
@@ -84,6 +86,8 @@ def extract_shard(
     receipts = [
         builder.write(store, loading) for builder, store in zip(builders, stores, strict=True)
     ]
+    for receipt in receipts:
+        receipt.spans.append((f"{socket.gethostname()}:{os.getpid()}", began, time.time()))
     reporter.tell(refs.num_rows, receipts[0].num_failures, at_once=True)
     return receipts
 
@@ -113,7 +117,7 @@ class _Batches:
         paths: Sequence[bytes],
         loading: Work,
     ) -> None:
-        self._builders, self._state, self._loading = builders, state, loading
+        self._builders, self._state = builders, state
         self._pool = state.decoders
         self.feed = self._pool.feed(paths, loading)
         self._rows: dict[int, dict[int, Row]] = {}  # by batch, then by place in it
@@ -155,10 +159,8 @@ class _Batches:
         """Embed the batches that are not full, and wait for all."""
         for batch in sorted(self._rows):
             self._submit(batch)
-        begin = time.perf_counter()
         while self._in_flight:
             self._collect()
-        self._loading.waits["embed"] += time.perf_counter() - begin
 
     def close(self) -> None:
         """Return what a shard that was given up still holds."""
@@ -223,7 +225,7 @@ class ShardBuilder:
         receipt, engine = self.receipt, self.state.engine
         receipt.add(loading)
         receipt.engine, receipt.batch_size = f"{engine.name} on {engine.device}", engine.batch_size
-        receipt.num_threads = self.state.decoders.num_decoders
+        receipt.num_decoders = self.state.decoders.num_decoders
         receipt.num_parallel = engine.num_parallel
         self.failures.sort(key=lambda failure: failure[0].position)
         self._set_kept_apart()

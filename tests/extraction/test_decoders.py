@@ -23,7 +23,7 @@ PIXELS = Pixels((48, 64), "squash", 1.0, "bicubic", "exact", 1)
 
 # What a decoder does with a file that has the marker in it: a shim around Pillow, which decoder
 # processes find on their import path.
-SHIM = '''
+SHIM = """
 import os, signal, time
 from PIL import Image
 
@@ -50,7 +50,20 @@ def _open(file, *arguments, real=Image.open, **options):
     return real(file, *arguments, **options)
 
 Image.open = _open
-'''
+
+# A network disk, on which each file takes a while to be found.
+def _stat(path, real=os.stat):
+    if isinstance(path, bytes) and b"/slow/" in path:
+        with open(os.environ["READS"], "ab", buffering=0) as file:
+            file.write(b"+")
+            time.sleep(0.03)
+            file.write(b"-")
+    elif isinstance(path, bytes) and b"/hung/" in path and b"003" in path:
+        time.sleep(1000)
+    return real(path)
+
+os.stat = _stat
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +84,7 @@ def shimmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shim" / "sitecustomize.py").write_text(SHIM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "shim"))
     monkeypatch.setenv("POISON_ONCE", str(tmp_path / "once"))
+    monkeypatch.setenv("READS", str(tmp_path / "reads"))
 
 
 def poison(path: Path, what: str) -> None:
@@ -175,6 +189,30 @@ def test_decoders_that_are_killed_without_an_image_in_work_are_replaced(tmp_path
     for link in decoder_link._idle:
         os.kill(link._process.pid, signal.SIGKILL)
     assert len(load(small, folder)) == 200
+
+
+def reads_at_once(path: Path) -> list[int]:
+    """How many reads were in work as each of them began, in their order."""
+    marks = [1 if mark == "+" else -1 for mark in path.read_text()]
+    return [sum(marks[: number + 1]) for number, mark in enumerate(marks) if mark == 1]
+
+
+def test_files_that_are_slow_to_read_are_read_many_at_once(tmp_path: Path, shimmed: None) -> None:
+    make_archive(tmp_path / "photos" / "slow", 120)
+    found = load(pool(num_decoders=2, read_ahead=16), tmp_path / "photos")
+    assert len(found) == 120
+    assert failures(found) == {}
+    at_once = reads_at_once(tmp_path / "reads")
+    assert len(at_once) == 120
+    assert max(at_once[:2]) <= 2  # nobody knows yet
+    assert 8 < max(at_once) <= 16
+
+
+def test_a_file_that_cannot_be_read_in_time_is_a_failure(tmp_path: Path, shimmed: None) -> None:
+    folder = make_archive(tmp_path / "photos" / "hung", 8)
+    found = load(pool(decode_timeout=0.5), tmp_path / "photos")
+    assert failures(found) == {"hung/dogs/003.png": Failure("read", "took longer than 0.5 s", True)}
+    assert len(found) == len([path for path in folder.rglob("*") if path.is_file()])
 
 
 def wait_for_idle(count: int) -> None:

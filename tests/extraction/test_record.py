@@ -26,9 +26,8 @@ def receipt_of(**receipt: object) -> Receipt:
         "first_read": 100.0,
         "last_written": 110.0,
         "num_embedded": 1000,
-        "num_ready": 900,
         "engine": "openvino on CPU",
-        "num_threads": 2,
+        "num_decoders": 2,
         "num_parallel": 2,
         "decode_cpu_seconds": 4.0,
         "num_bytes": 5_000_000,
@@ -49,10 +48,11 @@ def test_shards_add_up(
 ) -> None:
     facts = {
         "seconds": seconds(1, 2, 3, 4),
-        "waits": {"decode": 1.0, "embed": 2.0},
+        "waits": {"read": 1.0, "room": 2.0},
+        "python_seconds": 0.5,
         "failures": Counter({("decode", "x"): 2, ("decode", "y"): 1, ("read", "z"): 1}),
     }
-    small = {"num_embedded": 10, "num_ready": 5, "num_bytes": 1, "num_bytes_read": 2}
+    small = {"num_embedded": 10, "num_bytes": 1, "num_bytes_read": 2}
     summary = summary_of(mean_colour_recipe, **facts)  # from 100 to 110
     summary.add(receipt_of(first_read=started, last_written=ended, **small, **facts))
     record = summary.record()
@@ -61,90 +61,15 @@ def test_shards_add_up(
     assert (record["counts"]["embedded"], record["counts"]["failed"]) == (1010, 8)
     assert record["failures"] == {"decode": 6, "read": 2}
     assert record["seconds"] == seconds(2, 4, 6, 8)
-    assert record["waits"] == {"decode": 2.0, "embed": 4.0}
+    assert record["waits"] == {"read": 2.0, "room": 4.0}
+    assert record["python_seconds"] == 1.0
     assert record["decode_cpu_seconds"] == 8.0
-    assert record["ready"] == 905
 
 
-def test_an_engine_that_never_waits_is_the_bottleneck(mean_colour_recipe: Recipe) -> None:
-    summary = summary_of(
-        mean_colour_recipe, seconds=seconds(1, 5, 19, 0.2), waits={"decode": 0.5, "embed": 8.0}
-    )
-    assert summary.bottleneck == (
-        "embed-bound: openvino on CPU was busy, 90% of the images were decoded when wanted, and "
-        "decoding took 20% of the 2 cores. A GPU, more cores, or on a CPU that has it "
-        "`--precision bfloat16` would help"
-    )
-    assert summary.engine_idle == pytest.approx(0.05)
-
-
-def test_on_a_gpu_neither_cores_nor_bfloat16_would_help(mean_colour_recipe: Recipe) -> None:
-    summary = summary_of(
-        mean_colour_recipe,
-        engine="tensorflow on GPU",
-        seconds=seconds(1, 5, 21, 0.2),
-        waits={"decode": 0.5, "embed": 8.0},
-    )
-    assert summary.bottleneck == (
-        "embed-bound: tensorflow on GPU was busy, 90% of the images were decoded when wanted. "
-        "More GPUs would help"
-    )
-    assert summary.engine_idle == 0.0  # more than busy, by how its seconds are measured
-
-
-def test_bfloat16_is_not_advised_to_who_has_it(mean_colour_recipe: Recipe) -> None:
-    recipe = mean_colour_recipe.model_copy(update={"precision": "bfloat16"})
-    summary = summary_of(
-        recipe, seconds=seconds(1, 5, 19, 0.2), waits={"decode": 0.5, "embed": 8.0}
-    )
-    assert summary.bottleneck.endswith("More cores, workers or GPUs would help")
-
-
-@pytest.mark.parametrize(
-    ("decode", "advice"), [("exact", "--decode scaled"), ("scaled", "More cores or workers")]
-)
-def test_decoding_that_the_engine_waits_for(
-    mean_colour_recipe: Recipe, decode: str, advice: str
-) -> None:
-    summary = summary_of(
-        mean_colour_recipe.model_copy(update={"decode": decode}),
-        seconds=seconds(1, 18, 12, 0.2),
-        waits={"decode": 8.0, "embed": 0.5},
-    )
-    assert summary.bottleneck.startswith(
-        "decode-bound: 2 cores decode 500 images/s; the engine idled 40% of the time. "
-    )
-    assert advice in summary.bottleneck
-
-
-def test_reading_that_the_engine_waits_for(mean_colour_recipe: Recipe) -> None:
-    summary = summary_of(
-        mean_colour_recipe, seconds=seconds(15, 4, 2, 0.2), waits={"decode": 9.0, "embed": 0.1}
-    )
-    assert summary.bottleneck.startswith("read-bound: 2 threads read 5.0 MB/s; the engine idled 90")
-
-
-def test_writing_that_takes_most_of_the_run(mean_colour_recipe: Recipe) -> None:
-    summary = summary_of(
-        mean_colour_recipe, seconds=seconds(1, 4, 2, 8), waits={"decode": 1.0, "embed": 0.1}
-    )
-    assert summary.bottleneck.startswith("write-bound: shards are written at 0.6 MB/s")
-    summary.num_workers = 2  # of twenty seconds, not of ten
-    assert summary.bottleneck.startswith("decode-bound")
-
-
-def test_two_workers_are_twice_as_large(mean_colour_recipe: Recipe) -> None:
-    summary = summary_of(
-        mean_colour_recipe,
-        seconds=seconds(1, 18, 20, 0.2),
-        waits={"decode": 8.0, "embed": 0.5},
-        num_embedded=800,
-        failures=Counter({("decode", "x"): 200}),  # took their time too
-    )
-    summary.num_workers = 2
-    assert summary.bottleneck.startswith(
-        "decode-bound: 4 cores decode 1,000 images/s; the engine idled 50% of the time. "
-    )
+def test_time_without_a_shard_is_between_those_of_one_worker(mean_colour_recipe: Recipe) -> None:
+    spans = [("a", 1.0, 4.0), ("b", 2.0, 3.0), ("a", 2.0, 3.0), ("a", 6.0, 7.0), ("b", 3.5, 9.0)]
+    summary = summary_of(mean_colour_recipe, spans=spans)
+    assert summary.seconds_without_shard == pytest.approx(2.0 + 0.5)
 
 
 def test_a_run_with_nothing_to_do_has_no_bottleneck(mean_colour_recipe: Recipe) -> None:

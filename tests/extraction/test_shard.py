@@ -243,7 +243,7 @@ def test_a_receipt_tells_what_the_shard_took(
     assert receipt.seconds["embed"] >= 5 * 0.02
     assert receipt.decode_cpu_seconds > 0
     assert (receipt.engine, receipt.batch_size) == ("mean-colour on CPU", 4)
-    assert (receipt.num_threads, receipt.num_parallel) == (3, 2)
+    assert (receipt.num_decoders, receipt.num_parallel) == (3, 2)
 
 
 def test_a_vanished_store_is_told(tmp_path: Path, mean_colour_recipe: Recipe) -> None:
