@@ -205,7 +205,7 @@ def test_files_that_are_slow_to_read_are_read_many_at_once(tmp_path: Path, shimm
     at_once = reads_at_once(tmp_path / "reads")
     assert len(at_once) == 120
     assert max(at_once[:2]) <= 2  # nobody knows yet
-    assert 8 < max(at_once) <= 16
+    assert 8 < max(at_once) <= 16 + 2  # and one each that was begun before
 
 
 def test_a_file_that_cannot_be_read_in_time_is_a_failure(tmp_path: Path, shimmed: None) -> None:
