@@ -31,5 +31,5 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[lite1,lite2,demo,hub,s3,dev]'
+		--constraint constraints.txt --editable '.[lite1,lite2,demo,hub,dev]'
 	touch $@

@@ -141,23 +141,37 @@ class WebServer:
     Attributes:
         url: Of its root, with no slash at the end.
         answers: By path, such as `/a.jpg`; what is not there is answered with 404.
+        asked: Every request in turn, such as `GET /a.jpg`.
+        num_connections: How many connections brought them.
     """
 
     def __init__(self) -> None:
         self.answers: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
-        answers = self.answers
+        self.asked: list[str] = []
+        self.num_connections = 0
+        server = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # connections are kept
+
+            def setup(self) -> None:
+                server.num_connections += 1
+                super().setup()
+
             def do_GET(self) -> None:
+                server.asked.append(f"{self.command} {self.path}")
                 with contextlib.suppress(ConnectionError):  # whoever asked had enough
-                    answers.get(self.path, status(404))(self)
+                    server.answers.get(self.path, status(404))(self)
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
 
             def log_message(self, *_: object) -> None:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()

@@ -39,6 +39,7 @@ DOORS = {
     "ai_edge_litert": {"inference"},
     "PIL": {"decode", "checks", "report"},  # checks write the images that decode then reads
     "bokeh": {"report"},
+    "boto3": {"sources"},
     "dask": {"extraction"},
     "distributed": {"extraction"},
     "faiss": {"neighbours"},
@@ -50,6 +51,7 @@ DOORS = {
     "keras": {"libraries", "backbones", "heads", "inference", "finetuning"},
     "onnx": {"inference"},
     "onnxruntime": {"inference"},
+    "obstore": {"sources"},
     "openvino": {"libraries"},
     "psutil": {"cli"},
     "pydantic": {
@@ -67,6 +69,7 @@ DOORS = {
     # Estimators are written where they belong: scikit-learn is a contract as much as a library.
     "sklearn": {"heads", "datasets", "evaluation", "training", "finetuning", "analysis"},
     "tensorflow": {"engines", "inference", "finetuning"},
+    "urllib3": {"sources"},
     "xxhash": {"store"},
     "typer": {"cli"},
 }
@@ -148,6 +151,12 @@ LIBRARIES = NETWORKS | {
         ("import embedder; embedder.__version__", LIBRARIES | {"numpy", "PIL"}),
         ("import embedder; embedder.EmbedderError", LIBRARIES | {"numpy", "PIL"}),
         ("import embedder.decode; embedder.decode.decode_rgb", LIBRARIES),
+        (
+            "from embedder.sources import read_bytes; read_bytes(b'/proc/self/status')",
+            LIBRARIES | {"numpy", "boto3", "fsspec", "obstore", "urllib3"},
+        ),
+        ("import embedder.sources.web", LIBRARIES | {"numpy", "boto3", "fsspec", "obstore"}),
+        ("import embedder.sources.buckets", LIBRARIES | {"numpy", "boto3", "fsspec", "urllib3"}),
         ("import embedder; embedder.extract", NETWORKS),
         (
             "from embedder.cli.app import app; app(['--help'], standalone_mode=False)",

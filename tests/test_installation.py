@@ -31,8 +31,6 @@ def test_what_is_told_to_install_can_be_installed() -> None:
     )
     extras = set(re.findall(rf"\b{DISTRIBUTION}\[(\w+)\]", text))
     assert (
-        {"demo", "hub", "lite2", "onnx", "s3"}
-        <= extras
-        <= {*PROJECT["project"]["optional-dependencies"]}
+        {"demo", "hub", "lite2", "onnx"} <= extras <= {*PROJECT["project"]["optional-dependencies"]}
     )
     assert not re.search(r"pip install '?embedder\b", text)

@@ -13,7 +13,7 @@ from embedder.errors import SourceError
 from embedder.sources.folder import is_glob, list_folder, list_glob, mode_of
 from embedder.sources.manifest import MANIFEST_EXTENSIONS, list_manifest
 from embedder.sources.reading import kind_of_file
-from embedder.sources.refs import scheme_of
+from embedder.sources.urls import scheme_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def list_images(source: str | os.PathLike[str]) -> Listing:
     skipped: Counter[str] = Counter()
     num_repeated = 0
     if scheme_of(text) is not None:
-        from embedder.sources.remote import list_url
+        from embedder.sources.url_folder import list_url
 
         refs, skipped = list_url(text)
     elif stat.S_ISDIR(mode := mode_of(path)):

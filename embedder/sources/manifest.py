@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from embedder.columns import RESERVED_COLUMNS
 from embedder.errors import SourceError
 from embedder.sources.folder import size_and_time
-from embedder.sources.refs import RefRow, make_refs, scheme_of
+from embedder.sources.refs import RefRow, make_refs
+from embedder.sources.urls import scheme_of
 
 MANIFEST_EXTENSIONS = (".txt", ".csv", ".parquet")
 

@@ -5,7 +5,7 @@ import os
 import stat
 
 from embedder.errors import ReadError
-from embedder.sources.refs import scheme_of
+from embedder.sources.urls import BUCKET_SCHEMES, WEB_SCHEMES, scheme_of
 
 MAX_FILE_BYTES = 2**30  # no image file is larger; reading one would fill the memory
 # What lasts until somebody mends it, and then shows in the listing.
@@ -19,12 +19,13 @@ _KINDS = {
 }
 
 
-def read_bytes(path: bytes, *, allow_private: bool = False) -> bytes:  # noqa: ARG001
-    """Read one image file whole.
+def read_bytes(path: bytes, *, allow_private: bool = False) -> bytes:
+    """Read one image file whole. Many threads may do so at once.
 
     Args:
         path: The `path` of a ref.
-        allow_private: Whether redirects may lead to private addresses.
+        allow_private: Whether a web server may redirect to a private, loopback or link-local
+            address.
 
     Raises:
         ReadError: The file is missing, is no regular file, cannot be read, or is larger than
@@ -34,9 +35,7 @@ def read_bytes(path: bytes, *, allow_private: bool = False) -> bytes:  # noqa: A
         scheme = scheme_of(path)
         if scheme is None or scheme == "file":
             return _read_file(path.removeprefix(b"file://"))
-        from embedder.sources.remote import read_url
-
-        return read_url(path.decode(), scheme)
+        return _read_url(path.decode(), scheme, allow_private)
     except ReadError:
         raise
     except OSError as error:
@@ -51,6 +50,20 @@ def read_bytes(path: bytes, *, allow_private: bool = False) -> bytes:  # noqa: A
     # Every remote file system has exceptions of its own.
     except Exception as error:
         raise ReadError(f"{type(error).__name__}: {error}", is_passing=True) from error
+
+
+def _read_url(url: str, scheme: str, allow_private: bool) -> bytes:
+    if scheme in WEB_SCHEMES:
+        from embedder.sources.web import read_web
+
+        return read_web(url, allow_private)
+    if scheme in BUCKET_SCHEMES:
+        from embedder.sources.buckets import read_object
+
+        return read_object(url)
+    from embedder.sources.remote import read_url
+
+    return read_url(url, scheme)
 
 
 def _read_file(path: bytes) -> bytes:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from embedder.sources.urls import AFTER_SCHEME
+
 # File extensions of `decode.FORMATS`, held equal by a test: listing must not import Pillow.
 IMAGE_EXTENSIONS = frozenset(
     f".{name}"
@@ -33,7 +35,6 @@ REF_SCHEMA = pa.schema(
 )
 # The columns of `REF_SCHEMA`; the time is in microseconds since the epoch.
 RefRow = tuple[str, bytes, int | None, int | None]
-_AFTER_SCHEME = "://"
 
 
 def make_refs(rows: Iterable[RefRow]) -> pa.Table:
@@ -42,15 +43,9 @@ def make_refs(rows: Iterable[RefRow]) -> pa.Table:
     return pa.table(dict(zip(REF_SCHEMA.names, columns, strict=True)), schema=REF_SCHEMA)
 
 
-def scheme_of(place: str | bytes) -> str | None:
-    """What kind of place a source or a ref's path is: a URL's scheme, or None of a file path."""
-    scheme, is_url, _ = os.fsdecode(place).partition(_AFTER_SCHEME)
-    return scheme if is_url else None
-
-
 def are_urls(refs: pa.Table) -> pa.ChunkedArray:
     """Of each ref, whether its path is a URL: `scheme_of`, for a whole table."""
-    return pc.match_substring(refs["path"], _AFTER_SCHEME)
+    return pc.match_substring(refs["path"], AFTER_SCHEME)
 
 
 def is_image(name: str, skipped: Counter[str]) -> bool:

@@ -6,7 +6,24 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from embedder.sources import attempts
+from embedder.sources.attempts import Patience
 from tests.support import touch
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Patience:
+    """Three attempts, and waits that a test has time for."""
+    patience = Patience(
+        num_attempts=3,
+        connect_seconds=2,
+        idle_seconds=0.5,
+        total_seconds=20,
+        first_wait_seconds=0.01,
+        longest_wait_seconds=0.01,
+    )
+    monkeypatch.setattr(attempts, "PATIENCE", patience)
+    return patience
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Tables of refs: what is said of a path is said of a whole table too."""
 
-from embedder.sources.refs import are_urls, make_refs, scheme_of
+from embedder.sources.refs import are_urls, make_refs
+from embedder.sources.urls import scheme_of
 
 SCHEMES = {
     "/photos/a.jpg": None,

@@ -1,0 +1,85 @@
+"""Asking again where a server's trouble passes."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from embedder.errors import ReadError
+
+# What a server says of itself or of now, not of the image.
+PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long and how often one image is asked for.
+
+    Attributes:
+        num_attempts: Requests at most.
+        connect_seconds: For a connection.
+        idle_seconds: Without a byte, after which an attempt is given up.
+        total_seconds: For one image, all attempts and the waiting between them.
+        first_wait_seconds: At most, before the second attempt; then twice as long each time.
+        longest_wait_seconds: Between two attempts, whatever the server asks for.
+    """
+
+    num_attempts: int = 5
+    connect_seconds: float = 5
+    idle_seconds: float = 10
+    total_seconds: float = 120
+    first_wait_seconds: float = 0.25
+    longest_wait_seconds: float = 30
+
+
+PATIENCE = Patience()
+
+
+class AttemptError(Exception):
+    """An attempt failed, and the next may not.
+
+    Args:
+        reason: Why.
+        wait_seconds: How long the server asks to wait, or None.
+    """
+
+    def __init__(self, reason: str, wait_seconds: float | None = None) -> None:
+        """Keep them."""
+        super().__init__(reason)
+        self.wait_seconds = wait_seconds
+
+
+def read_patiently(read_once: Callable[[float], bytes]) -> bytes:
+    """Read, and read again while what went wrong may pass.
+
+    Args:
+        read_once: One attempt; it is given the time, as `time.monotonic` has it, by which it
+            must end.
+
+    Raises:
+        ReadError: Every attempt failed, which may pass, or one failed for good.
+    """
+    patience = PATIENCE
+    deadline = time.monotonic() + patience.total_seconds
+    num_attempts = 0
+    while True:
+        num_attempts += 1
+        try:
+            return read_once(deadline)
+        except AttemptError as trouble:
+            wait_seconds = _wait_seconds(trouble, num_attempts, patience)
+            is_late = time.monotonic() + wait_seconds >= deadline
+            if is_late or num_attempts == patience.num_attempts:
+                plural = "s" if num_attempts > 1 else ""
+                reason = f"{trouble}, {num_attempts} attempt{plural}"
+                raise ReadError(reason, is_passing=True) from trouble
+        time.sleep(wait_seconds)
+
+
+def _wait_seconds(trouble: AttemptError, num_attempts: int, patience: Patience) -> float:
+    """Exponential back-off with full jitter, or what the server asks for."""
+    if trouble.wait_seconds is not None:
+        return min(trouble.wait_seconds, patience.longest_wait_seconds)
+    longest = patience.first_wait_seconds * 2 ** (num_attempts - 1)
+    # Spreads requests; keeps no secret.
+    return random.uniform(0, min(longest, patience.longest_wait_seconds))  # noqa: S311

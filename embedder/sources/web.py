@@ -1,0 +1,244 @@
+"""One image behind `http://` or `https://`: one GET, redirects that are watched.
+
+urllib3, not obstore: obstore follows redirects by itself, to private addresses too, and cannot be
+kept from it.
+"""
+
+import contextlib
+import functools
+import http.client
+import ipaddress
+import os
+import socket
+import ssl
+import time
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
+
+import urllib3
+from urllib3 import exceptions
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from embedder.errors import ReadError
+from embedder.libraries import DISTRIBUTION
+from embedder.sources import attempts
+from embedder.sources.attempts import PASSING_STATUSES, AttemptError, read_patiently
+from embedder.sources.reading import check_size
+from embedder.sources.urls import WEB_SCHEMES
+
+MAX_REDIRECTS = 10
+_CHUNK_BYTES = 2**20
+# An image is compressed already; a body packed once more would be unpacked for nothing.
+_HEADERS = {"User-Agent": DISTRIBUTION, "Accept-Encoding": "identity"}
+# Idle connections kept: to so many servers, so many each. More threads than that open new ones.
+_NUM_SERVERS, _NUM_CONNECTIONS = 16, 256
+
+
+def read_web(url: str, allow_private: bool) -> bytes:
+    """Read one image whole.
+
+    Args:
+        url: Where it is.
+        allow_private: Whether a redirect may lead to a private, loopback or link-local address.
+            The server that the URL names may have any address, and may redirect to itself.
+
+    Raises:
+        ReadError: It cannot be had, or is too large.
+    """
+    return read_patiently(lambda deadline: _get(url, allow_private, deadline))
+
+
+def _get(url: str, allow_private: bool, deadline: float) -> bytes:
+    """One attempt, with all its redirects."""
+    named = urlsplit(url)
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = urlsplit(url)
+        is_named = parts.hostname == named.hostname
+        pools = _pools(os.getpid(), is_checked=not (allow_private or is_named))
+        is_origin = (parts.scheme, parts.netloc) == (named.scheme, named.netloc)
+        response = _ask(pools, url, deadline, named.netloc if is_origin else "")
+        try:
+            location = response.get_redirect_location()
+            if not location:
+                return _body(response, deadline)
+            _finish(response)
+        finally:
+            response.close()  # does nothing once the body is read and its connection given back
+        url = _target(url, location)
+    raise ReadError(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _ask(pools: urllib3.PoolManager, url: str, deadline: float, server: str) -> Any:
+    """Send a request, with the user and password that are written before the server's name."""
+    headers = _HEADERS
+    user, has_user, _ = server.rpartition("@")
+    if has_user:
+        headers = headers | urllib3.make_headers(basic_auth=unquote(user))
+    patience = attempts.PATIENCE
+    remaining_seconds = deadline - time.monotonic()
+    _check_time(remaining_seconds)
+    timeout = urllib3.Timeout(
+        connect=min(patience.connect_seconds, remaining_seconds),
+        read=min(patience.idle_seconds, remaining_seconds),
+    )
+    try:
+        return pools.urlopen(
+            "GET",
+            url,
+            headers=headers,
+            redirect=False,
+            retries=False,
+            preload_content=False,
+            timeout=timeout,
+        )
+    except exceptions.LocationValueError as error:
+        raise ReadError("the URL cannot be understood") from error
+    except exceptions.HTTPError as error:
+        raise _trouble_of(error) from error
+
+
+def _check_time(remaining_seconds: float) -> None:
+    if remaining_seconds <= 0:
+        raise AttemptError(f"not read within {attempts.PATIENCE.total_seconds:g} seconds")
+
+
+def _body(response: Any, deadline: float) -> bytes:
+    """What a response holds, counted as it comes, unpacked: a server can say any length."""
+    if response.status not in (200, 203):
+        raise _status_error(response)
+    chunks = []
+    num_bytes = 0
+    try:
+        while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
+            num_bytes += len(chunk)
+            check_size(num_bytes)
+            chunks.append(chunk)
+            _check_time(deadline - time.monotonic())
+    except exceptions.HTTPError as error:
+        raise _trouble_of(error) from error
+    return b"".join(chunks)
+
+
+def _finish(response: Any) -> None:
+    """Read a short body that nobody wants, so that its connection can be used again."""
+    # What was wanted is in the headers.
+    with contextlib.suppress(exceptions.HTTPError):
+        # A body of unknown length ends with a second, empty read.
+        _ = response.read1(_CHUNK_BYTES) and response.read1(_CHUNK_BYTES)
+
+
+def _status_error(response: Any) -> Exception:
+    status = response.status
+    try:
+        name = http.HTTPStatus(status).phrase
+    except ValueError:  # a status of the server's own
+        name = ""
+    reason = f"HTTP status {status} {name}".rstrip()
+    wait_seconds = _retry_after(response.headers.get("Retry-After"))
+    _finish(response)
+    if status in PASSING_STATUSES:
+        return AttemptError(reason, wait_seconds)
+    # Not asked again in this run, but in the next: a server's other errors, and a locked image.
+    return ReadError(reason, is_passing=status >= 500 or status == 423)
+
+
+def _retry_after(text: str | None) -> float | None:
+    """Seconds that a `Retry-After` asks for, given as such or as a date; None if unreadable."""
+    if text is None:
+        return None
+    try:
+        seconds = float(text) if text.strip().isdecimal() else _until(text)
+    except ValueError:
+        return None
+    return max(seconds, 0)
+
+
+def _until(date: str) -> float:
+    return parsedate_to_datetime(date).timestamp() - time.time()
+
+
+def _target(url: str, location: str) -> str:
+    """Where a redirect leads, which must be the web."""
+    # Headers are read as Latin-1; browsers and servers write UTF-8.
+    target = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
+    scheme = urlsplit(target).scheme
+    if scheme not in WEB_SCHEMES:
+        raise ReadError(f"redirected to a {scheme}: address; only http: and https: are followed")
+    return target
+
+
+def _trouble_of(error: exceptions.HTTPError) -> Exception:
+    """What went wrong, in words that are the same for every image."""
+    patience = attempts.PATIENCE
+    cause = error.__cause__ or next((arg for arg in error.args if isinstance(arg, OSError)), None)
+    why = getattr(cause, "strerror", None) or type(cause or error).__name__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        # No certificate changes from one second to the next.
+        return ReadError(f"no secure connection: {cause.verify_message}", is_passing=True)
+    if isinstance(error, exceptions.NameResolutionError):
+        return AttemptError("no connection: the server's name cannot be resolved")
+    if isinstance(error, exceptions.NewConnectionError):
+        return AttemptError(f"no connection: {why}")
+    if isinstance(error, exceptions.ConnectTimeoutError):
+        return AttemptError(f"no connection within {patience.connect_seconds:g} seconds")
+    if isinstance(error, exceptions.ReadTimeoutError):
+        return AttemptError(f"no byte within {patience.idle_seconds:g} seconds")
+    if isinstance(error, exceptions.DecodeError):
+        return AttemptError("the body cannot be unpacked")
+    if isinstance(cause, http.client.IncompleteRead):
+        return AttemptError("the body is cut short")
+    if isinstance(cause, http.client.RemoteDisconnected):
+        return AttemptError("the server hung up without an answer")
+    return AttemptError(f"the connection broke: {why}")
+
+
+@functools.cache
+def _pools(process: int, is_checked: bool) -> urllib3.PoolManager:  # noqa: ARG001
+    """Connections of this process; a fork must not share its parent's.
+
+    Args:
+        process: Its id.
+        is_checked: Whether they go to public addresses only.
+    """
+    pools = urllib3.PoolManager(_NUM_SERVERS, maxsize=_NUM_CONNECTIONS)
+    if is_checked:
+        pools.pool_classes_by_scheme = {"http": _PublicHTTPPool, "https": _PublicHTTPSPool}
+    return pools
+
+
+class _PublicConnection(HTTPConnection):
+    """To a public address: the one that is connected to, whatever a name says."""
+
+    def _new_conn(self) -> socket.socket:
+        with contextlib.suppress(OSError, UnicodeError):  # connecting tells of it
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            for *_, address in found:
+                _check_public(address[0])
+        connected = super()._new_conn()
+        try:
+            # A name may lead elsewhere now. Nothing has been sent yet.
+            _check_public(connected.getpeername()[0])
+        except BaseException:
+            connected.close()
+            raise
+        return connected
+
+
+def _check_public(address: object) -> None:
+    parsed = ipaddress.ip_address(str(address))
+    if not (getattr(parsed, "ipv4_mapped", None) or parsed).is_global:
+        raise ReadError("redirected to a private address, which --allow-private permits")
+
+
+class _PublicSecureConnection(_PublicConnection, HTTPSConnection):
+    pass
+
+
+class _PublicHTTPPool(HTTPConnectionPool):
+    ConnectionCls = _PublicConnection
+
+
+class _PublicHTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _PublicSecureConnection

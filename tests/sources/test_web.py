@@ -1,0 +1,307 @@
+"""Images on the web: servers in trouble, and servers that are not to be trusted."""
+
+import gzip
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+
+from embedder.errors import ReadError
+from embedder.sources import attempts, reading
+from embedder.sources.attempts import Patience
+from embedder.sources.reading import read_bytes
+from tests.sources import faults
+from tests.sources.faults import Answer, failing, in_turn, moved
+from tests.support import WebServer, body
+
+GOOD = body(b"content")
+
+
+def read(web: WebServer, path: str = "/a.jpg", *, allow_private: bool = False) -> bytes:
+    return read_bytes(f"{web.url}{path}".encode(), allow_private=allow_private)
+
+
+def refusal(web: WebServer, path: str = "/a.jpg") -> ReadError:
+    with pytest.raises(ReadError) as caught:
+        read(web, path)
+    return caught.value
+
+
+def test_one_request_reads_an_image_and_its_connection_is_kept(web: WebServer) -> None:
+    web.answers["/a.jpg"] = GOOD
+    web.answers["/moved.jpg"] = moved("/a.jpg")
+    web.answers["/gone.jpg"] = failing(404)
+    for _ in range(3):
+        assert read(web) == b"content"
+        assert read(web, "/moved.jpg") == b"content"
+        refusal(web, "/gone.jpg")
+    assert web.asked == ["GET /a.jpg", "GET /moved.jpg", "GET /a.jpg", "GET /gone.jpg"] * 3
+    assert web.num_connections == 1
+
+
+def test_many_threads_get_each_what_it_asked_for(web: WebServer) -> None:
+    paths = [f"/{i}.jpg" for i in range(300)]
+    for path in paths:
+        whole = body(path.encode() * 1000)
+        web.answers[path] = in_turn(failing(503), whole) if path.endswith("0.jpg") else whole
+    with ThreadPoolExecutor(64) as pool:
+        found = list(pool.map(lambda path: read(web, path), paths))
+    assert found == [path.encode() * 1000 for path in paths]
+    assert len(web.asked) == 330
+    assert web.num_connections <= 64
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/a b.jpg", "/a%20b.jpg"),
+        ("/a%20b.jpg", "/a%20b.jpg"),
+        ("/żółć.jpg", "/%C5%BC%C3%B3%C5%82%C4%87.jpg"),
+        ("/a.jpg?size=1&x=a/b#top", "/a.jpg?size=1&x=a/b"),
+        ("/a+b::c.jpg", "/a+b::c.jpg"),
+    ],
+)
+def test_what_a_url_may_not_hold_is_escaped_and_what_is_escaped_stays(
+    web: WebServer, path: str, asked: str
+) -> None:
+    web.answers[asked] = GOOD
+    assert read(web, path) == b"content"
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1/a.jpg", "http://host:port/a.jpg"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(ReadError) as caught:
+        read_bytes(url.encode())
+    assert not caught.value.is_passing
+
+
+# Trouble that passes, and trouble that does not. -----------------------------------------------
+
+
+@pytest.mark.parametrize("code", [408, 425, 429, 500, 502, 503, 504])
+def test_a_status_that_passes_is_asked_again(web: WebServer, code: int) -> None:
+    web.answers["/a.jpg"] = in_turn(failing(code), failing(code), GOOD)
+    assert read(web) == b"content"
+    web.answers["/a.jpg"] = failing(code)
+    error = refusal(web)
+    assert str(error).startswith(f"HTTP status {code} ")
+    assert str(error).endswith(", 3 attempts")
+    assert error.is_passing
+    assert len(web.asked) == 6
+    assert web.num_connections == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "is_passing"),
+    [
+        (401, " Unauthorized", False),
+        (403, " Forbidden", False),
+        (404, " Not Found", False),
+        (410, " Gone", False),
+        (204, " No Content", False),
+        (206, " Partial Content", False),
+        (302, " Found", False),  # but not where
+        (423, " Locked", True),
+        (501, " Not Implemented", True),
+        (599, "", True),
+    ],
+)
+def test_any_other_status_is_taken_at_once(
+    web: WebServer, code: int, reason: str, is_passing: bool
+) -> None:
+    web.answers["/a.jpg"] = failing(code)
+    error = refusal(web)
+    assert str(error) == f"HTTP status {code}{reason}"
+    assert error.is_passing is is_passing
+    assert len(web.asked) == 1
+
+
+FAULTS = [
+    (faults.short, "the body is cut short"),
+    (faults.cut_between_chunks, "the body is cut short"),
+    (faults.cut_in_a_chunk, "the body is cut short"),
+    (faults.broken_chunk, "the body is cut short"),
+    (faults.reset, "the connection broke: Connection reset by peer"),
+    (faults.reset_at_once, "the connection broke: Connection reset by peer"),
+    (faults.hang_up, "the server hung up without an answer"),
+    (faults.hang, "no byte within 0.5 seconds"),
+    (faults.hang_in_the_body, "no byte within 0.5 seconds"),
+    (body(b"no gzip", Content_Encoding="gzip"), "the body cannot be unpacked"),
+]
+
+
+@pytest.mark.parametrize(("fault", "reason"), FAULTS)
+def test_a_body_that_does_not_come_whole_is_asked_for_again(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, impatient: Patience, fault: Answer, reason: str
+) -> None:
+    web.answers["/a.jpg"] = in_turn(fault, GOOD)
+    assert read(web) == b"content"
+    assert len(web.asked) == 2
+    monkeypatch.setattr(attempts, "PATIENCE", replace(impatient, num_attempts=2))
+    web.answers["/a.jpg"] = fault
+    error = refusal(web)
+    assert str(error) == f"{reason}, 2 attempts"
+    assert error.is_passing
+
+
+def test_a_port_where_nobody_listens_may_have_a_server_next_time(web: WebServer) -> None:
+    web.close()
+    error = refusal(web)
+    assert str(error) == "no connection: Connection refused, 3 attempts"
+    assert error.is_passing
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_a_server_may_say_how_long_to_wait(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, impatient: Patience, kind: str
+) -> None:
+    later = "3600" if kind == "seconds" else formatdate(time.time() + 3600, usegmt=True)
+    now = "0" if kind == "seconds" else formatdate(0, usegmt=True)
+    web.answers["/later.jpg"] = in_turn(failing(429, Retry_After=later), GOOD)
+    web.answers["/now.jpg"] = in_turn(failing(429, Retry_After=now), GOOD)
+    patience = replace(impatient, longest_wait_seconds=3600)
+    monkeypatch.setattr(attempts, "PATIENCE", patience)
+    assert read(web, "/now.jpg") == b"content"
+    # Longer than there is time for: it is not waited for at all.
+    assert str(refusal(web, "/later.jpg")) == "HTTP status 429 Too Many Requests, 1 attempt"
+
+
+@pytest.mark.parametrize("wait", ["3600", "soon", "-5"])
+def test_what_a_server_asks_for_has_bounds(web: WebServer, wait: str) -> None:
+    web.answers["/a.jpg"] = in_turn(failing(429, Retry_After=wait), GOOD)
+    assert read(web) == b"content"
+
+
+def drip(handler: BaseHTTPRequestHandler) -> None:
+    body(b"", Content_Length="1000")(handler)
+    for _ in range(1000):
+        handler.wfile.write(b".")
+        time.sleep(0.01)
+
+
+def test_all_attempts_together_have_a_deadline(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, impatient: Patience
+) -> None:
+    monkeypatch.setattr(attempts, "PATIENCE", replace(impatient, total_seconds=0.3))
+    web.answers["/a.jpg"] = drip
+    error = refusal(web)
+    assert str(error) == "not read within 0.3 seconds, 1 attempt"
+    assert error.is_passing
+
+
+# Servers that are not to be trusted. -----------------------------------------------------------
+
+
+BOMB = body(gzip.compress(bytes(2**26)), Content_Encoding="gzip")
+
+
+@pytest.mark.parametrize("answer", [faults.endless, BOMB], ids=["endless", "bomb"])
+def test_a_body_is_counted_as_it_comes(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, answer: Answer
+) -> None:
+    web.answers["/a.jpg"] = answer
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 2**24)
+    error = refusal(web)
+    assert str(error).startswith("larger than 16,777,216 bytes")
+    assert not error.is_passing
+    assert len(web.asked) == 1
+
+
+@pytest.mark.parametrize("location", ["/b.jpg", "b.jpg", "//127.0.0.1:PORT/b.jpg", "URL/b.jpg"])
+def test_a_redirect_is_followed(web: WebServer, location: str) -> None:
+    port = web.url.rpartition(":")[2]
+    web.answers["/a.jpg"] = moved(location.replace("URL", web.url).replace("PORT", port))
+    web.answers["/b.jpg"] = GOOD
+    assert read(web) == b"content"
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/a.jpg", "data:,a"])
+def test_a_redirect_stays_on_the_web(web: WebServer, location: str) -> None:
+    web.answers["/a.jpg"] = moved(location)
+    error = refusal(web)
+    scheme = location.partition(":")[0]
+    rule = f"redirected to a {scheme}: address; only http: and https: are followed"
+    assert str(error) == rule
+    assert not error.is_passing
+
+
+PRIVATE = [
+    "http://169.254.169.254/latest/meta-data",
+    "http://10.0.0.1/",
+    "http://[::1]:PORT/secret.jpg",
+    "http://[::ffff:127.0.0.1]:PORT/secret.jpg",
+    "http://[fe80::1]/",
+    "http://localhost:PORT/secret.jpg",  # a name that leads there
+    "http://2130706433:PORT/secret.jpg",  # 127.0.0.1, in one number
+    "http://127.1:PORT/secret.jpg",
+    "http://0.0.0.0:PORT/secret.jpg",
+    "https://localhost:PORT/secret.jpg",
+]
+REFUSED = "redirected to a private address, which --allow-private permits"
+
+
+@pytest.mark.parametrize("location", PRIVATE)
+def test_a_redirect_to_a_private_address_is_refused(web: WebServer, location: str) -> None:
+    web.answers["/a.jpg"] = moved(location.replace("PORT", web.url.rpartition(":")[2]))
+    web.answers["/secret.jpg"] = GOOD
+    error = refusal(web)
+    assert str(error) == REFUSED
+    assert not error.is_passing
+    assert web.asked == ["GET /a.jpg"]
+
+
+def test_a_redirect_to_a_private_address_can_be_allowed(web: WebServer) -> None:
+    port = web.url.rpartition(":")[2]
+    web.answers["/a.jpg"] = moved(f"http://localhost:{port}/secret.jpg")
+    web.answers["/secret.jpg"] = GOOD
+    assert read(web, allow_private=True) == b"content"
+    # The connection that is open now is not for those who may not have it.
+    assert str(refusal(web)) == REFUSED
+
+
+def test_a_name_that_leads_to_a_private_address_only_when_connecting_is_refused(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = socket.getaddrinfo
+    asked = []
+
+    def rebind(host, port, *args, **kwargs):
+        if host != "rebinding.test":
+            return resolve(host, port, *args, **kwargs)
+        asked.append(host)
+        return resolve("8.8.8.8" if len(asked) == 1 else "127.0.0.1", port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebind)
+    port = web.url.rpartition(":")[2]
+    web.answers["/a.jpg"] = moved(f"http://rebinding.test:{port}/secret.jpg")
+    web.answers["/secret.jpg"] = GOOD
+    assert str(refusal(web)) == REFUSED
+    assert len(asked) == 2
+    assert web.asked == ["GET /a.jpg"]
+
+
+def test_redirects_come_to_an_end(web: WebServer) -> None:
+    web.answers["/a.jpg"] = moved("/b.jpg")
+    web.answers["/b.jpg"] = moved("/a.jpg")
+    error = refusal(web)
+    assert str(error) == "more than 10 redirects"
+    assert len(web.asked) == 11
+
+
+def test_a_password_goes_to_its_own_server_only(web: WebServer) -> None:
+    seen = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.headers["Authorization"])
+        port = web.url.rpartition(":")[2]
+        elsewhere = moved(f"http://localhost:{port}/b.jpg")
+        (elsewhere if handler.path == "/a.jpg" else GOOD)(handler)
+
+    web.answers["/a.jpg"] = web.answers["/b.jpg"] = answer
+    url = web.url.replace("http://", "http://me:p%40ss@")
+    assert read_bytes(f"{url}/a.jpg".encode(), allow_private=True) == b"content"
+    assert seen == ["Basic bWU6cEBzcw==", None]
