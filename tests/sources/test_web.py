@@ -2,11 +2,14 @@
 
 import gzip
 import socket
+import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 
@@ -193,6 +196,16 @@ def test_all_attempts_together_have_a_deadline(
     assert error.is_passing
 
 
+def test_a_connection_that_the_server_closed_meanwhile_is_replaced(web: WebServer) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        GOOD(handler)
+        handler.close_connection = True  # without a word
+
+    web.answers["/a.jpg"] = answer
+    for _ in range(3):
+        assert read(web) == b"content"
+
+
 # Servers that are not to be trusted. -----------------------------------------------------------
 
 
@@ -305,3 +318,48 @@ def test_a_password_goes_to_its_own_server_only(web: WebServer) -> None:
     url = web.url.replace("http://", "http://me:p%40ss@")
     assert read_bytes(f"{url}/a.jpg".encode(), allow_private=True) == b"content"
     assert seen == ["Basic bWU6cEBzcw==", None]
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Of `localhost`, signed by itself, with its key."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path = tmp_path / "certificate.pem"
+    path.write_bytes(made.public_bytes(pem) + private)
+    return path
+
+
+def test_only_a_server_whose_certificate_is_trusted_is_read_from(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, certificate: Path
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    secure = WebServer(context)
+    secure.answers["/b.jpg"] = GOOD
+    port = secure.url.rpartition(":")[2]
+    web.answers["/a.jpg"] = moved(f"https://localhost:{port}/b.jpg")
+    with pytest.raises(ReadError) as caught:
+        read(web, allow_private=True)
+    assert str(caught.value) == "no secure connection: self-signed certificate"
+    assert caught.value.is_passing
+    assert len(web.asked) == 1
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert read(web, allow_private=True) == b"content"
+    secure.close()
