@@ -247,6 +247,7 @@ PRIVATE = [
     "http://10.0.0.1/",
     "http://[::1]:PORT/secret.jpg",
     "http://[::ffff:127.0.0.1]:PORT/secret.jpg",
+    "http://[::ffff:100.64.0.1]/",
     "http://[fe80::1]/",
     "http://localhost:PORT/secret.jpg",  # a name that leads there
     "http://2130706433:PORT/secret.jpg",  # 127.0.0.1, in one number
