@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 import ssl
+import threading
 import time
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -34,6 +35,7 @@ _CHUNK_BYTES = 2**20
 _HEADERS = {"User-Agent": DISTRIBUTION, "Accept-Encoding": "identity"}
 # Idle connections kept: to so many servers, so many each. More threads than that open new ones.
 _NUM_SERVERS, _NUM_CONNECTIONS = 16, 256
+_lock = threading.Lock()
 
 
 def read_web(url: str, allow_private: bool) -> bytes:
@@ -56,7 +58,7 @@ def _get(url: str, allow_private: bool, deadline: float) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
         parts = urlsplit(url)
         is_named = parts.hostname == named.hostname
-        pools = _pools(os.getpid(), is_checked=not (allow_private or is_named))
+        pools = _pools_of(is_checked=not (allow_private or is_named))
         is_origin = (parts.scheme, parts.netloc) == (named.scheme, named.netloc)
         response = _ask(pools, url, deadline, named.netloc if is_origin else "")
         try:
@@ -194,14 +196,18 @@ def _trouble_of(error: exceptions.HTTPError) -> Exception:
     return AttemptError(f"the connection broke: {why}")
 
 
-@functools.cache
-def _pools(process: int, is_checked: bool) -> urllib3.PoolManager:  # noqa: ARG001
-    """Connections of this process; a fork must not share its parent's.
+def _pools_of(is_checked: bool) -> urllib3.PoolManager:
+    """Connections that all threads share.
 
     Args:
-        process: Its id.
         is_checked: Whether they go to public addresses only.
     """
+    with _lock:
+        return _new_pools(os.getpid(), is_checked)  # a fork shares no connections
+
+
+@functools.cache
+def _new_pools(process: int, is_checked: bool) -> urllib3.PoolManager:  # noqa: ARG001
     pools = urllib3.PoolManager(_NUM_SERVERS, maxsize=_NUM_CONNECTIONS)
     if is_checked:
         pools.pool_classes_by_scheme = {"http": _PublicHTTPPool, "https": _PublicHTTPSPool}
