@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from embedder.errors import ReadError
 
@@ -18,7 +19,10 @@ class Patience:
     Attributes:
         num_attempts: Requests at most.
         connect_seconds: For a connection.
-        idle_seconds: Without a byte, after which an attempt is given up.
+        first_idle_seconds: Without a byte, after which the first attempt is given up; then twice as
+            long each time. Most requests that hang are answered at once when they are sent again,
+            and a server that is slow gets its time in the end.
+        longest_idle_seconds: Without a byte, after which any attempt is given up.
         total_seconds: For one image, all attempts and the waiting between them.
         first_wait_seconds: At most, before the second attempt; then twice as long each time.
         longest_wait_seconds: Between two attempts, whatever the server asks for.
@@ -26,13 +30,30 @@ class Patience:
 
     num_attempts: int = 5
     connect_seconds: float = 5
-    idle_seconds: float = 10
+    first_idle_seconds: float = 4
+    longest_idle_seconds: float = 30
     total_seconds: float = 120
     first_wait_seconds: float = 0.25
     longest_wait_seconds: float = 30
 
 
 PATIENCE = Patience()
+
+
+class Limits(NamedTuple):
+    """How long one attempt may take.
+
+    Attributes:
+        connect_seconds: For a connection.
+        idle_seconds: Without a byte.
+        total_seconds: For one image, all attempts and the waiting between them.
+        deadline: Until when, as `time.monotonic` has it.
+    """
+
+    connect_seconds: float
+    idle_seconds: float
+    total_seconds: float
+    deadline: float
 
 
 class AttemptError(Exception):
@@ -49,12 +70,11 @@ class AttemptError(Exception):
         self.wait_seconds = wait_seconds
 
 
-def read_patiently(read_once: Callable[[float], bytes]) -> bytes:
+def read_patiently(read_once: Callable[[Limits], bytes]) -> bytes:
     """Read, and read again while what went wrong may pass.
 
     Args:
-        read_once: One attempt; it is given the time, as `time.monotonic` has it, by which it
-            must end.
+        read_once: One attempt.
 
     Raises:
         ReadError: Every attempt failed, which may pass, or one failed for good.
@@ -65,7 +85,7 @@ def read_patiently(read_once: Callable[[float], bytes]) -> bytes:
     while True:
         num_attempts += 1
         try:
-            return read_once(deadline)
+            return read_once(_limits(patience, num_attempts, deadline))
         except AttemptError as trouble:
             wait_seconds = _wait_seconds(trouble, num_attempts, patience)
             is_late = time.monotonic() + wait_seconds >= deadline
@@ -74,6 +94,16 @@ def read_patiently(read_once: Callable[[float], bytes]) -> bytes:
                 reason = f"{trouble}, {num_attempts} attempt{plural}"
                 raise ReadError(reason, is_passing=True) from trouble
         time.sleep(wait_seconds)
+
+
+def _limits(patience: Patience, num_attempts: int, deadline: float) -> Limits:
+    idle_seconds = patience.first_idle_seconds * 2 ** (num_attempts - 1)
+    return Limits(
+        patience.connect_seconds,
+        min(idle_seconds, patience.longest_idle_seconds),
+        patience.total_seconds,
+        deadline,
+    )
 
 
 def _wait_seconds(trouble: AttemptError, num_attempts: int, patience: Patience) -> float:

@@ -8,8 +8,7 @@ from obstore.exceptions import BaseError
 from obstore.store import ObjectStore
 
 from embedder.errors import ReadError, SourceError
-from embedder.sources import attempts
-from embedder.sources.attempts import PASSING_STATUSES, AttemptError, read_patiently
+from embedder.sources.attempts import PASSING_STATUSES, AttemptError, Limits, read_patiently
 from embedder.sources.reading import check_size
 from embedder.sources.stores import WHAT_TO_SET, has_credentials, open_store
 from embedder.sources.urls import AFTER_SCHEME, BUCKET_SCHEMES, Found
@@ -53,15 +52,15 @@ def read_object(url: str) -> bytes:
     if "" in place.key.split("/"):
         # obstore would leave the empty part out, and read another object.
         raise ReadError("a key with an empty part, such as `a//b.jpg`, cannot be read")
+    return read_patiently(lambda limits: _get(place, limits))
+
+
+def _get(place: Place, limits: Limits) -> bytes:
+    """One attempt, which the store's own time-outs end. A body is as long as its head says."""
     try:
-        store = open_store(place.kind, place.server, attempts.PATIENCE)
+        store = open_store(place.kind, place.server, limits[:3])
     except BaseError as error:
         raise ReadError(_reason(error, place.kind), is_passing=True) from error
-    return read_patiently(lambda _: _get(store, place))
-
-
-def _get(store: ObjectStore, place: Place) -> bytes:
-    """One attempt, which the store's own time-outs end. A body is as long as its head says."""
     try:
         result = store.get(place.key)
         check_size(result.meta["size"])
@@ -80,7 +79,7 @@ def list_bucket(url: str) -> list[Found]:
     root = place.key.strip("/")
     prefix = f"{place.kind}{AFTER_SCHEME}{place.server}/"
     try:
-        store = open_store(place.kind, place.server, None)
+        store = open_store(place.kind, place.server)
         metas = [meta for page in store.list(root or None) for meta in page]
         if not metas and root:
             metas = _only_object(store, root)

@@ -10,8 +10,6 @@ from typing import Any
 
 from obstore.store import AzureStore, GCSStore, ObjectStore, S3Store
 
-from embedder.sources.attempts import Patience
-
 _LIST_SECONDS = 30  # for one page of a listing
 # Images are asked for again by `read_patiently`.
 _NUM_LIST_RETRIES = 5
@@ -45,20 +43,23 @@ WHAT_TO_SET = {
 _lock = threading.Lock()
 
 
-def open_store(kind: str, server: str, patience: Patience | None) -> ObjectStore:
+def open_store(
+    kind: str, server: str, limits: tuple[float, float, float] | None = None
+) -> ObjectStore:
     """The store of a bucket, made once for all threads of a process.
 
     Args:
         kind: Of bucket, as `BUCKET_SCHEMES` has it.
         server: The bucket, or `container@account.host`.
-        patience: With one image; None for listings, which the store itself asks for again.
+        limits: Of one request for an image, in seconds: for a connection, without a byte, and
+            altogether; None for listings, which the store itself asks for again.
 
     Raises:
         ImportError: A profile of AWS is asked for, which only boto3 can read.
         BaseError: Something that the store needs to know is not set.
     """
     with _lock:
-        return _new_store(os.getpid(), kind, server, patience)  # a fork shares no connections
+        return _new_store(os.getpid(), kind, server, limits)  # a fork shares no connections
 
 
 @functools.cache
@@ -66,20 +67,19 @@ def _new_store(
     process: int,  # noqa: ARG001
     kind: str,
     server: str,
-    patience: Patience | None,
+    limits: tuple[float, float, float] | None,
 ) -> ObjectStore:
-    if patience is None:
+    if limits is None:
         timeouts = {"timeout": timedelta(seconds=_LIST_SECONDS)}
     else:
+        names = ("connect_timeout", "read_timeout", "timeout")
         timeouts = {
-            "connect_timeout": timedelta(seconds=patience.connect_seconds),
-            "read_timeout": timedelta(seconds=patience.idle_seconds),
-            "timeout": timedelta(seconds=patience.total_seconds),
+            name: timedelta(seconds=limit) for name, limit in zip(names, limits, strict=True)
         }
     options: dict[str, Any] = {
         # Only an endpoint that the user sets is without TLS.
         "client_options": {"allow_http": True, **timeouts},
-        "retry_config": {"max_retries": 0 if patience else _NUM_LIST_RETRIES},
+        "retry_config": {"max_retries": 0 if limits else _NUM_LIST_RETRIES},
     }
     if kind == "s3":
         return S3Store(server, **options, **_s3_access(server))
@@ -116,6 +116,7 @@ def _s3_access(bucket: str) -> dict[str, Any]:
     return access
 
 
+@functools.cache
 def _region_of(bucket: str) -> str | None:
     """Where AWS has a bucket, which it tells everybody; None if it does not answer."""
     import urllib3

@@ -24,8 +24,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from embedder.errors import ReadError
 from embedder.libraries import DISTRIBUTION
-from embedder.sources import attempts
-from embedder.sources.attempts import PASSING_STATUSES, AttemptError, read_patiently
+from embedder.sources.attempts import PASSING_STATUSES, AttemptError, Limits, read_patiently
 from embedder.sources.reading import check_size
 from embedder.sources.urls import WEB_SCHEMES
 
@@ -49,10 +48,10 @@ def read_web(url: str, allow_private: bool) -> bytes:
     Raises:
         ReadError: It cannot be had, or is too large.
     """
-    return read_patiently(lambda deadline: _get(url, allow_private, deadline))
+    return read_patiently(lambda limits: _get(url, allow_private, limits))
 
 
-def _get(url: str, allow_private: bool, deadline: float) -> bytes:
+def _get(url: str, allow_private: bool, limits: Limits) -> bytes:
     """One attempt, with all its redirects."""
     named = urlsplit(url)
     for _ in range(MAX_REDIRECTS + 1):
@@ -60,11 +59,11 @@ def _get(url: str, allow_private: bool, deadline: float) -> bytes:
         is_named = parts.hostname == named.hostname
         pools = _pools_of(is_checked=not (allow_private or is_named))
         is_origin = (parts.scheme, parts.netloc) == (named.scheme, named.netloc)
-        response = _ask(pools, url, deadline, named.netloc if is_origin else "")
+        response = _ask(pools, url, limits, named.netloc if is_origin else "")
         try:
             location = response.get_redirect_location()
             if not location:
-                return _body(response, deadline)
+                return _body(response, limits)
             _finish(response)
         finally:
             response.close()  # does nothing once the body is read and its connection given back
@@ -72,18 +71,16 @@ def _get(url: str, allow_private: bool, deadline: float) -> bytes:
     raise ReadError(f"more than {MAX_REDIRECTS} redirects")
 
 
-def _ask(pools: urllib3.PoolManager, url: str, deadline: float, server: str) -> Any:
+def _ask(pools: urllib3.PoolManager, url: str, limits: Limits, server: str) -> Any:
     """Send a request, with the user and password that are written before the server's name."""
     headers = _HEADERS
     user, has_user, _ = server.rpartition("@")
     if has_user:
         headers = headers | urllib3.make_headers(basic_auth=unquote(user))
-    patience = attempts.PATIENCE
-    remaining_seconds = deadline - time.monotonic()
-    _check_time(remaining_seconds)
+    remaining_seconds = _remaining_seconds(limits)
     timeout = urllib3.Timeout(
-        connect=min(patience.connect_seconds, remaining_seconds),
-        read=min(patience.idle_seconds, remaining_seconds),
+        connect=min(limits.connect_seconds, remaining_seconds),
+        read=min(limits.idle_seconds, remaining_seconds),
     )
     try:
         return pools.urlopen(
@@ -98,15 +95,17 @@ def _ask(pools: urllib3.PoolManager, url: str, deadline: float, server: str) -> 
     except exceptions.LocationValueError as error:
         raise ReadError("the URL cannot be understood") from error
     except exceptions.HTTPError as error:
-        raise _trouble_of(error) from error
+        raise _trouble_of(error, limits) from error
 
 
-def _check_time(remaining_seconds: float) -> None:
+def _remaining_seconds(limits: Limits) -> float:
+    remaining_seconds = limits.deadline - time.monotonic()
     if remaining_seconds <= 0:
-        raise AttemptError(f"not read within {attempts.PATIENCE.total_seconds:g} seconds")
+        raise AttemptError(f"not read within {limits.total_seconds:g} seconds")
+    return remaining_seconds
 
 
-def _body(response: Any, deadline: float) -> bytes:
+def _body(response: Any, limits: Limits) -> bytes:
     """What a response holds, counted as it comes, unpacked: a server can say any length."""
     if response.status not in (200, 203):
         raise _status_error(response)
@@ -117,9 +116,9 @@ def _body(response: Any, deadline: float) -> bytes:
             num_bytes += len(chunk)
             check_size(num_bytes)
             chunks.append(chunk)
-            _check_time(deadline - time.monotonic())
+            _remaining_seconds(limits)
     except exceptions.HTTPError as error:
-        raise _trouble_of(error) from error
+        raise _trouble_of(error, limits) from error
     return b"".join(chunks)
 
 
@@ -171,9 +170,8 @@ def _target(url: str, location: str) -> str:
     return target
 
 
-def _trouble_of(error: exceptions.HTTPError) -> Exception:
+def _trouble_of(error: exceptions.HTTPError, limits: Limits) -> Exception:
     """What went wrong, in words that are the same for every image."""
-    patience = attempts.PATIENCE
     cause = error.__cause__ or next((arg for arg in error.args if isinstance(arg, OSError)), None)
     why = getattr(cause, "strerror", None) or type(cause or error).__name__
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -184,9 +182,9 @@ def _trouble_of(error: exceptions.HTTPError) -> Exception:
     if isinstance(error, exceptions.NewConnectionError):
         return AttemptError(f"no connection: {why}")
     if isinstance(error, exceptions.ConnectTimeoutError):
-        return AttemptError(f"no connection within {patience.connect_seconds:g} seconds")
+        return AttemptError(f"no connection within {limits.connect_seconds:g} seconds")
     if isinstance(error, exceptions.ReadTimeoutError):
-        return AttemptError(f"no byte within {patience.idle_seconds:g} seconds")
+        return AttemptError(f"no byte within {limits.idle_seconds:g} seconds")
     if isinstance(error, exceptions.DecodeError):
         return AttemptError("the body cannot be unpacked")
     if isinstance(cause, http.client.IncompleteRead):

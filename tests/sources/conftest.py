@@ -17,7 +17,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Patience:
     patience = Patience(
         num_attempts=3,
         connect_seconds=2,
-        idle_seconds=0.5,
+        first_idle_seconds=0.4,
+        longest_idle_seconds=0.5,
         total_seconds=20,
         first_wait_seconds=0.01,
         longest_wait_seconds=0.01,

@@ -283,10 +283,12 @@ def test_a_profile_is_read_by_boto3(
 def test_a_bucket_of_aws_tells_its_region(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     web.answers["/bucket"] = failing(403, x_amz_bucket_region="eu-north-1")
     monkeypatch.setattr(stores, "_AWS", web.url)
+    stores._region_of.cache_clear()
     assert stores._s3_access("bucket")["region"] == "eu-north-1"
     assert web.asked == ["HEAD /bucket"]
     monkeypatch.setenv("AWS_REGION", "eu-west-1")  # which obstore reads itself
     assert "region" not in stores._s3_access("bucket")
+    stores._region_of.cache_clear()
 
 
 # Google's and Microsoft's servers say these always, and obstore wants them.

@@ -179,6 +179,20 @@ def test_what_a_server_asks_for_has_bounds(web: WebServer, wait: str) -> None:
     assert read(web) == b"content"
 
 
+def test_a_slow_server_gets_more_time_with_each_attempt(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, impatient: Patience
+) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.3)
+        GOOD(handler)
+
+    patience = replace(impatient, num_attempts=8, first_idle_seconds=0.1, longest_idle_seconds=9)
+    monkeypatch.setattr(attempts, "PATIENCE", patience)
+    web.answers["/a.jpg"] = answer
+    assert read(web) == b"content"
+    assert len(web.asked) >= 3
+
+
 def drip(handler: BaseHTTPRequestHandler) -> None:
     body(b"", Content_Length="1000")(handler)
     for _ in range(1000):
