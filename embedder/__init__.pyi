@@ -39,6 +39,7 @@ def extract(
     read_ahead: int = 64,
     allow_private: bool = False,
     scheduler: str | None = None,
+    part: str | None = None,
     limit: int | None = None,
     max_failures: float = 0.1,
     retry_failed: bool = False,
@@ -94,14 +95,18 @@ def extract(
         allow_private: Follow redirects of servers to private addresses, such as those of a local
             network.
         scheduler: Address of a running Dask scheduler, in place of local workers.
-        limit: Only the first so many images of the source.
+        part: Only the I-th of N parts of the source, as I/N, such as 3/16; runs of different parts,
+            of the same N, fill one store together, at the same time. Which part an image is in
+            depends on its id alone.
+        limit: Only the first so many images of the source, or of the part.
         max_failures: Share of the source's images, 0 to 1, that may fail.
         retry_failed: Try all images again that failed before, though unchanged; those whose trouble
             may have passed always are.
         prune: Drop rows of images that the source no longer has.
         prune_share: Share of the store's images, 0 to 1, up to which prune drops any: more are gone
             where a disk is missing than where images were deleted.
-        repair: Put damaged shards aside and make them again.
+        repair: Put damaged shards aside and make them again; not with a part, as they hold images
+            of others.
         wait: Wait until another run that writes the store ends; else 10 seconds.
         quiet: Whether nothing is shown of how far it is, on a terminal or in a notebook.
         on_progress: Called with how far it is, in place of showing it: often, from several
@@ -202,6 +207,7 @@ def predict(
     read_ahead: int = 64,
     allow_private: bool = False,
     scheduler: str | None = None,
+    part: str | None = None,
     limit: int | None = None,
     max_failures: float = 0.1,
     retry_failed: bool = False,
@@ -238,14 +244,18 @@ def predict(
         allow_private: Follow redirects of servers to private addresses, such as those of a local
             network.
         scheduler: Address of a running Dask scheduler, in place of local workers.
-        limit: Only the first so many images of the source.
+        part: Only the I-th of N parts of the source, as I/N, such as 3/16; runs of different parts,
+            of the same N, fill one store together, at the same time. Which part an image is in
+            depends on its id alone.
+        limit: Only the first so many images of the source, or of the part.
         max_failures: Share of the source's images, 0 to 1, that may fail.
         retry_failed: Try all images again that failed before, though unchanged; those whose trouble
             may have passed always are.
         prune: Drop rows of images that the source no longer has.
         prune_share: Share of the store's images, 0 to 1, up to which prune drops any: more are gone
             where a disk is missing than where images were deleted.
-        repair: Put damaged shards aside and make them again.
+        repair: Put damaged shards aside and make them again; not with a part, as they hold images
+            of others.
         wait: Wait until another run that writes the store ends; else 10 seconds.
         quiet: As in `extract`.
         on_progress: As in `extract`.

@@ -61,6 +61,35 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def create_once(path: Path, content: bytes) -> bool:
+    """Make a file, whole, unless there is one: of several processes at once, one makes it.
+
+    Returns:
+        Whether it was made.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    temporary = temporary_beside(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links, on which the last of several makes it
+            if path.exists():
+                return False
+            temporary.replace(path)
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of what is at `path`, if anything is.

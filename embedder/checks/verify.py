@@ -19,7 +19,16 @@ from embedder.extraction import finished_vectors, hash_of, load_head, make_plan
 from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
 from embedder.sources import list_images, read_bytes
-from embedder.store import EMBEDDINGS, FAILURES, Store, scan, vectors_of
+from embedder.store import (
+    EMBEDDINGS,
+    FAILURES,
+    Part,
+    Store,
+    last_division,
+    part_numbers,
+    scan,
+    vectors_of,
+)
 
 _Embed = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 _MAX_NAMES = 3  # ids shown for a check that failed
@@ -51,7 +60,10 @@ def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 
     if store.recipe.views > 1:
         checks.append(_check_views(store))
     if source is not None:
-        checks.append(_check_source(store, source))
+        refs = list_images(source).refs
+        checks.append(_check_source(store, refs))
+        if division := last_division(store.runs()):
+            checks.append(_check_parts(store, refs, list(division)))
     if audit:
         checks.append(_audit(store, source or _last_source(store), audit, seed))
     return checks
@@ -118,8 +130,8 @@ def _named(ids: list[str]) -> str:
     return f": {', '.join(ids[:_MAX_NAMES])}" if ids else ""
 
 
-def _check_source(store: Store, source: str) -> Check:
-    plan = make_plan(list_images(source).refs, store)
+def _check_source(store: Store, refs: pa.Table) -> Check:
+    plan = make_plan(refs, store)
     # A new time of change alone is no fault: what counts is the content.
     stale = plan.stale.filter(pc.invert(plan.stale["same_file"]))
     stored = store.table(["image_id", "sha256"])
@@ -141,6 +153,24 @@ def _check_source(store: Store, source: str) -> Check:
     detail = ", ".join(f"{count:,} {problem}" for problem, count in problems.items())
     advice = "; run `embedder extract` again" if any(problems.values()) else ""
     return Check("the store holds what the source has", not any(problems.values()), detail + advice)
+
+
+def _check_parts(store: Store, refs: pa.Table, parts: list[Part]) -> Check:
+    """Which of the parts that the store was made in lack images, neither rows nor failures."""
+    known = [store.index(kind)["image_id"] for kind in (EMBEDDINGS, FAILURES)]
+    is_known = pc.or_(*(pc.is_in(refs["image_id"], ids.combine_chunks()) for ids in known))
+    numbers = part_numbers(refs["image_id"], len(parts))
+    num_images = np.bincount(numbers, minlength=len(parts) + 1)
+    num_missing = np.bincount(numbers[~is_known.to_numpy()], minlength=len(parts) + 1)
+    lacking = [
+        f"{part} lacks {num_missing[part.number]:,} of {num_images[part.number]:,} images"
+        for part in parts
+        if num_missing[part.number]
+    ]
+    detail = f"{len(parts) - len(lacking):,} of {len(parts):,} parts whole"
+    if lacking:
+        detail += f": {'; '.join(lacking)}. Run `embedder extract` with `--part` again for each"
+    return Check("every part whole, of those that runs were made of", not lacking, detail)
 
 
 def _last_source(store: Store) -> str:

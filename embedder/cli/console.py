@@ -21,6 +21,7 @@ from embedder.progress import LinePrinter, ignore, show_progress
 if TYPE_CHECKING:
     from embedder.checks import Check
     from embedder.extraction import OnProgress, Summary
+    from embedder.store import Part
 
 _PLAIN_WIDTH = 160  # characters, where the output is not a terminal
 # File names hold anything: they must never be read as markup.
@@ -94,6 +95,14 @@ def progress(quiet: bool) -> "AbstractContextManager[OnProgress]":
     return nullcontext(ignore) if quiet else show_progress(err, LinePrinter(err))
 
 
+def print_parts(status_of: "dict[Part, str | None]") -> None:
+    """Show how the last run of each part of a store ended."""
+    others = {part: status for part, status in status_of.items() if status != "done"}
+    facts = [f"{len(status_of) - len(others):,} of {len(status_of):,} parts done"]
+    facts += [f"{part} {status or 'never run'}" for part, status in others.items()]
+    out.print("; ".join(facts))
+
+
 def print_summaries(summaries: "list[Summary]") -> None:
     """Show what became of a run, store by store."""
     for number, summary in enumerate(summaries):
@@ -106,6 +115,9 @@ def print_summary(summary: "Summary") -> None:
     """Show what became of one store."""
     new = f"{summary.num_embedded:,} new" if summary.num_embedded else "nothing new"
     facts = {"rows": f"{_total(summary.total_rows)} in the store, {new}"}
+    if part := summary.options["part"]:
+        num_images = f"{summary.num_inputs:,}" if summary.num_inputs else "none"
+        facts["part"] = f"{part}, with {num_images} of the source's images"
     for name, count in {
         "changed": summary.num_changed,
         "same content": summary.num_updated,

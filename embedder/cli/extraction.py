@@ -54,7 +54,7 @@ def extract(
 @command
 def inspect(store: StorePath) -> None:
     """Show what is in STORE: recipe, rows, failures by reason, size, runs."""
-    from embedder.store import Store
+    from embedder.store import Store, last_division
 
     opened = Store(store)
     failures = opened.failures()
@@ -77,6 +77,8 @@ def inspect(store: StorePath) -> None:
         ("run", "status", "embedded", "failed", "images/s", "seconds", "bottleneck"),
         [_run_cells(run) for run in runs],
     )
+    if division := last_division(runs):
+        console.print_parts(division)
     if unreadable := opened.unreadable_runs():
         console.out.print(f"no records of runs, in runs/: {', '.join(unreadable)}")
     if last := next((run for run in reversed(runs) if run["images_per_second"]), None):

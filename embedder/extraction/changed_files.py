@@ -18,7 +18,7 @@ from embedder.columns import extra_columns
 from embedder.errors import ReadError
 from embedder.extraction.shard import Stopped
 from embedder.sources import read_bytes
-from embedder.store import Store, own_fields
+from embedder.store import Store, own_fields, rewriting
 
 
 @dataclass
@@ -54,7 +54,7 @@ def refresh_shard(
         Stopped: `is_stopped` said so.
         StoreError: The shard cannot be read or written.
     """
-    table = store.read_shard(name)
+    table = store.read_shard(name, columns=["image_id", "sha256"])
     positions = pc.index_in(stale["image_id"], table["image_id"].combine_chunks())
     stored_hashes = table["sha256"].take(positions).to_pylist()
     found = Refreshed()
@@ -73,9 +73,11 @@ def refresh_shard(
         else:
             if not is_same[number]:
                 found.replaced[ref["image_id"]] = stored_hash
-    refreshed = _with_columns_of(stale, pa.array(is_same), table, store)
-    if not refreshed.equals(table):
-        store.replace_shard(name, refreshed)
+    with rewriting(store.path):
+        table = store.read_shard(name)
+        refreshed = _with_columns_of(stale, pa.array(is_same), table, store)
+        if not refreshed.equals(table):
+            store.replace_shard(name, refreshed)
     found.num_same = int(is_same.sum())
     return found
 

@@ -1,10 +1,11 @@
 """The job: plan, run, summarise."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -22,7 +23,12 @@ from embedder.libraries import logger, versions
 from embedder.machine import gpus
 from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images
-from embedder.store import Store, check_place, lease
+from embedder.store import Part, Store, check_place, lease, share_of
+
+_SHARDS_PER_WORKER = 2  # which overlaps one's start and end with the other's middle
+# Two batches of the largest that a CPU's engine takes: with one, nothing would be decoded while it
+# is embedded, and much smaller files are many to open for whoever reads the store.
+_MIN_SHARD_IMAGES = 64
 
 
 @dataclass
@@ -74,6 +80,7 @@ def run_extraction(
         Unfinished: Too many images failed, or the disk is full; what is done is kept, and so is
             the record of a run that was not finished.
     """
+    part = _part_of(options)
     watch = _Watch(on_progress or (lambda _: None))
     runtime = engines.choose(options.engine, gpus())
     if options.scheduler is None:  # workers elsewhere have other devices, and check them there
@@ -86,6 +93,7 @@ def run_extraction(
         if options.scheduler:
             pool = stack.enter_context(cluster.connect(options.scheduler, 0))
         listing = source if isinstance(source, Listing) else list_images(source)
+        listing = replace(listing, refs=share_of(listing.refs, part))
         watch.enter("preparing the network")
         for recipe in recipes.values():
             _check_columns(listing.refs, recipe)
@@ -94,9 +102,10 @@ def run_extraction(
         begun = []
         for path in sorted(recipes):  # in one order, so that two runs cannot wait for each other
             check_place(path)
-            stack.enter_context(lease(path, wait=options.wait))
+            stack.enter_context(lease(path, part=part, wait=options.wait))
         for path, recipe in recipes.items():
-            store = Store.open_or_create(path, recipe, versions())
+            is_shared = part is not None
+            store = Store.open_or_create(path, recipe, versions(), is_shared=is_shared)
             summary = Summary.begin(store, options, listing, began)
             begun.append((store, summary))
         with _recorded(begun):
@@ -113,6 +122,22 @@ def run_extraction(
                             target.refresh(pool, watch.add)
                     _embed(pool, targets, options.shard_size, watch)
     return [summary for _, summary in begun]
+
+
+def _part_of(options: RunOptions) -> Part | None:
+    """The part of the images that a run touches; None for all.
+
+    Raises:
+        RequestError: Something else is asked for that touches others.
+    """
+    if options.part is None:
+        return None
+    if options.repair:
+        raise RequestError(
+            f"`repair` must be done by a run of the whole source, since damaged shards can hold "
+            f"images of other parts. Received: part={options.part}"
+        )
+    return Part.parse(options.part)
 
 
 @contextmanager
@@ -194,6 +219,7 @@ def _embed(pool: Pool, targets: list[Target], shard_size: int, watch: _Watch) ->
     watch.enter("embedding", sum(refs.num_rows for _, refs in work))
     for target in targets:
         target.summary.num_workers = pool.num_workers
+    shard_size = _shared_out(watch.progress.num_images, pool.num_workers, shard_size)
     shards = (
         (jobs, refs, [by_store[job.store].earlier(refs) for job in jobs])
         for jobs, todo in work
@@ -203,6 +229,20 @@ def _embed(pool: Pool, targets: list[Target], shard_size: int, watch: _Watch) ->
         for receipts in results:
             for store, receipt in receipts.items():
                 by_store[store].add(receipt)
+
+
+def _shared_out(num_images: int, num_workers: int, shard_size: int) -> int:
+    """Images in a shard, so few that every worker of a short run has work.
+
+    Args:
+        num_images: To be embedded.
+        num_workers: Processes; one alone has nobody to share with.
+        shard_size: At most.
+    """
+    if num_workers == 1 or not num_images:
+        return shard_size
+    num_shards = min(_SHARDS_PER_WORKER * num_workers, num_images // _MIN_SHARD_IMAGES)
+    return min(shard_size, math.ceil(num_images / max(1, num_shards)))
 
 
 def _shards(todo: pa.Table, shard_size: int) -> Iterator[pa.Table]:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from embedder.options import Name, checked
 
@@ -10,6 +10,14 @@ from embedder.options import Name, checked
 # enough files for a million images.
 DEFAULT_SHARD_SIZE = 1024
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _part(text: str | None) -> str | None:
+    if text is None:
+        return None
+    from embedder.store import Part
+
+    return str(Part.parse(text))
 
 
 @checked
@@ -85,8 +93,17 @@ class RunOptions:
         Name | None,
         Field(description="Address of a running Dask scheduler, in place of local workers."),
     ] = None
+    part: Annotated[
+        Annotated[Name, AfterValidator(_part)] | None,
+        Field(
+            description="Only the I-th of N parts of the source, as I/N, such as 3/16; runs of "
+            "different parts, of the same N, fill one store together, at the same time. Which part "
+            "an image is in depends on its id alone."
+        ),
+    ] = None
     limit: Annotated[
-        int | None, Field(ge=1, description="Only the first so many images of the source.")
+        int | None,
+        Field(ge=1, description="Only the first so many images of the source, or of the part."),
     ] = None
     max_failures: Annotated[
         Share, Field(description="Share of the source's images, 0 to 1, that may fail.")
@@ -108,9 +125,13 @@ class RunOptions:
             "are gone where a disk is missing than where images were deleted."
         ),
     ] = 0.1
-    repair: Annotated[bool, Field(description="Put damaged shards aside and make them again.")] = (
-        False
-    )
+    repair: Annotated[
+        bool,
+        Field(
+            description="Put damaged shards aside and make them again; not with a part, as they "
+            "hold images of others."
+        ),
+    ] = False
     wait: Annotated[
         bool,
         Field(description="Wait until another run that writes the store ends; else 10 seconds."),

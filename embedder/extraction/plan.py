@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from embedder.columns import PASSING, extra_columns
 from embedder.sources import are_urls
-from embedder.store import EMBEDDINGS, FAILURES, Store
+from embedder.store import EMBEDDINGS, FAILURES, Part, Store, share_of
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,24 @@ class Plan:
 
 
 def make_plan(
-    refs: pa.Table, store: Store, *, limit: int | None = None, retry_failed: bool = False
+    refs: pa.Table,
+    store: Store,
+    *,
+    part: Part | None = None,
+    limit: int | None = None,
+    retry_failed: bool = False,
 ) -> Plan:
     """Compare a listing with a store.
 
     Args:
-        refs: Table of refs with unique ids.
+        refs: Table of refs with unique ids; with a part, its own.
         store: Its ids are unique; see `drop_repeated`.
+        part: Look at this part of the store only.
         limit: Look at the first so many refs only.
         retry_failed: Whether failures whose file has not changed are tried again, though what was
             in the way is not known to pass.
     """
-    rows, failures = store.index(), store.index(FAILURES)
+    rows, failures = (share_of(store.index(kind), part) for kind in (EMBEDDINGS, FAILURES))
     wanted = refs if limit is None else refs.slice(0, limit)
     row_of = pc.index_in(wanted["image_id"], rows["image_id"].combine_chunks())
     failure_of = pc.index_in(wanted["image_id"], failures["image_id"].combine_chunks())
@@ -89,7 +95,7 @@ def make_plan(
 # Repeated images. --------------------------------------------------------------------------
 
 
-def drop_repeated(store: Store, refs: pa.Table) -> int:
+def drop_repeated(store: Store, refs: pa.Table, part: Part | None = None) -> int:
     """Keep one row of every image, and no failure of an image that has a row.
 
     A run that is killed between writing what became of a changed image and dropping its old row
@@ -98,13 +104,14 @@ def drop_repeated(store: Store, refs: pa.Table) -> int:
 
     Args:
         store: The store.
-        refs: Table of refs with unique ids.
+        refs: Table of refs with unique ids; with a part, its own.
+        part: Drop of this part only.
 
     Returns:
         Number of rows and failures dropped.
     """
     found = pa.concat_tables(
-        [_entries(store.index(kind), kind, refs) for kind in (EMBEDDINGS, FAILURES)]
+        [_entries(share_of(store.index(kind), part), kind, refs) for kind in (EMBEDDINGS, FAILURES)]
     )
     counts = found["image_id"].combine_chunks().value_counts()
     repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))

@@ -21,7 +21,7 @@ from embedder.extraction.record import Receipt, Summary, grouped_reasons
 from embedder.extraction.shard import Earlier
 from embedder.extraction.worker import Job
 from embedder.libraries import logger
-from embedder.store import FAILURES, Store
+from embedder.store import FAILURES, Part, Store
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Target:
     Attributes:
         store: The store.
         summary: The record of the run.
-        refs: Of the source.
+        refs: Of the source, or of the part.
+        part: Of all images, which is all that the run touches; None for all.
         options: Of the run.
         plan: What there is to do.
         job: What the shards have in common.
@@ -43,6 +44,7 @@ class Target:
     store: Store
     summary: Summary
     refs: pa.Table
+    part: Part | None
     options: RunOptions
     plan: Plan
     job: Job
@@ -113,8 +115,9 @@ class Target:
 
     def tidy(self) -> None:
         """Leave the store as if one run had made it."""
-        self.summary.num_dropped += drop_repeated(self.store, self.refs)
-        self.store.remove_abandoned()  # of an earlier run, whose workers died meanwhile
+        self.summary.num_dropped += drop_repeated(self.store, self.refs, self.part)
+        if self.part is None:  # else others may be writing them, on machines of the same name
+            self.store.remove_abandoned()  # of an earlier run, whose workers died meanwhile
 
 
 def compare(
@@ -137,8 +140,9 @@ def compare(
         summary.repaired = store.put_damaged_aside()
         for name, reason in summary.repaired.items():
             logger.warning("%s is put aside, in damaged/, and made again: %s", name, reason)
-    summary.num_dropped += drop_repeated(store, refs)
-    plan = make_plan(refs, store, limit=options.limit, retry_failed=options.retry_failed)
+    part = Part.parse(options.part) if options.part else None
+    summary.num_dropped += drop_repeated(store, refs, part)
+    plan = make_plan(refs, store, part=part, limit=options.limit, retry_failed=options.retry_failed)
     summary.num_done, summary.num_deleted = plan.num_done, plan.num_deleted
     summary.num_retried = len(plan.stale_failures)
     if options.prune:
@@ -157,7 +161,7 @@ def compare(
             options.decoders, options.decode_timeout, options.read_ahead, options.allow_private
         ),
     )
-    return Target(store, summary, refs, options, plan, job, plan.missing)
+    return Target(store, summary, refs, part, options, plan, job, plan.missing)
 
 
 def _check_prune(plan: Plan, prune_share: float) -> None:

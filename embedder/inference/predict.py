@@ -19,7 +19,7 @@ from embedder.files import local_path, os_errors_as, remove_abandoned, remove_fo
 from embedder.heads import Model
 from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images, scheme_of
-from embedder.store import Store, lease, scan, vectors_of
+from embedder.store import Part, Store, lease, scan, share_of, vectors_of
 
 DEFAULT_TOP_K = 5
 
@@ -82,7 +82,8 @@ def predict(
         model_path: Folder of the model.
         source: A store, or what `extract` takes as source.
         out: The file to write: one row for each image of the source, and no others, as
-            `SCHEMA`; with a `limit`, for those that were looked at, or were before. `class` is the
+            `SCHEMA`; with a `part`, of that part; with a `limit`, for those that were looked at,
+            or were before. `class` is the
             most probable class, or null where labels are multi-label; `classes` those
             given to it; `probability` that of the most probable class; `top_k` the most probable
             ones. Images that failed have an `error` and nothing else.
@@ -103,18 +104,25 @@ def predict(
     # `Path.is_file` raises where a name is longer than a name may be; these do not.
     if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
         raise RequestError(f"OUT must be a file in a folder that exists. Received: {path}")
+    options = options or RunOptions()
+    part = Part.parse(options.part) if options.part else None
     if Store.exists(source):
+        if part is not None:
+            raise RequestError(
+                f"`part` must be of a source of images. Received: part={part} of the store {source}"
+            )
         store = Store(source)
         model.check_recipe(store.recipe, f"the store {store}")
         return Predictions(path, *_write(model, store, path, top_k), store.path)
-    options = options or RunOptions()
     listing = list_images(source)
+    listing = replace(listing, refs=share_of(listing.refs, part))
     hidden = path.with_name(f".{path.name}.logits")  # a store for each source and model
     if keep:
         kept, recipe = os.fspath(local_path(keep)), model.recipe
     else:
         recipe = model.logits_recipe(model_path)
-        options = replace(options, repair=True)  # what nobody has made is made again
+        # What nobody has made is made again; and the store is this command's own.
+        options = replace(options, repair=True, part=None)
         kept = os.fspath(_store_of(hidden, listing, recipe))
         _take_over(path.with_name(f"{path.name}.logits"), Path(kept), recipe)
     (summary,) = run_extraction(listing, {kept: recipe}, options, watch)

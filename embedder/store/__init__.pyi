@@ -1,5 +1,11 @@
 from .failure import Failure as Failure
-from .lease import lease as lease
+from .lease import lease as lease, rewriting as rewriting
+from .parts import (
+    Part as Part,
+    last_division as last_division,
+    part_numbers as part_numbers,
+    share_of as share_of,
+)
 from .scanning import (
     scan as scan,
     shard_groups as shard_groups,

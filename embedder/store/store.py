@@ -23,7 +23,7 @@ from embedder.columns import PASSING, VIEW
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
 from embedder.recipe import Recipe
 from embedder.store import shard_file
-from embedder.store.lease import LOCK_FILE
+from embedder.store.lease import LOCK_FILE, rewriting
 from embedder.store.scanning import scan
 from embedder.store.schema import (
     EMBEDDINGS,
@@ -107,14 +107,22 @@ class Store:
 
     @classmethod
     def open_or_create(
-        cls, path: str | os.PathLike[str], recipe: Recipe, versions: dict[str, str]
+        cls,
+        path: str | os.PathLike[str],
+        recipe: Recipe,
+        versions: dict[str, str],
+        *,
+        is_shared: bool = False,
     ) -> "Store":
         """Open the store at a path, or make an empty one there.
+
+        Of several processes that make it at the same time, the recipe of one becomes the store's.
 
         Args:
             path: Folder.
             recipe: What is stored.
             versions: Of the libraries that compute it, by name; written into a new store.
+            is_shared: Whether others write it at the same time; then nothing is removed.
 
         Raises:
             RecipeMismatch: The store was made with another recipe.
@@ -129,27 +137,28 @@ class Store:
             "versions": versions,
         }
         where = {name: getattr(recipe, name) for name in _WHERE if getattr(recipe, name)}
-        is_written = os.path.exists(file)
-        if is_written:
+        with files.os_errors_as(StoreError, f"The store {folder} cannot be written"):
+            if not os.path.exists(file):
+                check_place(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                files.create_once(file, json.dumps(content | where, indent=2).encode())
             store = cls(folder)
-            # The same weights can be somewhere else now.
-            is_written = all(getattr(store.recipe, name) == place for name, place in where.items())
-            content = json.loads(file.read_bytes())
             if differences := store.recipe.differences(recipe):
                 raise RecipeMismatch(
                     f"The store {folder} was made with another recipe. It has "
                     f"{'; '.join(differences)}. Use another store, or the store's own options"
                 )
-        else:
-            check_place(folder)
-        with files.os_errors_as(StoreError, f"The store {folder} cannot be written"):
             for name in (EMBEDDINGS, FAILURES, RUNS):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-            if not is_written:
+                (folder / name).mkdir(exist_ok=True)
+            if any(getattr(store.recipe, name) != place for name, place in where.items()):
+                # The same weights can be somewhere else now.
                 with files.whole_file(file) as written:
+                    content = json.loads(file.read_bytes())
                     written.write(json.dumps(content | where, indent=2).encode())
-            store = cls(folder)
-            store.remove_abandoned()
+            # Not read again: by now another machine may have written where its own weights are.
+            store.recipe = store.recipe.model_copy(update=where)
+            if not is_shared:
+                store.remove_abandoned()
         return store
 
     @staticmethod
@@ -330,6 +339,8 @@ class Store:
     def index(self, kind: str = EMBEDDINGS) -> pa.Table:
         """What is done: every column but the vectors' and decode's, and each image's shard.
 
+        Shards that go while they are read are left out: what they held was of another run's part.
+
         Returns:
             Table of one row for each image, also where it has several views, with `image_id`,
             `bytes`, `modified`, of failures `sha256` and `passing`, any manifest columns, and
@@ -337,7 +348,12 @@ class Store:
         """
         tables = []
         for path in self.shards(kind):
-            table = self._done_in(path) if kind == EMBEDDINGS else self._failed_in(path)
+            try:
+                table = self._done_in(path) if kind == EMBEDDINGS else self._failed_in(path)
+            except StoreError:
+                if os.path.lexists(path):
+                    raise
+                continue  # a run of another part has moved or dropped the last of its own
             shard = pa.array(np.zeros(table.num_rows, np.int32))
             names_of = pa.DictionaryArray.from_arrays(shard, pa.array([path.name]))
             tables.append(table.append_column("shard", names_of))
@@ -411,6 +427,8 @@ class Store:
     def replace_shard(self, name: str, table: pa.Table, kind: str = EMBEDDINGS) -> None:
         """Put a changed table in a shard's place; the file goes where no row is left.
 
+        The shard is read and replaced within one `lease.rewriting`.
+
         Args:
             name: Of the file.
             table: All its rows.
@@ -432,9 +450,10 @@ class Store:
         for image_id, name in images:
             ids_by_shard[name].append(image_id)
         for name, ids in ids_by_shard.items():
-            table = self.read_shard(name, kind)
-            keep = pc.invert(pc.is_in(table["image_id"], pa.array(ids, pa.string())))
-            self.replace_shard(name, table.filter(keep), kind)
+            with rewriting(self.path):
+                table = self.read_shard(name, kind)
+                keep = pc.invert(pc.is_in(table["image_id"], pa.array(ids, pa.string())))
+                self.replace_shard(name, table.filter(keep), kind)
 
     def check_files(self) -> Iterator[CheckedFile]:
         """Read each file of rows and of failures whole."""
@@ -504,17 +523,19 @@ def check_place(place: str | os.PathLike[str]) -> None:
     Raises:
         StoreError: It does.
     """
-    folder, own = files.local_path(place), {EMBEDDINGS, FAILURES, RUNS, LOCK_FILE}
+    folder, own = files.local_path(place), {EMBEDDINGS, FAILURES, RUNS}
     # A file, or a folder that may not be read.
     with files.os_errors_as(StoreError, f"The store {folder} cannot be opened"):
         if (folder / RECIPE_FILE).exists():
             return
         entries = list(folder.iterdir()) if folder.exists() else []
         others = [e.name for e in entries if e.name not in own and not files.is_temporary(e)]
+        others = [name for name in others if not name.startswith(LOCK_FILE)]
         others += [
             f"{name}/{path.name}" for name in own for path in (folder / name).glob("*.parquet")
         ]
-    if others:
+    # Another run may have made the store meanwhile.
+    if others and not (folder / RECIPE_FILE).exists():
         raise StoreError(
             f"A new store must be an empty folder, or one that does not exist. "
             f"Received: {folder}, which holds something else, such as {min(others)}"
