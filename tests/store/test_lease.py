@@ -1,4 +1,4 @@
-"""One run at a time on a store, and a dead one holds nothing."""
+"""Which runs write a store at the same time, and a dead one holds nothing."""
 
 import logging
 import os
@@ -7,28 +7,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embedder.errors import StoreBusy, StoreError
 from embedder.store.lease import LOCK_FILE, lease
+from embedder.store.parts import Part
 from embedder.store.store import Store
 from tests.cli.test_app import run
+from tests.support import add_rows
 
 COMMAND = sys.executable, "-m", "embedder"
 _HOLD = """
 import sys, time
 from pathlib import Path
 from embedder.store.lease import lease
-with lease(Path(sys.argv[1])):
+from embedder.store.parts import Part
+part = Part.parse(sys.argv[2]) if sys.argv[2:] else None
+with lease(Path(sys.argv[1]), part=part):
     print("held", flush=True)
     sys.stdin.readline()
 """
 
 
-def hold(folder: Path) -> "subprocess.Popen[str]":
-    """A process that holds a store until it is told to end."""
+def hold(folder: Path, *part: str) -> "subprocess.Popen[str]":
+    """A process that holds a store, or a part, until it is told to end."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(folder)],
+        [sys.executable, "-c", _HOLD, str(folder), *part],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -51,6 +56,142 @@ def test_a_second_run_is_told_whose_the_store_is(tmp_path: Path) -> None:
 def test_two_runs_of_one_process_are_kept_apart_too(tmp_path: Path) -> None:
     with lease(tmp_path), pytest.raises(StoreBusy), lease(tmp_path, patience=0.0):
         pass
+
+
+def test_runs_of_different_parts_hold_a_store_together(tmp_path: Path) -> None:
+    others = [hold(tmp_path, part) for part in ("1/3", "2/3")]
+    whole = rf"one run at a time. Process {others[0].pid} on .*, part 1/3, and 1 more are writing"
+    with (
+        pytest.raises(StoreBusy, match=whole + ".*when they end"),
+        lease(tmp_path, patience=0.0),
+    ):
+        pass
+    same = rf"one run of each part .* of 3 parts. Process {others[1].pid} on .*, part 2/3, is "
+    with (
+        pytest.raises(StoreBusy, match=same),
+        lease(tmp_path, part=Part(3, 2), patience=0.0),
+    ):
+        pass
+    with (
+        pytest.raises(StoreBusy, match=rf"of 4 parts. Process {others[0].pid} .* 1 more are"),
+        lease(tmp_path, part=Part(4, 4), patience=0.0),
+    ):
+        pass
+    with lease(tmp_path, part=Part(3, 3), patience=0.0):
+        others[1].kill()
+        others[1].communicate()
+        with lease(tmp_path, part=Part(3, 2), patience=0.0):  # of which that of 4 has left nothing
+            others[0].communicate("\n")
+            with pytest.raises(StoreBusy), lease(tmp_path, patience=0.0):
+                pass
+    with lease(tmp_path, part=Part(4, 4), patience=0.0):
+        pass
+
+
+def test_a_run_of_the_whole_source_keeps_all_parts_out(tmp_path: Path) -> None:
+    with lease(tmp_path, part=Part(3, 2)):
+        pass
+    other = hold(tmp_path)
+    rule = rf"one run of each part at a time.* Process {other.pid} on .*\d, is writing it"
+    with pytest.raises(StoreBusy, match=rule), lease(tmp_path, part=Part(3, 2), patience=0.0):
+        pass
+    other.communicate("\n")
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+def together(*scripts: list[str]) -> list[str]:
+    """What processes print that begin at the same moment, each once it has said `ready`."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", *script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for script in scripts
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return outputs
+
+
+_DROP = """
+import sys
+from embedder.store.store import Store
+store, half = Store(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(half, 40, 2):
+    store.drop([(f"{number:02d}.jpg", sys.argv[3])])
+"""
+
+
+def test_two_runs_that_rewrite_one_shard_each_drop_their_own(store: Store) -> None:
+    add_rows(store, [f"{number:02d}.jpg" for number in range(41)], np.ones((41, 3)))
+    (name,) = store.shard_names()
+    outputs = together(*([_DROP, str(store), half, name] for half in "01"))
+    assert outputs == ["", ""]
+    assert store.ids().tolist() == ["40.jpg"]
+
+
+_CREATE = """
+import sys, time
+from embedder.errors import RecipeMismatch
+from embedder.recipe import Recipe
+from embedder.store.store import Store
+recipe = Recipe(backbone="mean-colour", weights="0" * 64, image_size=(48, int(sys.argv[2])))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(40):
+    try:
+        place = f"{sys.argv[1]}/{number}"
+        store = Store.open_or_create(place, recipe, {}, is_shared=True)
+        assert Store(place).recipe == recipe == store.recipe
+        print(number, flush=True)
+    except RecipeMismatch:
+        pass
+"""
+
+
+def test_of_runs_that_make_a_store_at_the_same_time_one_recipe_is_kept(tmp_path: Path) -> None:
+    widths = ("64", "96", "64", "96")
+    outputs = together(*([_CREATE, str(tmp_path), width] for width in widths))
+    made = [set(output.split()) for output in outputs]
+    assert made[0] == made[2]
+    assert made[1] == made[3]
+    assert made[0] | made[1] == set(map(str, range(40)))
+    assert not made[0] & made[1]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+_CREATE_WHILE_LISTED = """
+import os, shutil, sys
+from embedder.store.store import Store, check_place
+made, place = sys.argv[1:]
+os.mkdir(place)
+def watch(event, arguments):
+    if event in ("os.listdir", "os.scandir") and str(arguments[0]) == place:
+        shutil.copytree(made, place, dirs_exist_ok=True)
+sys.addaudithook(watch)
+check_place(place)
+assert len(Store(place)) == 3
+"""
+
+
+def test_a_store_that_another_run_makes_just_now_is_nothing_else(
+    store: Store, tmp_path: Path
+) -> None:
+    add_rows(store, ["a.jpg", "b.jpg", "c.jpg"], np.ones((3, 3)))
+    command = [sys.executable, "-c", _CREATE_WHILE_LISTED, str(store), str(tmp_path / "new")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_run_that_was_killed_holds_nothing(tmp_path: Path) -> None:
