@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,40 @@ def test_two_runs_that_rewrite_one_shard_each_drop_their_own(store: Store) -> No
     outputs = together(*([_DROP, str(store), half, name] for half in "01"))
     assert outputs == ["", ""]
     assert store.ids().tolist() == ["40.jpg"]
+
+
+_COME_AND_GO = """
+import sys
+from embedder.store.store import Store
+store = Store(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(400):
+    name = f"{number}.parquet"
+    (store.path / "embeddings" / name).hardlink_to(sys.argv[2])
+    store.drop([("coming.jpg", name)])
+"""
+
+_INDEX = """
+import sys
+from embedder.store.store import Store
+store = Store(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(400):
+    assert "staying.jpg" in store.index()["image_id"].to_pylist()
+"""
+
+
+def test_shards_that_another_run_removes_just_now_are_no_damage(
+    store: Store, tmp_path: Path
+) -> None:
+    add_rows(store, ["coming.jpg"], np.ones((1, 3)))
+    (coming,) = store.shards()
+    shutil.move(coming, tmp_path / "coming.parquet")
+    add_rows(store, ["staying.jpg"], np.ones((1, 3)))
+    come_and_go = [_COME_AND_GO, str(store), str(tmp_path / "coming.parquet")]
+    assert together(come_and_go, [_INDEX, str(store)]) == ["", ""]
 
 
 _CREATE = """
