@@ -28,6 +28,7 @@ from embedder.errors import (
     Unfinished,
 )
 from embedder.extraction import worker
+from embedder.extraction.extract import _shared_out
 from embedder.store.store import Store
 from tests.extraction.test_cluster import scheduler_with_workers
 from tests.support import make_archive, picture
@@ -289,6 +290,36 @@ def test_a_killed_run_is_finished_by_the_same_command(
     assert_same(Store(store), large_undisturbed)
     assert all(check.passed for check in verify(Store(store), str(large)))
     assert not list(store.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_workers", "shard_size", "expected"),
+    [
+        (5000, 1, 1024, 1024),  # one worker alone has all of it anyway
+        (5000, 2, 1024, 1024),  # five shards for two workers
+        (2000, 2, 1024, 500),
+        (2000, 2, 300, 300),
+        (130, 2, 1024, 65),  # not 33, of which there would be four
+        (130, 16, 1024, 65),
+        (63, 2, 1024, 63),
+        (0, 2, 1024, 1024),
+    ],
+)
+def test_shards_of_a_short_run_are_so_small_that_all_workers_have_work(
+    num_images: int, num_workers: int, shard_size: int, expected: int
+) -> None:
+    assert _shared_out(num_images, num_workers, shard_size) == expected
+
+
+def test_a_short_run_is_shared_by_its_workers(
+    large: Path, large_undisturbed: Store, tmp_path: Path
+) -> None:
+    store = embedder.extract(large, tmp_path / "out", workers=2, limit=300, **SMALL)
+    assert [store.num_rows_of(name) for name in store.shard_names()] == [75] * 4
+    embedder.extract(large, tmp_path / "out", **SMALL)
+    assert [store.num_rows_of(name) for name in store.shard_names()].count(75) == 4
+    assert len(store.shards()) == 5
+    assert_same(store, large_undisturbed)
 
 
 def test_a_killed_worker_loses_nothing(

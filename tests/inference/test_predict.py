@@ -160,6 +160,24 @@ def test_images_of_two_sources_that_look_alike_from_outside_are_told_apart(
     ]
 
 
+def test_with_a_part_the_rows_are_those_of_the_part(world: Path, tmp_path: Path) -> None:
+    photos, out = make_archive(tmp_path / "photos", 12), tmp_path / "p.parquet"
+    predict(world / "logistic", photos, out)
+    whole = {row["image_id"]: row["probability"] for row in rows_of(out)}
+    for keep in (None, str(tmp_path / "kept")):
+        together = {}
+        for part in ("1/2", "2/2"):
+            out = tmp_path / f"{part[0]}.parquet"
+            options = RunOptions(part=part)
+            predict(world / "logistic", photos, out, options=options, keep=keep)
+            rows = {row["image_id"]: row["probability"] for row in rows_of(out)}
+            assert 0 < len(rows) < 12
+            together |= rows
+        assert together == pytest.approx(whole)
+    with pytest.raises(RequestError, match=r"`part` must be of a source .*part=2/2 of the store"):
+        predict(world / "logistic", str(tmp_path / "kept"), out, options=options)
+
+
 def test_with_a_limit_the_rows_are_those_looked_at_or_known(world: Path, tmp_path: Path) -> None:
     photos, out = make_archive(tmp_path / "photos", 6), tmp_path / "p.parquet"
     predict(world / "logistic", photos, out, options=RunOptions(limit=4))
