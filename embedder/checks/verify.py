@@ -32,6 +32,7 @@ from embedder.store import (
 
 _Embed = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 _MAX_NAMES = 3  # ids shown for a check that failed
+_MAX_PARTS = 20  # likewise, parts
 
 
 def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 0) -> list[Check]:
@@ -169,7 +170,9 @@ def _check_parts(store: Store, refs: pa.Table, parts: list[Part]) -> Check:
     ]
     detail = f"{len(parts) - len(lacking):,} of {len(parts):,} parts whole"
     if lacking:
-        detail += f": {'; '.join(lacking)}. Run `embedder extract` with `--part` again for each"
+        more = [f"and {len(lacking) - _MAX_PARTS:,} more"] if len(lacking) > _MAX_PARTS else []
+        detail += f": {'; '.join(lacking[:_MAX_PARTS] + more)}"
+        detail += ". Run `embedder extract` again, with `--part` or for all"
     return Check("every part whole, of those that runs were made of", not lacking, detail)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from embedder.extraction import OnProgress, Summary
     from embedder.store import Part
 
+_MAX_PARTS = 20  # of a store, that are named
 _PLAIN_WIDTH = 160  # characters, where the output is not a terminal
 # File names hold anything: they must never be read as markup.
 out = Console(
@@ -97,9 +98,11 @@ def progress(quiet: bool) -> "AbstractContextManager[OnProgress]":
 
 def print_parts(status_of: "dict[Part, str | None]") -> None:
     """Show how the last run of each part of a store ended."""
-    others = {part: status for part, status in status_of.items() if status != "done"}
+    others = [f"{p} {status or 'never run'}" for p, status in status_of.items() if status != "done"]
     facts = [f"{len(status_of) - len(others):,} of {len(status_of):,} parts done"]
-    facts += [f"{part} {status or 'never run'}" for part, status in others.items()]
+    facts += others[:_MAX_PARTS]
+    if len(others) > _MAX_PARTS:
+        facts.append(f"and {len(others) - _MAX_PARTS:,} more")
     out.print("; ".join(facts))
 
 

@@ -112,6 +112,8 @@ def test_verify_and_inspect_say_which_parts_are_not_whole(archive: Path, tmp_pat
     assert done.returncode == 1
     assert f"2 of 3 parts whole: {said}. " in done.stdout
     assert "2 of 3 parts done; 2/3 never run" in run("inspect", store).stdout
+    embedder.extract(archive, tmp_path / "many", part="1/90", **SMALL)
+    assert "; 21/90 never run; and 69 more\n" in run("inspect", tmp_path / "many").stdout
     (archive / "cats" / "002.jpg").write_bytes(b"no image")
     embedder.extract(archive, store, **SMALL)
     assert checks(Store(store), archive) == {}
