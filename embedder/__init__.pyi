@@ -99,10 +99,10 @@ def extract(
             of the same N, fill one store together, at the same time. Which part an image is in
             depends on its id alone.
         limit: Only the first so many images of the source, or of the part.
-        max_failures: Share of the source's images, 0 to 1, that may fail.
+        max_failures: Share of the source's images, or of the part's, 0 to 1, that may fail.
         retry_failed: Try all images again that failed before, though unchanged; those whose trouble
             may have passed always are.
-        prune: Drop rows of images that the source no longer has.
+        prune: Drop rows of images that the source no longer has; with a part, its own.
         prune_share: Share of the store's images, 0 to 1, up to which prune drops any: more are gone
             where a disk is missing than where images were deleted.
         repair: Put damaged shards aside and make them again; not with a part, as they hold images
@@ -248,10 +248,10 @@ def predict(
             of the same N, fill one store together, at the same time. Which part an image is in
             depends on its id alone.
         limit: Only the first so many images of the source, or of the part.
-        max_failures: Share of the source's images, 0 to 1, that may fail.
+        max_failures: Share of the source's images, or of the part's, 0 to 1, that may fail.
         retry_failed: Try all images again that failed before, though unchanged; those whose trouble
             may have passed always are.
-        prune: Drop rows of images that the source no longer has.
+        prune: Drop rows of images that the source no longer has; with a part, its own.
         prune_share: Share of the store's images, 0 to 1, up to which prune drops any: more are gone
             where a disk is missing than where images were deleted.
         repair: Put damaged shards aside and make them again; not with a part, as they hold images

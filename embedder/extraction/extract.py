@@ -80,7 +80,7 @@ def run_extraction(
         Unfinished: Too many images failed, or the disk is full; what is done is kept, and so is
             the record of a run that was not finished.
     """
-    part = _part_of(options)
+    part, began = _part_of(options), started or time.time()
     watch = _Watch(on_progress or (lambda _: None))
     runtime = engines.choose(options.engine, gpus())
     if options.scheduler is None:  # workers elsewhere have other devices, and check them there
@@ -98,16 +98,10 @@ def run_extraction(
         for recipe in recipes.values():
             _check_columns(listing.refs, recipe)
             engines.prepare(recipe.of_features, runtime)
-        began = started or time.time()
-        begun = []
         for path in sorted(recipes):  # in one order, so that two runs cannot wait for each other
             check_place(path)
             stack.enter_context(lease(path, part=part, wait=options.wait))
-        for path, recipe in recipes.items():
-            is_shared = part is not None
-            store = Store.open_or_create(path, recipe, versions(), is_shared=is_shared)
-            summary = Summary.begin(store, options, listing, began)
-            begun.append((store, summary))
+        begun = _begin(recipes, options, listing, began)
         with _recorded(begun):
             watch.enter("comparing with the store")
             targets = [compare(*both, listing.refs, options, runtime) for both in begun]
@@ -138,6 +132,18 @@ def _part_of(options: RunOptions) -> Part | None:
             f"images of other parts. Received: part={options.part}"
         )
     return Part.parse(options.part)
+
+
+def _begin(
+    recipes: dict[str, Recipe], options: RunOptions, listing: Listing, began: float
+) -> list[tuple[Store, Summary]]:
+    """The stores of a run, made where there are none, and its record in each."""
+    is_shared = options.part is not None
+    stores = [
+        Store.open_or_create(path, recipe, versions(), is_shared=is_shared)
+        for path, recipe in recipes.items()
+    ]
+    return [(store, Summary.begin(store, options, listing, began)) for store in stores]
 
 
 @contextmanager

@@ -106,7 +106,8 @@ class RunOptions:
         Field(ge=1, description="Only the first so many images of the source, or of the part."),
     ] = None
     max_failures: Annotated[
-        Share, Field(description="Share of the source's images, 0 to 1, that may fail.")
+        Share,
+        Field(description="Share of the source's images, or of the part's, 0 to 1, that may fail."),
     ] = 0.1
     retry_failed: Annotated[
         bool,
@@ -116,7 +117,10 @@ class RunOptions:
         ),
     ] = False
     prune: Annotated[
-        bool, Field(description="Drop rows of images that the source no longer has.")
+        bool,
+        Field(
+            description="Drop rows of images that the source no longer has; with a part, its own."
+        ),
     ] = False
     prune_share: Annotated[
         Share,

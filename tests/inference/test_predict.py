@@ -174,6 +174,14 @@ def test_with_a_part_the_rows_are_those_of_the_part(world: Path, tmp_path: Path)
             assert 0 < len(rows) < 12
             together |= rows
         assert together == pytest.approx(whole)
+    (photos / "cats").rename(tmp_path / "cats")
+    for path in sorted((photos / "dogs").iterdir())[1:]:
+        path.unlink()
+    done = [
+        predict(world / "logistic", photos, out, options=RunOptions(part=part)).num_predicted
+        for part in ("1/2", "2/2")
+    ]
+    assert sorted(done) == [0, 1]
     with pytest.raises(RequestError, match=r"`part` must be of a source .*part=2/2 of the store"):
         predict(world / "logistic", str(tmp_path / "kept"), out, options=options)
 
