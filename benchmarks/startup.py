@@ -2,30 +2,31 @@
 
 Each round starts `embedder extract --limit N` in a process of its own, on a new store, and notes
 when the first file appears in its `embeddings` folder. The first of all, which exports the
-network, is printed apart.
+network, is printed apart. Another checkout is measured in turn with this one, `now`:
 
-    python benchmarks/startup.py SOURCE --images 32 --rounds 5
+    python benchmarks/startup.py SOURCE --images 32 --rounds 5 --before CHECKOUT
 """
 
 import argparse
-import os
-import statistics
+import itertools
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from runs import add_arguments, environment_of, packages_of, print_table, ratios, spread
+
 POLL_SECONDS = 0.005
 
 
-def start(source: str, store: Path, num_images: int, cache: Path) -> tuple[float, float]:
-    """Seconds to the first shard, and to the end of the command."""
+def start(package: Path, source: str, store: Path, num_images: int) -> tuple[float, float]:
+    """Seconds to the first shard, and to the end of the command; its cache is beside the store."""
     command = [sys.executable, "-m", "embedder", "extract", source, str(store), "--quiet"]
+    environment = environment_of(package, {"EMBEDDER_CACHE": str(store.parent / "cache")})
     begin = time.perf_counter()
     process = subprocess.Popen(
-        [*command, "--limit", str(num_images)],
-        env={**os.environ, "EMBEDDER_CACHE": str(cache)},
+        [*command, "--limit", str(num_images)], env=environment, cwd=store.parent
     )
     first = None
     while process.poll() is None:
@@ -42,20 +43,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", help="folder of images")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    add_arguments(parser, rounds=5)
     options = parser.parse_args()
+    packages = packages_of(options.before)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in packages}
     with tempfile.TemporaryDirectory() as scratch:
-        stores = (Path(scratch) / f"store-{number}" for number in range(options.rounds + 1))
-        cache = Path(scratch) / "cache"
-        times = [start(options.source, store, options.images, cache) for store in stores]
-    for name, measured in (("not cached", times[:1]), ("cached", times[1:])):
-        for what, values in zip(
-            ("first shard", "whole command"), zip(*measured, strict=True), strict=True
+        for number, (name, package) in itertools.product(
+            range(options.rounds + 1), packages.items()
         ):
-            print(
-                f"{name}, {what}: median {statistics.median(values):.2f} s "
-                f"({min(values):.2f} to {max(values):.2f})"
-            )
+            store = Path(scratch) / name / f"store-{number}"
+            store.parent.mkdir(exist_ok=True)
+            source = str(Path(options.source).resolve())
+            times[name].append(start(package, source, store, options.images))
+    rows = []
+    for network, chosen in (("not cached", slice(1)), ("cached", slice(1, None))):
+        for name, measured in times.items():
+            of_first = times[next(iter(times))][chosen]
+            row = [network, name]
+            for values, bases in zip(
+                zip(*measured[chosen], strict=True), zip(*of_first, strict=True), strict=True
+            ):
+                row += [spread(values, ".2f"), ratios(values, bases)]
+            rows.append(row)
+    print_table(("network", "", "first shard, s", "ratio", "whole command, s", "ratio"), rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -171,9 +171,9 @@ def measure(pipeline: str, decode: str, warm_up: Path, folder: Path, store: Path
     }
 
 
-def available() -> Iterator[str]:
-    """Pipelines that can run here; says which cannot, and why."""
-    for pipeline in PIPELINES:
+def available(pipelines: Iterable[str]) -> Iterator[str]:
+    """Which of these can run here; says which cannot, and why."""
+    for pipeline in pipelines:
         kind, _, precision = pipeline.partition(" ")
         if kind == "timm" and not all(map(importlib.util.find_spec, ("torch", "timm"))):
             print(f"{pipeline}: left out, torch and timm are not installed")
@@ -230,7 +230,7 @@ def main() -> None:
         f"{options.images:,} images, EfficientNet-Lite0, {num_cores()} cores, {platform.machine()}"
     )
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
-    pipelines = [name for name in available() if name in options.pipelines]
+    pipelines = list(available(options.pipelines))
     results: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
     with tempfile.TemporaryDirectory() as scratch:
         warm_up = link_images(options.source, Path(scratch) / "warm-up", NUM_WARM_UP)

@@ -1,5 +1,7 @@
 """Each benchmark runs, at a size that says nothing about speed, and prints what it promises."""
 
+import http.client
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import pytest
 from PIL import Image
 
 import embedder
+from benchmarks.servers import Server, serving
+from embedder.extraction import RunOptions
 from embedder.store.store import Store
 from tests.support import ANIMALS, ROOT, add_rows, animal_vectors, make_archive, picture
 
@@ -37,7 +41,8 @@ def figures(pattern: str, output: str) -> list[list[float]]:
 
 def test_every_benchmark_is_run_here() -> None:
     text = Path(__file__).read_text()
-    scripts = {path.name for path in FOLDER.glob("*.py")} - {"grocery_probe.py"}  # needs Grocery
+    scripts = {path.name for path in FOLDER.glob("*.py")}
+    scripts -= {"grocery_probe.py", "servers.py"}  # the one needs Grocery, the other is imported
     assert {script for script in scripts if f'"{script}"' not in text} == set()
 
 
@@ -149,10 +154,15 @@ def test_leak() -> None:
 
 
 def test_memory(photos: Path) -> None:
-    output = run("memory.py", photos, "--images", 4, 12)
-    first, second = figures(r"peak +(\S+) MiB, ratio (\S+)", output)
+    pictures = ("--pictures", 2, "--side", 300, "--kinds", "progressive JPEG")
+    output = run("memory.py", photos, "--images", 4, 12, *pictures)
+    rows = figures(r"\| now \| (\d+) \| (\S+) \| (\S+) \| \S+ \| (\d+) \|", output)
+    first, *others = rows
     assert first[1] == 1
-    assert second[1] == pytest.approx(second[0] / first[0], abs=0.001)
+    for peak, ratio, beside, num_failed in others:
+        assert ratio == pytest.approx(peak / first[0], abs=0.01)
+        assert (beside, num_failed) == (1, 0)
+    assert "| 2 of 300 x 300, progressive JPEG |" in output
 
 
 def test_decode_memory() -> None:
@@ -174,7 +184,135 @@ def test_workers(photos: Path) -> None:
 
 def test_startup(photos: Path) -> None:
     output = run("startup.py", photos, "--images", 12, "--rounds", 1)
-    assert "cached, first shard" in output
+    ((first, whole),) = figures(r"\| cached \| now \| (\S+) \| 1.00 \| (\S+) \| 1.00 \|", output)
+    assert 0 < first < whole
+
+
+BURN = "import time\nwhile time.process_time() < {}: pass"
+FAMILY = f"""
+import subprocess, sys
+{BURN.format(0.1)}
+subprocess.run([sys.executable, "-c", {BURN.format(0.2)!r}])
+subprocess.Popen([sys.executable, "-c", {BURN.format(0.4)!r}])  # which outlives its parent
+sys.exit(7)
+"""
+
+
+def test_runs() -> None:
+    output = run("runs.py", "--memory", "--", sys.executable, "-c", FAMILY)
+    measured = json.loads(output)
+    assert measured["returncode"] == 7
+    assert measured["num_left"] == 0
+    assert 0.08 <= measured["own_cpu_seconds"] < 0.28  # in hundredths, rounded down
+    assert 0.57 <= measured["children_cpu_seconds"] < 1
+    assert measured["peak_bytes"] > 2**20
+
+
+def test_runs_ends_what_never_would() -> None:
+    family = FAMILY.replace("0.4", "1000").replace("0.2", "1000")
+    output = run("runs.py", "--most-seconds", 0.5, "--", sys.executable, "-c", family)
+    assert json.loads(output)["returncode"] == -9
+
+
+def ask(server: Server, path: str, method: str = "GET") -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=0.5)
+    try:
+        connection.request(method, f"/{server.name}{path}")
+        answer = connection.getresponse()
+        content = answer.read()
+        if answer.status != 200:
+            raise http.client.HTTPException(answer.status)
+        return content
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("503", http.client.HTTPException),
+        ("reset", ConnectionResetError),
+        ("short", http.client.IncompleteRead),
+        ("hang", TimeoutError),
+    ],
+)
+def test_a_server_has_the_faults_it_was_asked_for(
+    photos: Path, fault: str, error: type[Exception]
+) -> None:
+    with serving(photos, faults={fault: 1.0}) as server:
+        for _ in range(2):
+            with pytest.raises(error):
+                ask(server, "/3.jpg")
+        assert server.counts() == {"GET": 2, f"{fault} faults": 2}
+        assert ask(server, "/3.jpg", "HEAD") == b""
+
+
+def test_a_fault_of_a_server_hits_an_attempt_and_no_file_for_ever(photos: Path) -> None:
+    with serving(photos, faults={"503": 0.5}) as server:
+        for photo in photos.iterdir():
+            for _ in range(30):
+                try:
+                    assert ask(server, f"/{photo.name}") == photo.read_bytes()
+                    break
+                except http.client.HTTPException as error:
+                    assert error.args == (503,)
+            else:
+                pytest.fail(photo.name)
+        counts = server.counts()
+        assert counts["GET"] - counts["503 faults"] == len(list(photos.iterdir()))
+        assert server.counts() == {}
+        assert len(re.findall("<Key>", ask(server, "?list-type=2&prefix=1").decode())) == 3
+    with pytest.raises(ConnectionError):
+        ask(server, "/3.jpg")
+
+
+HAS_DECODERS = "decoders" in RunOptions.__dataclass_fields__
+HAS_READ_AHEAD = "read_ahead" in RunOptions.__dataclass_fields__
+HAS_DECODE_TIMEOUT = "decode_timeout" in RunOptions.__dataclass_fields__
+
+
+def test_feeding_small() -> None:
+    output = run("feeding.py", "small", "--images", 40, "--rounds", 1, "--decoders", 1)
+    ((pillow, ratio),) = figures(r"\| plain Pillow, 1 thread \| (\d+) \| (\S+) \| 1.00", output)
+    rows = figures(r"\| now.* \| (\d+) " + 3 * r"\| (\S+) " + 4 * r"\| (-?\d+) ", output)
+    assert len(rows) == 1 + HAS_DECODERS
+    for speed, beside, share, own, engine, more, *_ in rows:
+        assert share == pytest.approx(speed / pillow, abs=0.01)
+        assert beside == pytest.approx(share * ratio, rel=0.1, abs=0.1)
+        assert more == pytest.approx(own - engine, abs=1.1)  # of rounded figures
+
+
+def test_feeding_photos(photos: Path) -> None:
+    size = ("--images", 16, "--rounds", 1, "--precisions", "float32")
+    output = run("feeding.py", "photos", photos, *size, "--before", ROOT)
+    rows = figures(r"\| float32 \| (?:before|now) " + 5 * r"\| (\S+) ", output)
+    assert len(rows) == 2
+    assert rows[0][1] == 1
+    assert rows[1][1] == pytest.approx(rows[1][0] / rows[0][0], abs=0.01)
+    for speed, _, decoding, inference, efficiency in rows:
+        assert efficiency == pytest.approx(speed * (1 / decoding + 1 / inference), rel=0.05)
+
+
+def test_feeding_remote(photos: Path) -> None:
+    faults = ("503=0.2", "reset=0.2", "short=0.2") if HAS_READ_AHEAD else ()
+    size = ("--images", 12, "--rounds", 1, "--latencies", 1)
+    output = run("feeding.py", "remote", photos, *size, "--faults", *faults)
+    rows = [line.split(" | ") for line in output.splitlines() if "| now |" in line]
+    places = ["local disk", "HTTP, 1 ms", "S3, 1 ms"]
+    places += [f"{place}, with faults" for place in places[1:]] * HAS_READ_AHEAD
+    assert [row[0] for row in rows] == [f"| {place}" for place in places]
+    assert rows[1][4] == "1.00 GET"
+    assert re.match(r"1.00 GET.* 0.08 LIST", rows[2][4])  # one for twelve images
+    for _, _, speed, share, *_, num_embedded, _ in rows:
+        assert float(share) == pytest.approx(float(speed) / float(rows[0][2]), abs=0.01)
+        assert num_embedded == "12 of 12"
+
+
+@pytest.mark.skipif(not HAS_DECODE_TIMEOUT, reason="its decoders cannot be replaced")
+def test_poison() -> None:
+    output = run("poison.py", "--images", 30, "--places", "in process", "--timeout", 2)
+    assert "| in process | now | 25 | 5 | 5 of 5 | 25 of 25 |" in output
+    assert "| 0 | 0 |\n" in output  # status, and processes that are left
 
 
 @pytest.fixture(scope="module")
