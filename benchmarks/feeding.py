@@ -50,7 +50,7 @@ from runs import (
     ratios,
     spread,
 )
-from servers import Server, serving, share_of
+from servers import FAULTS as FAULT_KINDS, Server, serving, share_of
 from throughput import available, link_images
 
 DECODERS = "--decoders"  # takes the number of decoder processes
@@ -280,14 +280,14 @@ class Place:
     with_faults: bool = False
 
 
-def places(options: argparse.Namespace, images: Path, scratch: Path) -> Iterator[Place]:
+def places(options: argparse.Namespace, images: Path, scratch: Path, seed: int) -> Iterator[Place]:
     """The same images from the local disk and from servers, each there until the next is taken."""
     yield Place("local disk", images)
     settings = [(latency, False) for latency in options.latencies]
     settings += [(options.latencies[-1], True)] * bool(options.faults)
     for latency, with_faults in settings:
         faults = dict(options.faults) if with_faults else {}
-        with serving(images, latency, faults, options.seed) as server:
+        with serving(images, latency, faults, seed) as server:
             for kind in options.kinds:
                 name = f"{kind}, {latency:g} ms" + with_faults * ", with faults"
                 if kind == "S3":
@@ -325,8 +325,8 @@ def remote(options: argparse.Namespace) -> None:
         images = link_images(options.source, scratch, options.images) / "images"
         for way in ways:
             way.run(images, scratch, "--limit", 64)  # a warm-up
-        for _ in range(options.rounds):
-            for place in places(options, images, scratch):
+        for number in range(options.rounds):
+            for place in places(options, images, scratch, options.seed + number):
                 for way in ways:
                     limit = options.images_before if way.name == "before" else options.images
                     if place.server:
@@ -359,6 +359,7 @@ def print_remote(results: dict[tuple[str, str], list[Remote]]) -> None:
         counts = sum((result.requests for result in measured), Counter())
         num_inputs = sum(result.run.record["counts"]["inputs"] for result in measured)
         requests = {name: counts[name] / num_inputs for name in ("GET", "HEAD", "LIST")}
+        requests["faults"] = sum(counts[f"{kind} faults"] for kind in FAULT_KINDS) / num_inputs
         rows.append(
             (
                 place,
