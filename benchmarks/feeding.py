@@ -59,6 +59,8 @@ PRIVATE = "--allow-private"  # a flag: addresses of the loopback may be asked
 NETWORK = ("--backbone", "mobilenet-v3-small", "--weights", "random:0")
 SIDE = 32  # of small images, in pixels
 FAULTS = ("503=0.05", "reset=0.02", "short=0.02", "hang=0.01")
+LOCAL, WITH_FAULTS = "local disk", ", with faults"
+METHODS = ("GET", "HEAD", "LIST")
 PRECISIONS = ("float32", "bfloat16")
 
 # One thread, as one would write it: opens, converts, makes an array.
@@ -282,14 +284,14 @@ class Place:
 
 def places(options: argparse.Namespace, images: Path, scratch: Path, seed: int) -> Iterator[Place]:
     """The same images from the local disk and from servers, each there until the next is taken."""
-    yield Place("local disk", images)
     settings = [(latency, False) for latency in options.latencies]
     settings += [(options.latencies[-1], True)] * bool(options.faults)
     for latency, with_faults in settings:
+        yield Place(LOCAL, images)  # each time, since the machine's speed drifts
         faults = dict(options.faults) if with_faults else {}
         with serving(images, latency, faults, seed) as server:
             for kind in options.kinds:
-                name = f"{kind}, {latency:g} ms" + with_faults * ", with faults"
+                name = f"{kind}, {latency:g} ms" + with_faults * WITH_FAULTS
                 if kind == "S3":
                     yield Place(name, f"s3://{server.name}", server, with_faults)
                     continue
@@ -302,14 +304,21 @@ def places(options: argparse.Namespace, images: Path, scratch: Path, seed: int) 
 
 @dataclass
 class Remote:
-    """Of one run over images behind a server."""
+    """Of one run over images behind a server, and of the one over local images before it."""
 
     run: Run
     requests: Counter[str]
+    local: Run
 
     @property
     def num_embedded(self) -> int:
         return int(self.run.record["counts"]["embedded"])
+
+    @property
+    def cpu_beside(self) -> float:
+        """CPU milliseconds that an image takes more than from the local disk."""
+        local = self.local.cpu_seconds / self.local.record["counts"]["embedded"]
+        return 1000 * (self.run.cpu_seconds / max(1, self.num_embedded) - local)
 
     @property
     def seconds(self) -> float:
@@ -320,64 +329,60 @@ class Remote:
 def remote(options: argparse.Namespace) -> None:
     ways = ways_of(options.before, READ_AHEAD, options.read_ahead, PRIVATE)
     results: dict[tuple[str, str], list[Remote]] = defaultdict(list)
+    local: dict[str, Run] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         images = link_images(options.source, scratch, options.images) / "images"
         for way in ways:
             way.run(images, scratch, "--limit", 64)  # a warm-up
-        for number in range(options.rounds):
-            for place in places(options, images, scratch, options.seed + number):
-                for way in ways:
-                    limit = options.images_before if way.name == "before" else options.images
-                    if place.server:
-                        place.server.counts()  # from now on
-                    run = way.run(
-                        place.source,
-                        scratch,
-                        *("--limit", limit, "--max-failures", 1),
-                        environment=place.server.environment if place.server else None,
-                        may_fail=place.with_faults,
-                    )
-                    counts = place.server.counts() if place.server else Counter()
-                    results[place.name, way.name].append(Remote(run, counts))
+        for place, way in (
+            (place, way)
+            for number in range(options.rounds)
+            for place in places(options, images, scratch, options.seed + number)
+            for way in ways
+        ):
+            run, requests = remote_run(way, place, scratch, options)
+            if place.name == LOCAL:
+                local[way.name] = run
+            results[place.name, way.name].append(Remote(run, requests, local[way.name]))
     print_remote(results)
 
 
-def cpu_beside(remote: Remote, local: Remote) -> float:
-    """CPU milliseconds that an image takes more than from the local disk."""
-    return 1000 * (
-        remote.run.cpu_seconds / remote.num_embedded - local.run.cpu_seconds / local.num_embedded
-    )
+def remote_run(
+    way: Way, place: Place, scratch: Path, options: argparse.Namespace
+) -> tuple[Run, Counter[str]]:
+    """A run over the images of a place, and the requests and faults of its server."""
+    limit = options.images_before if way.name == "before" else options.images
+    how = ("--limit", limit, "--max-failures", 1)
+    if place.server is None:
+        return way.run(place.source, scratch, *how), Counter()
+    place.server.counts()  # from now on
+    environment = place.server.environment
+    run = way.run(place.source, scratch, *how, environment=environment, may_fail=place.with_faults)
+    return run, place.server.counts()
 
 
 def print_remote(results: dict[tuple[str, str], list[Remote]]) -> None:
     rows = []
     for (place, way), measured in results.items():
-        speeds = [result.run.speed for result in measured]
-        local = [result.run.speed for result in results["local disk", way]]
-        healthy = results[place.removesuffix(", with faults"), way]
-        counts = sum((result.requests for result in measured), Counter())
-        num_inputs = sum(result.run.record["counts"]["inputs"] for result in measured)
-        requests = {name: counts[name] / num_inputs for name in ("GET", "HEAD", "LIST")}
-        requests["faults"] = sum(counts[f"{kind} faults"] for kind in FAULT_KINDS) / num_inputs
-        rows.append(
-            (
-                place,
-                way,
-                spread(speeds),
-                ratios(speeds, local),
-                ", ".join(f"{number:.2f} {name}" for name, number in requests.items() if number),
-                spread(map(cpu_beside, measured, results["local disk", way]), "+.1f")
-                if place != "local disk"
-                else "",
-                f"{sum(each.num_embedded for each in measured):,} of {num_inputs:,}",
-                ratios((each.seconds for each in measured), (each.seconds for each in healthy))
-                if healthy is not measured
-                else "",
-            )
-        )
-    heads = ("images from", "", "images/s", "of local", "requests an image", "CPU beside local, ms")
-    print_table((*heads, "embedded", "seconds beside the healthy server"), rows)
+        speeds = [each.run.speed for each in measured]
+        counts = sum((each.requests for each in measured), Counter())
+        num_inputs = sum(each.run.record["counts"]["inputs"] for each in measured)
+        row = [place, way, spread(speeds), ratios(speeds, (each.local.speed for each in measured))]
+        asked = [f"{counts[name] / num_inputs:.2f} {name}" for name in METHODS if counts[name]]
+        row += [", ".join(asked)]
+        row += [spread((each.cpu_beside for each in measured), "+.1f") if asked else ""]
+        row += [f"{sum(each.num_embedded for each in measured):,} of {num_inputs:,}"]
+        if (place_without := place.removesuffix(WITH_FAULTS)) == place:
+            rows.append((*row, "", ""))
+            continue
+        faults = [f"{counts[kind + ' faults']} {kind}" for kind in FAULT_KINDS]
+        healthy = (each.seconds for each in results[place_without, way])
+        beside = ratios((each.seconds for each in measured), healthy)
+        rows.append((*row, ", ".join(faults), beside))
+    heads = ("images from", "", "images/s", "of local", "requests an image")
+    heads += ("CPU beside local, ms", "embedded", "faults", "seconds beside the healthy server")
+    print_table(heads, rows)
 
 
 def main() -> None:
