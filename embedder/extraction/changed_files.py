@@ -8,6 +8,7 @@ the new vector is written, and one whose file cannot be read stays.
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 
 from embedder.columns import extra_columns
 from embedder.errors import ReadError
+from embedder.extraction.decoders import DEFAULT_FEEDING, Feeding
 from embedder.extraction.shard import Stopped
 from embedder.sources import read_bytes
 from embedder.store import Store, own_fields, rewriting
@@ -37,7 +39,11 @@ class Refreshed:
 
 
 def refresh_shard(
-    store: Store, name: str, stale: pa.Table, is_stopped: Callable[[], bool]
+    store: Store,
+    name: str,
+    stale: pa.Table,
+    is_stopped: Callable[[], bool],
+    feeding: Feeding = DEFAULT_FEEDING,
 ) -> Refreshed:
     """Read the files of a shard's stale rows, and bring up to date what needs no new vector.
 
@@ -49,6 +55,7 @@ def refresh_shard(
         name: File name of the shard.
         stale: Part of `Plan.stale` that this shard holds.
         is_stopped: Asked before each file; once true, the shard is left as it is.
+        feeding: How many files are read at once, and where redirects may lead.
 
     Raises:
         Stopped: `is_stopped` said so.
@@ -60,19 +67,29 @@ def refresh_shard(
     found = Refreshed()
     is_same = np.ones(stale.num_rows, bool)
     refs = stale.select(["image_id", "path", "same_file"]).to_pylist()
-    for number, (ref, stored_hash) in enumerate(zip(refs, stored_hashes, strict=True)):
-        if is_stopped():
-            raise Stopped(f"stopped while shard {name} was being compared")
-        if ref["same_file"]:
-            continue
-        try:
-            is_same[number] = hash_of(ref["path"]) == stored_hash
-        except ReadError as error:
-            is_same[number] = False
-            found.unreadable["read", str(error)] += 1
-        else:
-            if not is_same[number]:
-                found.replaced[ref["image_id"]] = stored_hash
+    readers = ThreadPoolExecutor(feeding.read_ahead)
+    try:
+        hashes = [
+            None
+            if ref["same_file"]
+            else readers.submit(hash_of, ref["path"], feeding.allow_private)
+            for ref in refs
+        ]
+        for number, (ref, stored_hash) in enumerate(zip(refs, stored_hashes, strict=True)):
+            if is_stopped():
+                raise Stopped(f"stopped while shard {name} was being compared")
+            if (reading := hashes[number]) is None:
+                continue
+            try:
+                is_same[number] = reading.result() == stored_hash
+            except ReadError as error:
+                is_same[number] = False
+                found.unreadable["read", str(error)] += 1
+            else:
+                if not is_same[number]:
+                    found.replaced[ref["image_id"]] = stored_hash
+    finally:
+        readers.shutdown(cancel_futures=True)
     with rewriting(store.path):
         table = store.read_shard(name)
         refreshed = _with_columns_of(stale, pa.array(is_same), table, store)
@@ -82,13 +99,17 @@ def refresh_shard(
     return found
 
 
-def hash_of(path: bytes) -> str:
+def hash_of(path: bytes, allow_private: bool = False) -> str:
     """sha256 of the bytes behind a ref's path.
+
+    Args:
+        path: That of the ref.
+        allow_private: As in `sources.read_bytes`.
 
     Raises:
         ReadError: They cannot be read.
     """
-    return hashlib.sha256(read_bytes(path)).hexdigest()
+    return hashlib.sha256(read_bytes(path, allow_private=allow_private)).hexdigest()
 
 
 def _with_columns_of(

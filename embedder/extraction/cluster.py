@@ -14,7 +14,7 @@ from typing import Any
 
 import dask
 import distributed
-from distributed.client import ClosedClientError
+from distributed.client import ClosedClientError, FutureCancelledError
 
 from embedder import __version__
 from embedder.errors import ClusterError, Unfinished
@@ -368,7 +368,7 @@ def _check_versions(client: distributed.Client, scheduler: str) -> None:
     try:
         client.submit(_version, pure=False).result()
         found = client.run(_version, on_error="return")
-    except (ImportError, RuntimeError, distributed.FutureCancelledError) as error:
+    except (ImportError, RuntimeError, FutureCancelledError) as error:
         raise ClusterError(
             f"The scheduler {scheduler} must have embedder {_version()} installed, and so must its "
             f"workers. Received: {error}"

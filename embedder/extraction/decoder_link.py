@@ -29,6 +29,7 @@ class DecoderDied(Exception):  # noqa: N818 - says what happened
     Attributes:
         slot: First slot of the image that it had in work; None if it had none.
         stage: That the image was in, one of `STAGES`.
+        was_idle: Whether it ended for want of work.
         signal: That ended it; None if it ended by itself.
         reason: Why, in words.
     """
@@ -42,6 +43,7 @@ class DecoderDied(Exception):  # noqa: N818 - says what happened
             status: That it ended with, as `subprocess` has it: of a signal, minus its number.
         """
         self.slot, self.stage = slot, stage
+        self.was_idle = status == 0 and slot is None
         self.signal = -status if status < 0 else None
         self.reason = f"its decoder ended with status {status}"
         if self.signal is not None:

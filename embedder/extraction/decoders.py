@@ -23,6 +23,7 @@ from embedder.extraction.buffers import SharedBatches
 from embedder.extraction.decoder_link import DecoderDied, DecoderLink
 from embedder.extraction.decoder_process import Times, is_local, too_long
 from embedder.extraction.record import Work
+from embedder.files import os_errors_as
 from embedder.pixels import Pixels
 from embedder.store import Failure
 
@@ -43,6 +44,9 @@ class Feeding:
     decode_timeout: float = 60.0
     read_ahead: int = 64
     allow_private: bool = False
+
+
+DEFAULT_FEEDING: Feeding = Feeding()
 
 
 @dataclass(slots=True)
@@ -105,6 +109,9 @@ class DecoderPool:
             num_batches: That whoever takes them may have in hand.
             num_decoders: Processes.
             feeding: How they read and decode.
+
+        Raises:
+            EngineError: There is no memory for the batches.
         """
         self.pixels, self.batch_size = pixels, batch_size
         self.num_decoders, self.feeding = num_decoders, feeding
@@ -113,7 +120,8 @@ class DecoderPool:
         self._max_ahead = max(2, min(_MAX_AHEAD, ahead))
         num_slots = num_decoders * self._max_ahead * pixels.views
         num_batches += _SHARDS_IN_HAND + math.ceil(num_slots / batch_size)
-        self.shared = SharedBatches(num_batches, (batch_size, height, width, 3))
+        with os_errors_as(EngineError, "There is no memory for pixels"):
+            self.shared = SharedBatches(num_batches, (batch_size, height, width, 3))
         self._key = next(_keys)
         self._num_readers = math.ceil(feeding.read_ahead / num_decoders)
         # All that follows is for who holds the lock of `_changed`.
@@ -183,6 +191,8 @@ class DecoderPool:
                 link.end()
             with self._changed:
                 self._num_serving -= 1
+                for task in in_hand.values():
+                    task.feed.take_back(task)
                 for feed in self._feeds:
                     feed.heard.put(error)
 
@@ -263,7 +273,7 @@ class DecoderPool:
                 other.feed.take_back(other)
             in_hand.clear()
             if task is None:
-                self._num_idle_deaths += 1
+                self._num_idle_deaths += not death.was_idle
                 if self._num_idle_deaths > _MAX_IDLE_DEATHS:
                     raise EngineError(
                         f"Decoder processes die without an image in work: {death.reason}"

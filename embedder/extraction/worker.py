@@ -15,7 +15,7 @@ from embedder.columns import LOGITS
 from embedder.engines import Engine, Features
 from embedder.errors import EngineError, ModelError, OutOfMemory
 from embedder.extraction.decoder_link import start_ahead
-from embedder.extraction.decoders import DecoderPool, Feeding
+from embedder.extraction.decoders import DEFAULT_FEEDING, DecoderPool, Feeding
 from embedder.machine import gpus
 from embedder.recipe import Recipe
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 # A shorter run would be over before measuring batch sizes has paid for itself.
 _MIN_IMAGES_TO_MEASURE = 2000
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-
-
-_DEFAULT_FEEDING = Feeding()
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,14 @@ class Job:
     batch_size: int | None  # None: found by measuring, where the run is long enough to gain by it
     num_images: int = 0
     gpus: tuple[str, ...] | None = None  # None: those of the worker, wherever it is
-    feeding: Feeding = _DEFAULT_FEEDING
+    feeding: Feeding = DEFAULT_FEEDING
 
 
 class WorkerState:
     """What a worker process keeps between shards: the engine, the decoders and their batches."""
 
     def __init__(
-        self, recipe: Recipe, engine: Engine, num_threads: int, feeding: Feeding = _DEFAULT_FEEDING
+        self, recipe: Recipe, engine: Engine, num_threads: int, feeding: Feeding = DEFAULT_FEEDING
     ) -> None:
         """Make the batches that decoders fill.
 

@@ -380,8 +380,10 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_written(
     """A limit on the size of files stands in for a full disk: the same call fails."""
     store = tmp_path / "out"
     embedder.extract(large, store, shard_size=10, limit=50, **SMALL)
+    # The memory that processes share is a file too, so it must be there before the limit is.
     code = f"""
-import resource, signal, sys
+import embedder, resource, signal, sys
+embedder.extract({str(large)!r}, {str(tmp_path / "other")!r}, limit=1, image_size=(64, 96))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.argv = ["embedder", "extract", {str(large)!r}, {str(store)!r}, "--image-size", "64x96"]
