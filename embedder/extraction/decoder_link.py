@@ -162,10 +162,10 @@ class DecoderLink:
         return self._process.poll() is None
 
     def end(self) -> None:
-        """End it: at once if it is idle, else by force."""
+        """End it: it sees to that itself if it waits for work, and is killed if it does not."""
         self._link.close()
         try:
-            self._process.wait(_END_SECONDS)
+            self._process.wait(_END_SECONDS if self._is_ready else 0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

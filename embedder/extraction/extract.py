@@ -14,13 +14,14 @@ from embedder.columns import VIEW
 from embedder.errors import RequestError, StoreError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.cluster import Pool, WorkerContext
+from embedder.extraction.decoder_link import start_ahead
 from embedder.extraction.options import RunOptions
 from embedder.extraction.record import Receipt, Summary
 from embedder.extraction.shard import Earlier, extract_shard
 from embedder.extraction.targets import Target, compare, shared_work
 from embedder.extraction.worker import Job, worker_state_of
 from embedder.libraries import logger, versions
-from embedder.machine import gpus
+from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images
 from embedder.store import Part, Store, check_place, lease, share_of
@@ -108,6 +109,8 @@ def run_extraction(
             if any(target.has_work for target in targets):
                 if pool is None:
                     num_workers = options.workers or len(runtime.gpus) or 1
+                    if num_workers == 1:  # which is this process
+                        start_ahead(options.decoders or num_cores())
                     pool = stack.enter_context(cluster.connect(None, num_workers, runtime.gpus))
                 with _settled(targets):
                     for target in targets:
