@@ -18,7 +18,6 @@ from embedder.errors import EngineError
 from embedder.extraction.buffers import shared_numbers
 from embedder.extraction.decoder_process import STAGES, Times, start_code
 
-_END_SECONDS = 1.0  # for idle processes to end, before they are killed
 # One thread does all; libraries that reserve memory for more would use up its limit.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -60,20 +59,23 @@ class DecoderLink:
         """Start one; it is ready a little later."""
         self._link, theirs = multiprocessing.Pipe()
         self._current, current = shared_numbers(2)
+        life, self._life = os.pipe()  # closed by the system when this process ends, however
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self._open_keys: set[int] = set()
         self._is_ready = False
         with theirs:
+            files = theirs.fileno(), current, life
             self._process = subprocess.Popen(  # noqa: S603 - this program
-                [sys.executable, "-c", start_code(sys.path), str(theirs.fileno()), str(current)],
+                [sys.executable, "-c", start_code(sys.path), *map(str, files)],
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=self._errors,
-                pass_fds=(theirs.fileno(), current),
+                pass_fds=files,
                 process_group=0,  # Ctrl-C in a terminal is for the process that started it
                 env=os.environ | _ENVIRONMENT,
             )
         os.close(current)
+        os.close(life)
 
     def open(self, key: int, file: int, *settings: Any) -> None:
         """Tell it where pixels go, unless it knows.
@@ -148,6 +150,9 @@ class DecoderLink:
     def _death(self) -> DecoderDied | EngineError:
         status = self._process.wait()
         self._link.close()
+        if self._life >= 0:
+            os.close(self._life)
+            self._life = -1
         if not self._is_ready and status > 0:
             self._errors.seek(0)
             lines = self._errors.read().decode(errors="replace").strip().splitlines()
@@ -162,14 +167,9 @@ class DecoderLink:
         return self._process.poll() is None
 
     def end(self) -> None:
-        """End it: it sees to that itself if it waits for work, and is killed if it does not."""
-        self._link.close()
-        try:
-            self._process.wait(_END_SECONDS if self._is_ready else 0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._errors.close()
+        """End it, as it also ends with this process, whatever it does."""
+        self._process.kill()
+        self._death()
 
 
 _idle: list[DecoderLink] = []

@@ -16,6 +16,7 @@ ERROR IS_PASSING of a failure, or SLOT NUM_PIXELS of an image with more pixels t
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import itertools
 import json
@@ -235,6 +236,13 @@ def is_local(path: bytes) -> bool:
     return scheme_of(path) in (None, "file")
 
 
+def from_anywhere(path: bytes) -> bytes:
+    """A ref's path, whatever folder the process that reads it is in."""
+    if scheme_of(path) is None and not os.path.isabs(path):
+        return os.path.abspath(path)
+    return path
+
+
 def too_long(seconds: float) -> str:
     """Why an image that takes too long is a failure."""
     return f"took longer than {seconds:g} s"
@@ -255,9 +263,16 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (num_bytes + MAX_GIB * 2**30, most))
 
 
+def _end_with(life: int) -> None:
+    """Have the system end this process, even if it is stuck, when the other end of a pipe goes."""
+    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(life, fcntl.F_SETFL, os.O_ASYNC)  # sends SIGIO, which nothing here catches
+
+
 def main() -> None:
     """Serve the process whose socket is given, until it ends."""
-    link, current = Connection(int(sys.argv[1])), int(sys.argv[2])
+    link, current, life = Connection(int(sys.argv[1])), *map(int, sys.argv[2:])
+    _end_with(life)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # Of each thread: by default 8 MiB of address space, and 64 MiB for what it allocates.

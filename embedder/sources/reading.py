@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from collections.abc import Callable
 
 from embedder.errors import ReadError
 from embedder.sources.urls import BUCKET_SCHEMES, WEB_SCHEMES, scheme_of
@@ -19,13 +20,22 @@ _KINDS = {
 }
 
 
-def read_bytes(path: bytes, *, allow_private: bool = False) -> bytes:
+def _unclaimed(_: int) -> None:
+    """Take no account of memory."""
+
+
+def read_bytes(
+    path: bytes, *, allow_private: bool = False, claim: Callable[[int], None] = _unclaimed
+) -> bytes:
     """Read one image file whole. Many threads may do so at once.
 
     Args:
         path: The `path` of a ref.
         allow_private: Whether a web server may redirect to a private, loopback or link-local
             address.
+        claim: Called with the number of bytes that the file has in all, as far as that is known,
+            before memory is taken for them; it may wait until there is some. It is called again
+            where there are more.
 
     Raises:
         ReadError: The file is missing, is no regular file, cannot be read, or is larger than
@@ -34,7 +44,7 @@ def read_bytes(path: bytes, *, allow_private: bool = False) -> bytes:
     try:
         scheme = scheme_of(path)
         if scheme is None or scheme == "file":
-            return _read_file(path.removeprefix(b"file://"))
+            return _read_file(path.removeprefix(b"file://"), claim)
         return _read_url(path.decode(), scheme, allow_private)
     except ReadError:
         raise
@@ -66,13 +76,14 @@ def _read_url(url: str, scheme: str, allow_private: bool) -> bytes:
     return read_url(url, scheme)
 
 
-def _read_file(path: bytes) -> bytes:
+def _read_file(path: bytes, claim: Callable[[int], None]) -> bytes:
     # Opening a FIFO waits for its writer, and opening a device can do anything.
     _check_regular(os.stat(path))
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         _check_regular(status)
         check_size(status.st_size)
+        claim(status.st_size)
         content = file.read(status.st_size + 1)
         if len(content) > status.st_size:  # it grows, or it is a file of /proc, which say 0
             content += file.read(MAX_FILE_BYTES + 1 - len(content))

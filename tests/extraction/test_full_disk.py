@@ -103,7 +103,7 @@ def test_a_fine_tuning_says_which_file(world: Path, tmp_path: Path, limit: int, 
 def test_an_export_leaves_the_older_one(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     message = refused(
-        1_000_000, "export", world / "model", out, "--format", "keras", "--images", "1"
+        8_000_000, "export", world / "model", out, "--format", "keras", "--images", "1"
     )
     assert message == f"Error: The export {out} cannot be written: File too large"
     assert list(tmp_path.iterdir()) == []
