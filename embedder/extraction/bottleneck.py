@@ -41,7 +41,8 @@ def _slowest_stage(run: "Summary") -> str:
     }
     stage = max(of_decoders, key=lambda stage: of_decoders[stage])
     idle = num_workers * run.num_decoders * elapsed - sum(of_decoders.values())
-    if idle > of_decoders[stage]:
+    is_engine_idle = stage == "embed" and run.engine_idle > _BUSY  # and yet it takes no more
+    if is_engine_idle or idle > of_decoders[stage]:
         of_workers = {
             "write": run.seconds["write"],
             "dask": run.seconds_without_shard,
@@ -70,7 +71,7 @@ def _embed(run: "Summary") -> tuple[str, str]:
 def _decode(run: "Summary") -> tuple[str, str]:
     decoders = run.num_workers * run.num_decoders
     rate = run.num_images * decoders / max(run.seconds["decode"], 1e-9)
-    facts = f"{_decoders(run)} decode {rate:,.0f} images/s; {_idle(run)}"
+    facts = f"{_decoders(run)} decode {rate:,.0f} images/s beside the network; {_idle(run)}"
     if run.recipe.decode == "exact":
         return facts, "More cores or workers, or `--decode scaled` for large photos, would help"
     return facts, "More cores or workers would help"
@@ -84,7 +85,7 @@ def _read(run: "Summary") -> tuple[str, str]:
         f"an image takes {1000 * mean:,.1f} ms to read, {at_once:,.1f} are read at once, at "
         f"{rate:,.1f} MB/s; {_idle(run)}"
     )
-    if mean < _QUEUE * run.fastest_read:  # reads do not wait for each other, only for the answer
+    if mean < _QUEUE * run.fastest_read:  # they do not wait for each other, only for the answer
         return facts, "More reads at once would help: a larger `--read-ahead`, or more workers"
     return facts, "A faster disk or network would help"
 
@@ -103,7 +104,9 @@ def _dask(run: "Summary") -> tuple[str, str]:
 
 def _python(run: "Summary") -> tuple[str, str]:
     share = min(1.0, run.python_seconds / (run.num_workers * run.elapsed))
-    facts = f"Python in the engine's process was at work {share:.0%} of the time; {_idle(run)}"
+    facts = (
+        f"images waited for Python in the engine's process {share:.0%} of the time; {_idle(run)}"
+    )
     return facts, "More workers would help"
 
 

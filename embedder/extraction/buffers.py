@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class SharedBatches:
-    """A fixed number of batches of pixels, in a file without a name that lives in memory.
+    """A fixed number of batches of pixels, in a file without a name.
 
     The system takes it back with the last process that holds it, however that one ends.
 
@@ -31,7 +31,7 @@ class SharedBatches:
         num_bytes = int(np.prod(shape))
         stride = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if file is None:
-            file = _nameless_file()
+            file = nameless_file()
             os.ftruncate(file, num_batches * stride)  # pages are there once they are written
         self.file = file
         memory = mmap.mmap(file, num_batches * stride)
@@ -54,12 +54,13 @@ class SharedBatches:
 def shared_numbers(count: int, file: int | None = None) -> tuple[NDArray[np.int64], int]:
     """A few numbers that processes share: int64 (count,), and the descriptor of their file."""
     if file is None:
-        file = _nameless_file()
+        file = nameless_file()
         os.ftruncate(file, mmap.PAGESIZE)
     return np.ndarray((count,), np.int64, mmap.mmap(file, mmap.PAGESIZE)), file
 
 
-def _nameless_file() -> int:
+def nameless_file() -> int:
+    """Descriptor of a new file that has no name, in memory; on the disk where there is no Linux."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("embedder", os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:  # not Linux

@@ -7,17 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import msgpack
 
 from embedder.errors import EngineError
-from embedder.extraction.buffers import shared_numbers
-from embedder.extraction.decoder_process import STAGES, Times, start_code
+from embedder.extraction.buffers import nameless_file, shared_numbers
+from embedder.extraction.decoder_process import REST_STATUS, STAGES, Times, start_code
+from embedder.files import os_errors_as
 
+_START_SECONDS = 120  # for it to be ready
+_SEND_BYTES = 2**20  # that wait in the link, each way
 # One thread does all; libraries that reserve memory for more would use up its limit.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -28,7 +30,7 @@ class DecoderDied(Exception):  # noqa: N818 - says what happened
     Attributes:
         slot: First slot of the image that it had in work; None if it had none.
         stage: That the image was in, one of `STAGES`.
-        was_idle: Whether it ended for want of work.
+        is_rest: Whether it ended by itself, as it is to; it is replaced when there is work.
         signal: That ended it; None if it ended by itself.
         reason: Why, in words.
     """
@@ -42,7 +44,7 @@ class DecoderDied(Exception):  # noqa: N818 - says what happened
             status: That it ended with, as `subprocess` has it: of a signal, minus its number.
         """
         self.slot, self.stage = slot, stage
-        self.was_idle = status == 0 and slot is None
+        self.is_rest = status == REST_STATUS
         self.signal = -status if status < 0 else None
         self.reason = f"its decoder ended with status {status}"
         if self.signal is not None:
@@ -56,15 +58,30 @@ class DecoderLink:
     """A decoder process, from the outside: see `decoder_process` for what is said."""
 
     def __init__(self) -> None:
-        """Start one; it is ready a little later."""
-        self._link, theirs = multiprocessing.Pipe()
-        self._current, current = shared_numbers(2)
-        life, self._life = os.pipe()  # closed by the system when this process ends, however
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        """Start one; it is ready a little later.
+
+        Raises:
+            EngineError: It cannot be started.
+        """
         self._open_keys: set[int] = set()
         self._is_ready = False
-        with theirs:
-            files = theirs.fileno(), current, life
+        self._ended: DecoderDied | EngineError | None = None
+        with (
+            os_errors_as(EngineError, "Decoder processes cannot be started"),
+            ExitStack() as theirs,
+        ):
+            self._link, link = multiprocessing.Pipe()
+            theirs.enter_context(link)
+            for end in self._link, link:  # or both might wait for each other to read
+                with socket.socket(fileno=os.dup(end.fileno())) as channel:
+                    channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+            self._current, current = shared_numbers(2)
+            theirs.callback(os.close, current)
+            # Closed by the system when this process ends, however that comes.
+            life, self._life = os.pipe()
+            theirs.callback(os.close, life)
+            self._errors = os.fdopen(nameless_file(), "rb")
+            files = link.fileno(), current, life
             self._process = subprocess.Popen(  # noqa: S603 - this program
                 [sys.executable, "-c", start_code(sys.path), *map(str, files)],
                 stdin=subprocess.DEVNULL,
@@ -74,8 +91,6 @@ class DecoderLink:
                 process_group=0,  # Ctrl-C in a terminal is for the process that started it
                 env=os.environ | _ENVIRONMENT,
             )
-        os.close(current)
-        os.close(life)
 
     def open(self, key: int, file: int, *settings: Any) -> None:
         """Tell it where pixels go, unless it knows.
@@ -124,11 +139,15 @@ class DecoderLink:
 
         Raises:
             DecoderDied: It has ended.
-            EngineError: It has ended by itself.
+            EngineError: It has ended by itself, or takes too long.
         """
-        if not self._is_ready:
-            self._receive()
-            self._is_ready = True
+        if self._is_ready:
+            return
+        if not self._link.poll(_START_SECONDS):
+            self.end()
+            raise EngineError(f"Decoder processes do not start within {_START_SECONDS} seconds")
+        self._receive()
+        self._is_ready = True
 
     def receive(self) -> tuple[list[Any], Times]:
         """Wait for what it has to tell of images: outcomes, and how long they took.
@@ -148,19 +167,21 @@ class DecoderLink:
         return message
 
     def _death(self) -> DecoderDied | EngineError:
-        status = self._process.wait()
-        self._link.close()
-        if self._life >= 0:
-            os.close(self._life)
-            self._life = -1
-        if not self._is_ready and status > 0:
+        """Wait for its end, and say what that was; after that there is nothing of it here."""
+        if self._ended is None:
+            status = self._process.wait()
             self._errors.seek(0)
             lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            self._link.close()
+            os.close(self._life)
             self._errors.close()
-            return EngineError(f"Decoder processes cannot be started: {' '.join(lines[-1:])}")
-        self._errors.close()
-        slot, stage = self._current.tolist()
-        return DecoderDied(slot - 1 if slot else None, STAGES[stage], status)
+            slot, stage = self._current.tolist()
+            if not self._is_ready and status > 0:
+                reason = " ".join(lines[-1:])
+                self._ended = EngineError(f"Decoder processes cannot be started: {reason}")
+            else:
+                self._ended = DecoderDied(slot - 1 if slot else None, STAGES[stage], status)
+        return self._ended
 
     def is_alive(self) -> bool:
         """Whether it has not ended."""

@@ -6,7 +6,7 @@ it give more back.
 
     to it     open  KEY PIXELS NUM_BATCHES BATCH_SIZE SECONDS NUM_READERS ALLOW_PRIVATE, then a file
               close KEY
-              load  KEY IN_THREADS MAX_PIXELS PATHS SLOTS
+              load  KEY IN_THREADS IS_ALONE MAX_PIXELS PATHS SLOTS
     from it   ready
               loaded OUTCOMES TIMES
 
@@ -31,24 +31,27 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import msgpack
 
-from embedder.decode import LargeImage, prepare_decoders
+from embedder.decode import MAX_ORDINARY_PIXELS, LargeImage, prepare_decoders
 from embedder.extraction.buffers import SharedBatches, shared_numbers
-from embedder.extraction.images import EncodedImage, decode_image, read_image
+from embedder.extraction.images import EncodedImage, LoadedImage, decode_image, read_image
 from embedder.pixels import Pixels
-from embedder.sources import scheme_of
+from embedder.sources import ByteBudget, Claim, scheme_of
 from embedder.store import Failure
 
 # What decoding one image may take beside what the process has. The largest image that is let in,
 # of `decode.MAX_PIXELS`, takes 1.45 GiB (`benchmarks/decode_memory.py`).
 MAX_GIB = 2
 STAGES = ("read", "decode")
+REST_STATUS = 100  # that it ends with by itself, to be replaced when there is work again
 _IDLE_SECONDS = 60.0  # without work, after which it ends
+_REMOTE_SECONDS = 180.0  # for an image that is not on a disk; `sources` gives up before
+_HELD_BYTES = 2**28  # of files that are read and not decoded yet, where many are read at once
 _SEND_SECONDS = 0.02  # between outcomes, where images take long
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
@@ -59,7 +62,7 @@ class Times:
 
     Attributes:
         read: From asking for their bytes to having them, summed over images.
-        fastest_read: The shortest of these.
+        reads: Of each image that was had, where many are read at once.
         waited: That the process had to wait for bytes.
         decode: To hash and decode.
         decode_cpu: Of that, what it took of a core.
@@ -67,11 +70,15 @@ class Times:
     """
 
     read: float = 0.0
-    fastest_read: float = math.inf
+    reads: list[float] = field(default_factory=list)
     waited: float = 0.0
     decode: float = 0.0
     decode_cpu: float = 0.0
     told: float = 0.0
+
+
+class _OtherEndGone(Exception):  # noqa: N818 - nothing is wrong
+    """The process that started this one has closed the link."""
 
 
 class _Place(NamedTuple):
@@ -109,22 +116,39 @@ class DecoderProcess:
         self._inline: deque[_Task] = deque()
         self._in_threads: dict[int, tuple[_Task, float]] = {}  # by number; since when it is read
         self._numbers = itertools.count()  # of images, as slots come again
-        self._read: queue.SimpleQueue[tuple[int, EncodedImage]] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[tuple[int, EncodedImage, Claim]] = queue.SimpleQueue()
+        self._budget = ByteBudget(_HELD_BYTES)
+        self._is_limited = False
         self._at_once = 1  # outcomes that are sent together
         self._outcomes: list[list[Any]] = []
         self._times = Times()
 
     def serve(self) -> None:
         """Work until the other process is gone, or has had no work for a minute."""
-        self._link.send_bytes(msgpack.packb(["ready"]))
+        self._send("ready")
         while True:
             is_busy = bool(self._inline or self._in_threads)
-            if self._link.poll(0 if is_busy else _IDLE_SECONDS):
-                self._obey(*msgpack.unpackb(self._link.recv_bytes()))
-            elif is_busy:
-                self._work()
-            else:
+            message = self._receive(0 if is_busy else _IDLE_SECONDS)
+            if message is not None:
+                self._obey(*message)
+            elif not is_busy or not self._work():
                 return
+
+    def _send(self, *message: Any) -> None:
+        content = msgpack.packb(message, unicode_errors="surrogatepass")
+        try:
+            self._link.send_bytes(content)
+        except OSError:
+            raise _OtherEndGone from None
+
+    def _receive(self, seconds: float) -> list[Any] | None:
+        try:
+            if not self._link.poll(seconds):
+                return None
+            message: list[Any] = msgpack.unpackb(self._link.recv_bytes())
+            return message
+        except (EOFError, OSError):
+            raise _OtherEndGone from None
 
     def _obey(self, what: str, key: int, *arguments: Any) -> None:
         if what == "open":
@@ -135,17 +159,17 @@ class DecoderProcess:
             batches = SharedBatches(num_batches, shape, _receive_file(self._link))
             readers = ThreadPoolExecutor(num_readers, "read")
             self._places[key] = _Place(settings, batches, seconds, allow_private, readers)
-            _limit_memory()
+            self._is_limited = _limit_memory()
         elif what == "close":
             del self._places[key]
         else:
-            in_threads, max_pixels, paths, slots = arguments
+            in_threads, is_alone, max_pixels, paths, slots = arguments
             place = self._places[key]
             views = place.pixels.views
             self._at_once = len(paths)
             for first, path in zip(range(0, len(slots), views), paths, strict=True):
                 task = _Task(place, path, max_pixels, slots[first : first + views])
-                if in_threads or not is_local(path):
+                if not is_alone and (in_threads or not is_local(path)):
                     number = next(self._numbers)
                     self._in_threads[number] = task, math.inf
                     place.readers.submit(self._read_in_thread, number, task)
@@ -153,82 +177,112 @@ class DecoderProcess:
                     self._inline.append(task)
 
     def _read_in_thread(self, number: int, task: _Task) -> None:
-        self._in_threads[number] = task, time.monotonic()
-        self._read.put((number, read_image(task.path, task.place.allow_private)))
+        claim = self._budget.claim()
 
-    def _work(self) -> None:
-        """Load images until it is time to tell."""
+        def need(num_bytes: int) -> None:
+            self._in_threads[number] = task, math.inf  # to wait for memory is not to hang
+            claim.need(num_bytes)
+            self._in_threads[number] = task, time.monotonic()
+
+        self._in_threads[number] = task, time.monotonic()
+        try:
+            image = read_image(task.path, task.place.allow_private, need)
+        except BaseException as error:  # noqa: BLE001 - of a library, and else nobody would hear
+            failure = Failure("read", f"{type(error).__name__}: {error}", is_passing=True)
+            image = EncodedImage(failure, 0.0)
+        self._read.put((number, image, claim))
+
+    def _work(self) -> bool:
+        """Load images until it is time to tell; false where this process is of no more use."""
         until = time.monotonic() + _SEND_SECONDS
+        is_of_use = True
         while len(self._outcomes) < self._at_once and time.monotonic() < until:
             if self._inline:
-                task = self._inline.popleft()
-                self._begin(task, stage=0)
-                image = read_image(task.path, task.place.allow_private)
-                self._times.waited += image.seconds
+                self._load(self._inline.popleft())
             elif self._in_threads:
-                found = self._next_read(until)
-                if found is None:
-                    break
-                task, image = found
-            else:
+                is_of_use = self._load_next_read(until)
+            if not is_of_use or not (self._inline or self._in_threads):
                 break
-            self._decode(task, image)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        self._current[0] = 0
         if self._outcomes:
             self._times.told = time.monotonic()
-            message = ["loaded", self._outcomes, astuple(self._times)]
-            self._link.send_bytes(msgpack.packb(message, unicode_errors="surrogatepass"))
+            self._send("loaded", self._outcomes, astuple(self._times))
             self._outcomes, self._times = [], Times()
+        return is_of_use
 
-    def _begin(self, task: _Task, stage: int) -> None:
-        """Note what is in work; the system ends this process if that takes too long."""
-        signal.setitimer(signal.ITIMER_REAL, task.place.seconds)
-        self._current[:] = task.slots[0] + 1, stage
+    def _load(self, task: _Task) -> None:
+        """Read and decode an image, with nothing beside it."""
+        self._begin(task, STAGES.index("read"))
+        image = read_image(task.path, task.place.allow_private)
+        self._times.waited += image.seconds
+        self._decode(task, image)
 
-    def _next_read(self, until: float) -> tuple[_Task, EncodedImage] | None:
+    def _load_next_read(self, until: float) -> bool:
+        """Decode the next image that is read; false where one never will be."""
         begin = time.monotonic()
         try:
-            number, image = self._read.get(timeout=max(0.0, until - begin))
+            number, image, claim = self._read.get(timeout=max(0.0, until - begin))
         except queue.Empty:
-            self._give_up_reading()
-            return None
+            return self._are_reads_in_time()
         finally:
             self._times.waited += time.monotonic() - begin
-        known = self._in_threads.pop(number, None)
-        return None if known is None else (known[0], image)
+        task, _ = self._in_threads.pop(number)
+        if not isinstance(image.content, Failure):
+            self._times.reads.append(image.seconds)
+        self._decode(task, image)
+        claim.release()
+        return True
 
-    def _give_up_reading(self) -> None:
-        """Tell of local files that take too long; what is remote has a deadline of its own."""
+    def _are_reads_in_time(self) -> bool:
+        """Tell of images that take too long to read: the threads that read them are lost."""
+        now, is_lost = time.monotonic(), False
         for number, (task, since) in list(self._in_threads.items()):
-            seconds = task.place.seconds
-            if time.monotonic() - since > seconds and is_local(task.path):
+            seconds = _seconds_to_read(task)
+            if now - since > seconds:
+                is_lost = True
                 del self._in_threads[number]
                 failure = Failure("read", too_long(seconds), is_passing=True)
                 self._outcomes.append([task.slots[0], None, None, *failure])
+        return not is_lost
+
+    def _begin(self, task: _Task, stage: int) -> None:
+        """Note what is in work; the system ends this process if that takes too long."""
+        seconds = task.place.seconds if stage else _seconds_to_read(task)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        self._current[:] = task.slots[0] + 1, stage
 
     def _decode(self, task: _Task, image: EncodedImage) -> None:
-        self._begin(task, stage=1)
-        first = task.slots[0]
+        self._times.read += image.seconds
+        self._begin(task, STAGES.index("decode"))
         try:
             loaded = decode_image(image, task.place.pixels, task.max_pixels)
         except LargeImage as error:
-            self._outcomes.append([first, error.num_pixels])
-            return
-        outcome = loaded.outcome
-        about = [first, loaded.num_bytes, loaded.sha256]
+            self._outcomes.append([task.slots[0], error.num_pixels])
+        else:
+            self._times.decode += loaded.decode_seconds
+            self._times.decode_cpu += loaded.decode_cpu_seconds
+            self._outcomes.append(self._outcome_of(task, loaded))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._current[0] = 0
+
+    def _outcome_of(self, task: _Task, image: LoadedImage) -> list[Any]:
+        """Put an image into its slots, and say what is known of it."""
+        outcome = image.outcome
+        about = [task.slots[0], image.num_bytes, image.sha256]
         if isinstance(outcome, Failure):
             if outcome.stage == "decode" and outcome.is_passing:  # there was not enough memory
-                outcome = Failure("decode", f"needed more than {MAX_GIB} GiB")
-            self._outcomes.append([*about, *outcome])
-        else:
-            for slot, pixels in zip(task.slots, (outcome.pixels, *outcome.augmented), strict=True):
-                task.place.batches.slot(slot)[...] = pixels
-            self._outcomes.append([*about, outcome.width, outcome.height, outcome.format])
-        self._times.read += image.seconds
-        self._times.fastest_read = min(self._times.fastest_read, image.seconds)
-        self._times.decode += loaded.decode_seconds
-        self._times.decode_cpu += loaded.decode_cpu_seconds
+                if self._in_threads:  # but files of others that are in memory too
+                    return [task.slots[0], MAX_ORDINARY_PIXELS]
+                if self._is_limited:
+                    outcome = Failure("decode", f"needed more than {MAX_GIB} GiB")
+            return [*about, *outcome]
+        for slot, pixels in zip(task.slots, (outcome.pixels, *outcome.augmented), strict=True):
+            task.place.batches.slot(slot)[...] = pixels
+        return [*about, outcome.width, outcome.height, outcome.format]
+
+
+def _seconds_to_read(task: _Task) -> float:
+    return task.place.seconds if is_local(task.path) else _REMOTE_SECONDS
 
 
 def is_local(path: bytes) -> bool:
@@ -238,8 +292,8 @@ def is_local(path: bytes) -> bool:
 
 def from_anywhere(path: bytes) -> bytes:
     """A ref's path, whatever folder the process that reads it is in."""
-    if scheme_of(path) is None and not os.path.isabs(path):
-        return os.path.abspath(path)
+    if scheme_of(path) is None and not path.startswith(b"/"):
+        return os.path.abspath(path)  # noqa: PTH100 - links stay
     return path
 
 
@@ -254,13 +308,15 @@ def _receive_file(link: Connection) -> int:
     return file
 
 
-def _limit_memory() -> None:
-    """Let this process take so much address space beside what it has now, and no more."""
+def _limit_memory() -> bool:
+    """Let this process take so much address space beside what it has now; false if it cannot be."""
     with contextlib.suppress(OSError, ValueError):  # not Linux
         with open("/proc/self/statm") as file:
             num_bytes = int(file.read().split()[0]) * resource.getpagesize()
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (num_bytes + MAX_GIB * 2**30, most))
+        return True
+    return False
 
 
 def _end_with(life: int) -> None:
@@ -281,11 +337,12 @@ def main() -> None:
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
     prepare_decoders()
     gc.freeze()
-    with contextlib.suppress(EOFError, OSError):  # the other process is gone
+    with contextlib.suppress(_OtherEndGone):
         DecoderProcess(link, shared_numbers(2, current)[0]).serve()
-    os._exit(0)  # a thread that reads may never end
+    os._exit(REST_STATUS)  # a thread that reads may never end
 
 
 def start_code(path: list[str]) -> str:
     """Python code that runs `main`, with the import path of the process that starts it."""
-    return f"import sys; sys.path[:] = {json.dumps(path)}; from {__name__} import main; main()"
+    known = json.dumps([place for place in path if isinstance(place, str)])
+    return f"import sys; sys.path[:] = {known}; from {__name__} import main; main()"

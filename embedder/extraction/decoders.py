@@ -59,7 +59,7 @@ class Task:
         path: Where it is.
         slots: One for each of its views, in their order.
         num_pixels: Of an image that waits until there is memory for it; else 0.
-        is_suspect: Whether a decoder died with it, so that it is done again alone.
+        is_suspect: Whether a decoder died with it, so that it is done again.
     """
 
     feed: "Feed"
@@ -68,6 +68,11 @@ class Task:
     slots: list[int]
     num_pixels: int = 0
     is_suspect: bool = False
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether a decoder has nothing else in hand beside it."""
+        return self.is_suspect or self.num_pixels > 0
 
 
 @dataclass(slots=True)
@@ -116,14 +121,14 @@ class DecoderPool:
         self.pixels, self.batch_size = pixels, batch_size
         self.num_decoders, self.feeding = num_decoders, feeding
         height, width = pixels.image_size
+        self._num_readers = math.ceil(feeding.read_ahead / num_decoders)
         ahead = _MAX_AHEAD_BYTES // (num_decoders * pixels.views * height * width * 3)
-        self._max_ahead = max(2, min(_MAX_AHEAD, ahead))
+        self._max_ahead = max(2, min(max(_MAX_AHEAD, 2 * self._num_readers), ahead))
         num_slots = num_decoders * self._max_ahead * pixels.views
         num_batches += _SHARDS_IN_HAND + math.ceil(num_slots / batch_size)
         with os_errors_as(EngineError, "There is no memory for pixels"):
             self.shared = SharedBatches(num_batches, (batch_size, height, width, 3))
         self._key = next(_keys)
-        self._num_readers = math.ceil(feeding.read_ahead / num_decoders)
         # All that follows is for who holds the lock of `_changed`.
         self._changed = threading.Condition()
         self._free = list(range(num_batches))  # the last one is the next: its memory is there
@@ -149,10 +154,10 @@ class DecoderPool:
         """
         feed = Feed(self, paths, loading)
         with self._changed:
-            self._feeds.append(feed)
             for _ in range(self.num_decoders - self._num_serving):
-                self._num_serving += 1
                 threading.Thread(target=self._serve, name="decoder", daemon=True).start()
+                self._num_serving += 1
+            self._feeds.append(feed)
             self._changed.notify_all()
         return feed
 
@@ -187,14 +192,13 @@ class DecoderPool:
             link.close(self._key)
             decoder_link.give_back(link)
         except Exception as error:  # noqa: BLE001 - whoever waits raises it
-            if link is not None:
-                link.end()
             with self._changed:
                 self._num_serving -= 1
-                for task in in_hand.values():
-                    task.feed.take_back(task)
+                self._take_back(in_hand)
                 for feed in self._feeds:
                     feed.heard.put(error)
+            if link is not None:
+                link.end()
 
     def _next_tasks(self, in_hand: dict[int, Task], pace: "_Pace") -> list[Task] | None:
         """Wait for work, unless there is some in hand; None where there will be no more."""
@@ -213,20 +217,15 @@ class DecoderPool:
                     starved.wait_for_room(time.perf_counter() - begin)
 
     def _take(self, in_hand: dict[int, Task], pace: "_Pace") -> list[Task]:
-        if any(task.is_suspect for task in in_hand.values()):
+        if any(task.is_alone for task in in_hand.values()):
             return []
         for feed in self._feeds:
-            alone = None
-            if feed.suspects:
+            if (alone := feed.first_alone(self._num_pixels_free)) is not None:
                 if in_hand:
                     return []
-                alone = feed.suspects.popleft()
-            elif feed.large and feed.large[0].num_pixels <= self._num_pixels_free:
-                alone = feed.large.popleft()
-            if alone is not None:
-                self._num_pixels_free -= alone.num_pixels
-                return feed.give([alone])
-            pace.is_slow |= feed.is_remote
+                self._num_pixels_free -= alone[0].num_pixels
+                return feed.give([alone.popleft()])
+            pace.is_remote = feed.is_remote
             # Towards the end less, so that all decoders have work until then.
             share = math.ceil(feed.num_waiting / self.num_decoders)
             if tasks := feed.take(min(pace.room(len(in_hand)), share), self._free):
@@ -240,56 +239,69 @@ class DecoderPool:
             *(self._key, self.shared.file, self.pixels, len(self.shared.batches), self.batch_size),
             *(self.feeding.decode_timeout, self._num_readers, self.feeding.allow_private),
         )
+        is_alone = tasks[0].is_alone
         max_pixels = MAX_PIXELS if tasks[0].num_pixels else MAX_ORDINARY_PIXELS
-        slots = [slot for task in tasks for slot in task.slots]
-        link.load(self._key, pace.is_slow, max_pixels, [task.path for task in tasks], slots)
+        paths, slots = [task.path for task in tasks], [n for task in tasks for n in task.slots]
+        link.load(self._key, pace.is_slow, is_alone, max_pixels, paths, slots)
 
     def _hear(self, in_hand: dict[int, Task], outcomes: list[Any], times: Times) -> None:
         """Pass on what a decoder has done."""
         with self._changed:
             self._num_idle_deaths = 0
-            by_feed: dict[int, tuple[Feed, list[Outcome]]] = {}
+            by_feed: dict[Feed, list[Outcome]] = {}
             for slot, *known in outcomes:
                 task = in_hand.pop(slot)
+                self._num_pixels_free += task.num_pixels
+                of_feed = by_feed.setdefault(task.feed, [])
                 if len(known) == 1:  # too large to be decoded beside others
                     task.num_pixels = min(known[0], MAX_PIXELS)
                     task.feed.take_back(task)
                     continue
-                self._num_pixels_free += task.num_pixels
                 num_bytes, sha256, *found = known
                 found = tuple(found) if isinstance(found[0], int) else Failure(*found)
-                outcome = Outcome(task.position, task.slots, num_bytes, sha256, found)
-                by_feed.setdefault(id(task.feed), (task.feed, []))[1].append(outcome)
-            for feed, of_feed in by_feed.values():
+                of_feed.append(Outcome(task.position, task.slots, num_bytes, sha256, found))
+            for feed, of_feed in by_feed.items():
                 feed.tell(of_feed, times)
+                times = Times(told=times.told)  # they are counted once
             self._changed.notify_all()
 
     def _bury(self, in_hand: dict[int, Task], death: DecoderDied) -> None:
         """Have done again what a decoder had in hand, but for what it died of."""
         with self._changed:
-            task = None if death.slot is None else in_hand.pop(death.slot, None)
-            for other in in_hand.values():
-                self._num_pixels_free += other.num_pixels
-                other.feed.take_back(other)
-            in_hand.clear()
-            if task is None:
-                self._num_idle_deaths += not death.was_idle
+            culprit = None if death.slot is None else in_hand.pop(death.slot, None)
+            if culprit is not None:
+                self._num_pixels_free += culprit.num_pixels
+                self._judge(culprit, death)
+            elif not death.is_rest:
+                self._num_idle_deaths += len(in_hand) <= 1
                 if self._num_idle_deaths > _MAX_IDLE_DEATHS:
                     raise EngineError(
                         f"Decoder processes die without an image in work: {death.reason}"
                     )
-            else:
-                self._num_pixels_free += task.num_pixels
-                is_late = death.signal == signal.SIGALRM
-                reason = too_long(self.feeding.decode_timeout) if is_late else death.reason
-                if is_late or task.is_suspect:
-                    failure = Failure(death.stage, reason, is_passing=death.stage == "read")
-                    outcome = Outcome(task.position, task.slots, None, None, failure)
-                    task.feed.tell([outcome], Times(told=time.monotonic()))
-                else:
+                for task in in_hand.values():  # it died in one of many threads that read
                     task.is_suspect = True
-                    task.feed.take_back(task)
+            self._take_back(in_hand)
             self._changed.notify_all()
+
+    def _take_back(self, in_hand: dict[int, Task]) -> None:
+        for task in in_hand.values():
+            self._num_pixels_free += task.num_pixels
+            task.feed.take_back(task)
+        in_hand.clear()
+
+    def _judge(self, task: Task, death: DecoderDied) -> None:
+        """Make an image that its decoder died with a failure, or have it done again alone."""
+        is_late = death.signal == signal.SIGALRM
+        if not is_late and not task.is_suspect:
+            task.is_suspect = True
+            task.feed.take_back(task)
+            return
+        reason = too_long(self.feeding.decode_timeout) if is_late else death.reason
+        # Others may have killed it: the system where memory is short, or somebody by hand.
+        is_passing = death.stage == "read" or death.signal in (signal.SIGKILL, signal.SIGTERM)
+        failure = Failure(death.stage, reason, is_passing)
+        outcome = Outcome(task.position, task.slots, None, None, failure)
+        task.feed.tell([outcome], Times(told=time.monotonic()))
 
 
 class Feed:
@@ -298,8 +310,6 @@ class Feed:
     Attributes:
         heard: What became of images; or what ends them all.
         is_remote: Whether they are to be had from somewhere else, as far as the first one tells.
-        suspects: Images that a decoder died with.
-        large: Images that wait until there is memory for them.
     """
 
     def __init__(self, pool: DecoderPool, paths: Sequence[bytes], loading: Work) -> None:
@@ -312,13 +322,13 @@ class Feed:
         """
         self.heard: queue.SimpleQueue[tuple[list[Outcome], float] | Exception] = queue.SimpleQueue()
         self.is_remote = not all(map(is_local, paths[:1]))
-        self.suspects: deque[Task] = deque()
-        self.large: deque[Task] = deque()
         self._pool, self._loading = pool, loading
         # A decoder may have been started in another folder.
         self._todo = deque((number, from_anywhere(path)) for number, path in enumerate(paths))
         self._num_left = len(paths)
         self._again: deque[Task] = deque()  # were in the hands of a decoder that died
+        self._suspects: deque[Task] = deque()  # it may have died of
+        self._large: deque[Task] = deque()  # wait until there is memory for them
         self._slots: deque[int] = deque()  # free ones of the open batches
         self._open: set[int] = set()
         self._num_out = 0  # images in decoders' hands
@@ -330,6 +340,7 @@ class Feed:
         Raises:
             EngineError: There are no decoders.
         """
+        last = -math.inf
         while self._num_left:
             try:
                 found = self.heard.get(timeout=_LOOK_SECONDS)
@@ -341,7 +352,9 @@ class Feed:
             outcomes, told = found
             self._num_left -= len(outcomes)
             yield outcomes
-            self._loading.python_seconds += time.monotonic() - told
+            now = time.monotonic()
+            self._loading.python_seconds += now - max(told, last)
+            last = now
 
     def reuse(self, slots: Sequence[int]) -> None:
         """Give the slots of an image that failed to the next one."""
@@ -368,6 +381,13 @@ class Feed:
     def num_waiting(self) -> int:
         """Images that decoders can be given."""
         return len(self._todo) + len(self._again)
+
+    def first_alone(self, num_pixels: int) -> deque[Task] | None:
+        """Images of which the first is to be done alone, where memory is free for its pixels."""
+        for waiting in self._suspects, self._large:
+            if waiting and waiting[0].num_pixels <= num_pixels:
+                return waiting
+        return None
 
     def take(self, num_images: int, free: list[int]) -> list[Task]:
         """Images for a decoder, with slots: fewer, or none, where no batch is free."""
@@ -400,8 +420,8 @@ class Feed:
 
     def take_back(self, task: Task) -> None:
         """Have an image done again."""
-        again = self.suspects if task.is_suspect else self.large if task.num_pixels else self._again
-        again.append(task)
+        large_or_not = self._large if task.num_pixels else self._again
+        (self._suspects if task.is_suspect else large_or_not).append(task)
         self._num_out -= 1
         self._settle()
 
@@ -409,7 +429,7 @@ class Feed:
         """Pass on what became of images, and how long they took."""
         loading = self._loading
         loading.seconds["read"] += times.read
-        loading.fastest_read = min(loading.fastest_read, times.fastest_read)
+        loading.reads += times.reads
         loading.waits["read"] += times.waited
         loading.seconds["decode"] += times.decode
         loading.decode_cpu_seconds += times.decode_cpu
@@ -428,11 +448,12 @@ class _Pace:
     """How many images a decoder has in hand: as many as it loads in a short while.
 
     Attributes:
-        is_slow: Whether images come slowly enough for many to be read at once.
+        is_remote: Whether images are to be had from somewhere else.
     """
 
     def __init__(self, max_ahead: int, num_readers: int) -> None:
-        self.is_slow = False
+        self.is_remote = False
+        self._reads_slowly = False
         self._max_ahead, self._num_readers = max_ahead, num_readers
         self._seconds = _AHEAD_SECONDS / 4  # an image; of the first nothing is known
 
@@ -440,7 +461,12 @@ class _Pace:
         """Learn from what a decoder has done."""
         if num_images:
             self._seconds = (self._seconds + (times.waited + times.decode) / num_images) / 2
-            self.is_slow = times.read / num_images > _SLOW_READ_SECONDS
+            self._reads_slowly = times.read / num_images > _SLOW_READ_SECONDS
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether images come slowly enough for many to be read at once."""
+        return self.is_remote or self._reads_slowly
 
     def room(self, num_in_hand: int) -> int:
         """How many more it takes: none, unless they are worth a message."""

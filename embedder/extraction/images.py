@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from embedder.decode import MAX_PIXELS, DecodedImage, LargeImage, decode_rgb
@@ -37,16 +38,20 @@ def load_image(path: bytes, recipe: "Recipe | Pixels") -> LoadedImage:
     return decode_image(read_image(path), recipe)
 
 
-def read_image(path: bytes, allow_private: bool = False) -> EncodedImage:
+def read_image(
+    path: bytes, allow_private: bool = False, claim: Callable[[int], None] | None = None
+) -> EncodedImage:
     """Read one image; what goes wrong is its content.
 
     Args:
         path: That of its ref.
         allow_private: As in `sources.read_bytes`.
+        claim: As in `sources.read_bytes`.
     """
     begin = time.perf_counter()
     try:
-        content: bytes | Failure = read_bytes(path, allow_private=allow_private)
+        options = {} if claim is None else {"claim": claim}
+        content: bytes | Failure = read_bytes(path, allow_private=allow_private, **options)
     except ReadError as error:
         content = Failure("read", str(error), error.is_passing)
     return EncodedImage(content, time.perf_counter() - begin)

@@ -64,13 +64,16 @@ class Work:
         failures: Number of failures by (stage, error).
         unreadable: Number of images that keep the row they had, since nothing could be made of
             what they are now, by (stage, error).
+        engines_seconds: Of all networks that embed the same images, `embed` of the seconds below.
         seconds: Busy time by stage, summed over decoders, threads and workers. What shares a core
             is all busy, and so are reads that wait for their answers.
         decode_cpu_seconds: Of these, what decoding took of the cores.
         waits: Seconds that decoders waited for what they `read`, and for `room` to put pixels
             (the network had all it could take).
-        python_seconds: In which images waited for Python, in the engine's process, to hand them on.
-        fastest_read: The shortest that reading an image took, in seconds.
+        python_seconds: In which images waited for Python, in the engine's process, to hand them
+            on.
+        reads: Seconds that reading took, of each image that was read beside many others; in a
+            receipt, the hundredth part of a shard's that was quickest.
         spans: When workers had a shard in hand: worker, begin and end in seconds since the epoch.
         first_read: When the first byte was read, in seconds since the epoch.
         last_written: When the last shard was written, in seconds since the epoch.
@@ -88,8 +91,9 @@ class Work:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     decode_cpu_seconds: float = 0.0
     waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    engines_seconds: float = 0.0
     python_seconds: float = 0.0
-    fastest_read: float = float("inf")
+    reads: list[float] = field(default_factory=list)
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     first_read: float = float("inf")
     last_written: float = 0.0
@@ -109,8 +113,9 @@ class Work:
             for stage, seconds in theirs.items():
                 mine[stage] += seconds
         self.decode_cpu_seconds += other.decode_cpu_seconds
+        self.engines_seconds += other.engines_seconds
         self.python_seconds += other.python_seconds
-        self.fastest_read = min(self.fastest_read, other.fastest_read)
+        self.reads += other.reads
         self.spans += other.spans
         self.first_read = min(self.first_read, other.first_read)
         self.last_written = max(self.last_written, other.last_written)
@@ -233,12 +238,17 @@ class Summary(Work):
     def engine_idle(self) -> float:
         """Share of the run, 0 to 1, in which the engine could have taken a batch and had none."""
         capacity = self.num_workers * self.num_parallel * self.elapsed
-        return max(0.0, 1.0 - self.seconds["embed"] / capacity)
+        return max(0.0, 1.0 - self.engines_seconds / capacity)
 
     @property
     def num_images(self) -> int:
         """Images embedded or failed."""
         return self.num_embedded + self.num_failures
+
+    @property
+    def fastest_read(self) -> float:
+        """Seconds that quick reads took, where many were in work at once; else 0."""
+        return min(self.reads, default=0.0)
 
     @property
     def seconds_without_shard(self) -> float:

@@ -86,7 +86,10 @@ def extract_shard(
     receipts = [
         builder.write(store, loading) for builder, store in zip(builders, stores, strict=True)
     ]
+    engines_seconds = sum(receipt.seconds["embed"] for receipt in receipts)
     for receipt in receipts:
+        receipt.engines_seconds = engines_seconds
+        receipt.reads = sorted(loading.reads)[len(loading.reads) // 100 :][:1]
         receipt.spans.append((f"{socket.gethostname()}:{os.getpid()}", began, time.time()))
     reporter.tell(refs.num_rows, receipts[0].num_failures, at_once=True)
     return receipts

@@ -1,3 +1,4 @@
+from .byte_budget import ByteBudget as ByteBudget, Claim as Claim
 from .demo_images import images_folder as images_folder
 from .listing import Listing as Listing, list_images as list_images
 from .reading import read_bytes as read_bytes

@@ -66,7 +66,8 @@ def test_decoders_that_are_busy(mean_colour_recipe: Recipe, decode: str, advice:
         waits=waits(1.0, 0.5),
     )
     assert summary.bottleneck.startswith(
-        "decode-bound: 2 decoders decode 125 images/s; the engine idled 40% of the time. "
+        "decode-bound: 2 decoders decode 125 images/s beside the network; the engine idled 40% of "
+        "the time. "
     )
     assert advice in summary.bottleneck
 
@@ -81,7 +82,8 @@ def test_two_workers_have_twice_as_many_decoders(mean_colour_recipe: Recipe) -> 
     )
     summary.num_workers = 2
     assert summary.bottleneck.startswith(
-        "decode-bound: 4 decoders decode 125 images/s; the engine idled 50% of the time. "
+        "decode-bound: 4 decoders decode 125 images/s beside the network; the engine idled 50% of "
+        "the time. "
     )
 
 
@@ -96,7 +98,7 @@ def test_decoders_that_wait_for_bytes(
         mean_colour_recipe,
         seconds=seconds(640, 1, 1, 0.2),
         waits=waits(18.0, 0.1),
-        fastest_read=fastest,
+        reads=[fastest],
     )
     assert summary.bottleneck.startswith(
         "read-bound: an image takes 640.0 ms to read, 64.0 are read at once, at 5.0 MB/s; the "
@@ -110,7 +112,9 @@ def test_decoders_that_have_no_images(mean_colour_recipe: Recipe) -> None:
     summary = summary_of(mean_colour_recipe, **facts)
     assert summary.bottleneck.startswith("write-bound: shards are written at 0.6 MB/s; ")
     summary.python_seconds = 9.0
-    assert summary.bottleneck.startswith("python-bound: Python in the engine's process was at work")
+    assert summary.bottleneck.startswith(
+        "python-bound: images waited for Python in the engine's process"
+    )
     summary.spans = [("a", 100.0, 100.2), ("a", 109.8, 110.0)]
     assert summary.bottleneck.startswith(
         "dask-bound: workers had no shard in hand 96% of the time; the engine idled 90%"
@@ -143,7 +147,9 @@ def test_a_slow_network_is_named(
     pause = threading.Event()
     slow = MeanColour(before=lambda _: pause.wait(0.05) and None)
     folder = make_archive(tmp_path / "photos", 120)
-    summary = summary_of_run(mean_colour_recipe, folder, tmp_path / "store", slow)
+    summary = summary_of_run(
+        mean_colour_recipe, folder, tmp_path / "store", slow, Feeding(read_ahead=1)
+    )
     assert summary.bottleneck.startswith("embed-bound: mean-colour on CPU was busy ")
 
 
@@ -203,4 +209,6 @@ def test_a_process_that_is_busy_with_python_is_named(
         summary = summary_of_run(
             mean_colour_recipe, folder, tmp_path / "store", MeanColour(batch_size=32)
         )
-    assert summary.bottleneck.startswith("python-bound: Python in the engine's process was at work")
+    assert summary.bottleneck.startswith(
+        "python-bound: images waited for Python in the engine's process"
+    )

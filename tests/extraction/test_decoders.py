@@ -51,15 +51,25 @@ def _open(file, *arguments, real=Image.open, **options):
 
 Image.open = _open
 
+if "NO_MEMORY" in os.environ:  # for batches
+    import mmap
+    class _NoMemory(mmap.mmap):
+        def __new__(cls, file, length):
+            if length > mmap.PAGESIZE:
+                raise OSError(12, "Cannot allocate memory")
+            return super().__new__(cls, file, length)
+    mmap.mmap = _NoMemory
+
 # A network disk, on which each file takes a while to be found.
 def _stat(path, real=os.stat):
-    if isinstance(path, bytes) and b"/slow/" in path:
+    hangs = b"003" in path or b"014" in path if isinstance(path, bytes) else False
+    if hangs and b"/hung/" in path:
+        time.sleep(1000)
+    elif isinstance(path, bytes) and b"/slow/" in path:
         with open(os.environ["READS"], "ab", buffering=0) as file:
             file.write(b"+")
             time.sleep(0.03)
             file.write(b"-")
-    elif isinstance(path, bytes) and b"/hung/" in path and b"003" in path:
-        time.sleep(1000)
     return real(path)
 
 os.stat = _stat
@@ -209,10 +219,26 @@ def test_files_that_are_slow_to_read_are_read_many_at_once(tmp_path: Path, shimm
 
 
 def test_a_file_that_cannot_be_read_in_time_is_a_failure(tmp_path: Path, shimmed: None) -> None:
-    folder = make_archive(tmp_path / "photos" / "hung", 8)
+    make_archive(tmp_path / "photos" / "hung", 8)
     found = load(pool(decode_timeout=0.5), tmp_path / "photos")
     assert failures(found) == {"hung/dogs/003.png": Failure("read", "took longer than 0.5 s", True)}
-    assert len(found) == len([path for path in folder.rglob("*") if path.is_file()])
+    assert len(found) == 8
+
+
+def test_threads_that_hang_with_files_hold_up_no_others(tmp_path: Path, shimmed: None) -> None:
+    make_archive(tmp_path / "photos" / "slow" / "hung", 30)
+    found = load(pool(num_decoders=1, read_ahead=1, decode_timeout=0.5), tmp_path / "photos")
+    assert len(found) == 30
+    assert sorted(failures(found)) == ["slow/hung/cats/014.jpg", "slow/hung/dogs/003.png"]
+
+
+def test_decoders_that_break_outside_of_any_image_end_the_run(
+    tmp_path: Path, shimmed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_MEMORY", "1")
+    folder = make_archive(tmp_path / "photos", 20)
+    with pytest.raises(EngineError, match="die without an image in work: its decoder ended with"):
+        load(pool(), folder)
 
 
 def wait_for_idle(count: int) -> None:

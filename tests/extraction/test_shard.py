@@ -329,7 +329,7 @@ def test_decoding_waits_where_the_network_has_all_it_can_take(
     folder = make_archive(tmp_path / "photos", 80)
     may_go_on = threading.Event()
     engine = MeanColour(batch_size=4, before=lambda _: assert_set(may_go_on))
-    state = WorkerState(mean_colour_recipe, engine, 2)
+    state = WorkerState(mean_colour_recipe, engine, 2, decoders.Feeding(read_ahead=1))
     with ThreadPoolExecutor(1) as threads:
         done = threads.submit(run, mean_colour_recipe, folder, tmp_path / "out", state)
         deadline = time.monotonic() + 30
