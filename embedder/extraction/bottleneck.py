@@ -71,7 +71,8 @@ def _embed(run: "Summary") -> tuple[str, str]:
 def _decode(run: "Summary") -> tuple[str, str]:
     decoders = run.num_workers * run.num_decoders
     rate = run.num_images * decoders / max(run.seconds["decode"], 1e-9)
-    facts = f"{_decoders(run)} decode {rate:,.0f} images/s beside the network; {_idle(run)}"
+    verb = "decode" if decoders > 1 else "decodes"
+    facts = f"{_decoders(run)} {verb} {rate:,.0f} images/s beside the network; {_idle(run)}"
     if run.recipe.decode == "exact":
         return facts, "More cores or workers, or `--decode scaled` for large photos, would help"
     return facts, "More cores or workers would help"
