@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from multiprocessing.connection import Connection
@@ -290,11 +291,12 @@ def is_local(path: bytes) -> bool:
     return scheme_of(path) in (None, "file")
 
 
-def from_anywhere(path: bytes) -> bytes:
-    """A ref's path, whatever folder the process that reads it is in."""
-    if scheme_of(path) is None and not path.startswith(b"/"):
-        return os.path.abspath(path)  # noqa: PTH100 - links stay
-    return path
+def whole_paths(paths: Sequence[bytes]) -> list[bytes]:
+    """Refs' paths, whatever folder the process that reads them is in."""
+    if all(path.startswith(b"/") or scheme_of(path) is not None for path in paths):
+        return list(paths)
+    here = os.getcwdb()  # noqa: PTH109 - as bytes
+    return [path if scheme_of(path) is not None else os.path.join(here, path) for path in paths]
 
 
 def too_long(seconds: float) -> str:

@@ -21,7 +21,7 @@ from embedder.errors import EngineError
 from embedder.extraction import decoder_link
 from embedder.extraction.buffers import SharedBatches
 from embedder.extraction.decoder_link import DecoderDied, DecoderLink
-from embedder.extraction.decoder_process import Times, from_anywhere, is_local, too_long
+from embedder.extraction.decoder_process import Times, is_local, too_long, whole_paths
 from embedder.extraction.record import Work
 from embedder.files import os_errors_as
 from embedder.pixels import Pixels
@@ -324,7 +324,7 @@ class Feed:
         self.is_remote = not all(map(is_local, paths[:1]))
         self._pool, self._loading = pool, loading
         # A decoder may have been started in another folder.
-        self._todo = deque((number, from_anywhere(path)) for number, path in enumerate(paths))
+        self._todo = deque(enumerate(whole_paths(paths)))
         self._num_left = len(paths)
         self._again: deque[Task] = deque()  # were in the hands of a decoder that died
         self._suspects: deque[Task] = deque()  # it may have died of
