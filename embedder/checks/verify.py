@@ -15,10 +15,10 @@ from embedder.checks.conformance import MIN_COSINE, cosine
 from embedder.columns import VIEW
 from embedder.decode import decode_rgb
 from embedder.errors import DecodeError, ReadError, RequestError, SourceError
-from embedder.extraction import finished_vectors, hash_of, load_head, make_plan
+from embedder.extraction import finished_vectors, load_head, make_plan
 from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
-from embedder.sources import list_images, read_bytes
+from embedder.sources import list_images, read_bytes, sha256_of
 from embedder.store import (
     EMBEDDINGS,
     FAILURES,
@@ -142,7 +142,7 @@ def _check_source(store: Store, refs: pa.Table) -> Check:
     num_changed = num_unreadable = 0
     for path, sha256 in zip(stale["path"].to_pylist(), hashes.to_pylist(), strict=True):
         try:
-            num_changed += hash_of(path) != sha256
+            num_changed += sha256_of(path) != sha256
         except ReadError:
             num_unreadable += 1
     problems = {

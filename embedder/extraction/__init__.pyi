@@ -1,4 +1,3 @@
-from .changed_files import hash_of as hash_of
 from .cluster import (
     Pool as Pool,
     WorkerContext as WorkerContext,

@@ -5,11 +5,12 @@ all that such files cost: their vectors are kept. A row whose file holds other b
 the new vector is written, and one whose file cannot be read stays.
 """
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +18,16 @@ import pyarrow.compute as pc
 
 from embedder.columns import extra_columns
 from embedder.errors import ReadError
+from embedder.extraction.decoder_process import is_local
 from embedder.extraction.decoders import DEFAULT_FEEDING, Feeding
 from embedder.extraction.shard import Stopped
-from embedder.sources import read_bytes
+from embedder.sources import ByteBudget, sha256_of
 from embedder.store import Store, own_fields, rewriting
+
+# Of images behind URLs, which are whole in memory while they are read and hashed; local files
+# never are.
+_MAX_BYTES = 256 * 2**20
+_POLL_SECONDS = 0.2
 
 
 @dataclass
@@ -43,6 +50,7 @@ def refresh_shard(
     name: str,
     stale: pa.Table,
     is_stopped: Callable[[], bool],
+    num_threads: int,
     feeding: Feeding = DEFAULT_FEEDING,
 ) -> Refreshed:
     """Read the files of a shard's stale rows, and bring up to date what needs no new vector.
@@ -54,8 +62,9 @@ def refresh_shard(
         store: The store.
         name: File name of the shard.
         stale: Part of `Plan.stale` that this shard holds.
-        is_stopped: Asked before each file; once true, the shard is left as it is.
-        feeding: How many files are read at once, and where redirects may lead.
+        is_stopped: Asked again and again; once true, the shard is left as it is.
+        num_threads: Local files that are read at once: as many as the worker has cores.
+        feeding: How many files behind URLs are read at once, and where redirects may lead.
 
     Raises:
         Stopped: `is_stopped` said so.
@@ -67,19 +76,14 @@ def refresh_shard(
     found = Refreshed()
     is_same = np.ones(stale.num_rows, bool)
     refs = stale.select(["image_id", "path", "same_file"]).to_pylist()
-    readers = ThreadPoolExecutor(feeding.read_ahead)
-    try:
-        hashes = [
-            None
-            if ref["same_file"]
-            else readers.submit(hash_of, ref["path"], feeding.allow_private)
-            for ref in refs
-        ]
-        for number, (ref, stored_hash) in enumerate(zip(refs, stored_hashes, strict=True)):
-            if is_stopped():
-                raise Stopped(f"stopped while shard {name} was being compared")
+    with _hashing(refs, num_threads, feeding) as hashes:
+        for number, stored_hash in enumerate(stored_hashes):
             if (reading := hashes[number]) is None:
                 continue
+            while not is_stopped() and not wait([reading], _POLL_SECONDS).done:
+                pass
+            if is_stopped():
+                raise Stopped(f"stopped while shard {name} was being compared")
             try:
                 is_same[number] = reading.result() == stored_hash
             except ReadError as error:
@@ -87,9 +91,7 @@ def refresh_shard(
                 found.unreadable["read", str(error)] += 1
             else:
                 if not is_same[number]:
-                    found.replaced[ref["image_id"]] = stored_hash
-    finally:
-        readers.shutdown(cancel_futures=True)
+                    found.replaced[refs[number]["image_id"]] = stored_hash
     with rewriting(store.path):
         table = store.read_shard(name)
         refreshed = _with_columns_of(stale, pa.array(is_same), table, store)
@@ -99,17 +101,35 @@ def refresh_shard(
     return found
 
 
-def hash_of(path: bytes, allow_private: bool = False) -> str:
-    """sha256 of the bytes behind a ref's path.
+@contextmanager
+def _hashing(
+    refs: list[dict[str, Any]], num_threads: int, feeding: Feeding
+) -> Iterator[list["Future[str] | None"]]:
+    """Hash the files of refs in threads; None for those that are known to be the same.
 
-    Args:
-        path: That of the ref.
-        allow_private: As in `sources.read_bytes`.
-
-    Raises:
-        ReadError: They cannot be read.
+    What is still being read at the end is not waited for.
     """
-    return hashlib.sha256(read_bytes(path, allow_private=allow_private)).hexdigest()
+    local, remote = ThreadPoolExecutor(num_threads), ThreadPoolExecutor(feeding.read_ahead)
+    budget = ByteBudget(_MAX_BYTES)
+
+    def hash_remote(path: bytes) -> str:
+        claim = budget.claim()
+        try:
+            return sha256_of(path, allow_private=feeding.allow_private, claim=claim.need)
+        finally:
+            claim.release()
+
+    def hashed(ref: dict[str, Any]) -> "Future[str] | None":
+        if ref["same_file"]:
+            return None
+        path = ref["path"]
+        return local.submit(sha256_of, path) if is_local(path) else remote.submit(hash_remote, path)
+
+    try:
+        yield [hashed(ref) for ref in refs]
+    finally:
+        for threads in (local, remote):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _with_columns_of(

@@ -219,6 +219,7 @@ def _too_many_failures(num_failed: int, max_failures: float, summary: Summary) -
 
 
 def _refresh_shard(task: WorkerContext, job: Job, name: str, refs: pa.Table) -> Refreshed:
-    found = refresh_shard(Store(job.store), name, refs, task.is_stopped, job.feeding)
+    num_threads = task.num_threads()
+    found = refresh_shard(Store(job.store), name, refs, task.is_stopped, num_threads, job.feeding)
     task.report(refs.num_rows)
     return found

@@ -1,14 +1,18 @@
 """From a ref to its bytes."""
 
 import errno
+import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
 
 from embedder.errors import ReadError
 from embedder.sources.urls import BUCKET_SCHEMES, WEB_SCHEMES, scheme_of
 
 MAX_FILE_BYTES = 2**30  # no image file is larger; reading one would fill the memory
+_CHUNK_BYTES = 2**20
 # What lasts until somebody mends it, and then shows in the listing.
 LASTING_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
 _KINDS = {
@@ -41,11 +45,42 @@ def read_bytes(
         ReadError: The file is missing, is no regular file, cannot be read, or is larger than
             `MAX_FILE_BYTES`. It says whether that may pass.
     """
-    try:
+    with _read_errors():
         scheme = scheme_of(path)
         if scheme is None or scheme == "file":
             return _read_file(path.removeprefix(b"file://"), claim)
         return _read_url(path.decode(), scheme, allow_private)
+
+
+def sha256_of(
+    path: bytes, *, allow_private: bool = False, claim: Callable[[int], None] = _unclaimed
+) -> str:
+    """Hash one image file. A local one is never whole in memory; one behind a URL is.
+
+    Args:
+        path: The `path` of a ref.
+        allow_private: As in `read_bytes`.
+        claim: As in `read_bytes`; not called for local files.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ReadError: As in `read_bytes`.
+    """
+    with _read_errors():
+        scheme = scheme_of(path)
+        if scheme is None or scheme == "file":
+            return _sha256_of_file(path.removeprefix(b"file://"))
+    content = read_bytes(path, allow_private=allow_private, claim=claim)
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def _read_errors() -> Iterator[None]:
+    """Tell what goes wrong with one image as `ReadError`, and whether it may pass."""
+    try:
+        yield
     except ReadError:
         raise
     except OSError as error:
@@ -77,18 +112,35 @@ def _read_url(url: str, scheme: str, allow_private: bool) -> bytes:
 
 
 def _read_file(path: bytes, claim: Callable[[int], None]) -> bytes:
+    with _opened(path) as (file, num_bytes):
+        claim(num_bytes)
+        content = file.read(num_bytes + 1)
+        if len(content) > num_bytes:  # it grows, or it is a file of /proc, which say 0
+            content += file.read(MAX_FILE_BYTES + 1 - len(content))
+            check_size(len(content))
+    return content
+
+
+def _sha256_of_file(path: bytes) -> str:
+    digest, num_bytes = hashlib.sha256(), 0
+    with _opened(path) as (file, _):
+        while chunk := file.read(_CHUNK_BYTES):
+            num_bytes += len(chunk)
+            check_size(num_bytes)
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _opened(path: bytes) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file and its size, which is not too large."""
     # Opening a FIFO waits for its writer, and opening a device can do anything.
     _check_regular(os.stat(path))
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         _check_regular(status)
         check_size(status.st_size)
-        claim(status.st_size)
-        content = file.read(status.st_size + 1)
-        if len(content) > status.st_size:  # it grows, or it is a file of /proc, which say 0
-            content += file.read(MAX_FILE_BYTES + 1 - len(content))
-            check_size(len(content))
-    return content
+        yield file, status.st_size
 
 
 def _check_regular(status: os.stat_result) -> None:

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import threading
+import tracemalloc
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,9 @@ import pytest
 import embedder
 from embedder.checks.verify import verify
 from embedder.errors import RequestError, Unfinished
-from embedder.extraction.shard import extract_shard
+from embedder.extraction.changed_files import refresh_shard
+from embedder.extraction.plan import make_plan
+from embedder.extraction.shard import Stopped, extract_shard
 from embedder.extraction.worker import Job, worker_state_of
 from embedder.sources.listing import list_images
 from embedder.store.schema import FAILURES
@@ -180,6 +185,50 @@ def test_of_failures_that_older_versions_wrote_those_to_read_are_tried_again(
     embedder.extract(urls, tmp_path / "out", **SMALL)
     assert len(store) == 19
     assert store.failures()["stage"].to_pylist() == ["decode"]
+
+
+# Reading what looks changed. -------------------------------------------------------------------
+
+
+def test_large_local_files_are_compared_without_being_in_memory(
+    archive: Path, tmp_path: Path
+) -> None:
+    store = embedder.extract(archive, tmp_path / "out", **SMALL)
+    for path in archive.rglob("*.*"):
+        os.truncate(path, 16 * 2**20)
+    (name,) = store.shard_names()
+    stale = make_plan(list_images(archive).refs, store).stale
+    tracemalloc.start()
+    found = refresh_shard(store, name, stale, lambda: False, num_threads=2)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.replaced) == 20
+    assert peak < 12 * 2**20
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_what_a_server_holds_back(
+    web: WebServer, urls: Path, tmp_path: Path
+) -> None:
+    store = embedder.extract(urls, tmp_path / "out", **SMALL)
+    (name,) = store.shard_names()
+    refs = list_images(urls).refs
+    stale = refs.append_column("shard", pa.array([name] * 20))
+    stale = stale.append_column("same_file", pa.array([False] * 20))
+    asked, is_over, answered = threading.Event(), threading.Event(), []
+
+    def hold_back(handler: BaseHTTPRequestHandler) -> None:
+        asked.set()
+        is_over.wait(timeout=60)
+        answered.append(handler.path)
+        status(404)(handler)
+
+    web.answers = dict.fromkeys(web.answers, hold_back)
+    try:
+        with pytest.raises(Stopped):
+            refresh_shard(store, name, stale, asked.is_set, num_threads=2)
+        assert not answered
+    finally:
+        is_over.set()
 
 
 # Columns of a manifest. ----------------------------------------------------------------------
