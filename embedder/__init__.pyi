@@ -410,7 +410,12 @@ def export(
     """
 
 def verify(
-    store: Store | str | os.PathLike[str], source: str | None = None, audit: int = 0, seed: int = 0
+    store: Store | str | os.PathLike[str],
+    source: str | None = None,
+    audit: int = 0,
+    seed: int = 0,
+    *,
+    allow_private: bool = False,
 ) -> list[Check]:
     """Check that every row of a store is whole and unique, and that vectors are their images'.
 
@@ -419,6 +424,8 @@ def verify(
         source: Where its images are, to compare with.
         audit: Number of random images that are embedded again, one by one.
         seed: Of the choice.
+        allow_private: Whether servers may redirect to private addresses, such as those of a local
+            network.
 
     Returns:
         All checks, passed or not.

@@ -288,7 +288,12 @@ def export(
 
 
 def verify(
-    store: Store | str | os.PathLike[str], source: str | None = None, audit: int = 0, seed: int = 0
+    store: Store | str | os.PathLike[str],
+    source: str | None = None,
+    audit: int = 0,
+    seed: int = 0,
+    *,
+    allow_private: bool = False,
 ) -> "list[Check]":
     """Check that every row of a store is whole and unique, and that vectors are their images'.
 
@@ -297,6 +302,8 @@ def verify(
         source: Where its images are, to compare with.
         audit: Number of random images that are embedded again, one by one.
         seed: Of the choice.
+        allow_private: Whether servers may redirect to private addresses, such as those of a local
+            network.
 
     Returns:
         All checks, passed or not.
@@ -305,7 +312,7 @@ def verify(
         SourceError: The source is missing or empty, or none is known for an audit.
         RequestError: `audit` is negative.
     """
-    return checks.verify(_opened(store), source, audit, seed)
+    return checks.verify(_opened(store), source, audit, seed, allow_private=allow_private)
 
 
 def open_store(path: str | os.PathLike[str]) -> Store:

@@ -35,7 +35,14 @@ _MAX_NAMES = 3  # ids shown for a check that failed
 _MAX_PARTS = 20  # likewise, parts
 
 
-def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 0) -> list[Check]:
+def verify(
+    store: Store,
+    source: str | None = None,
+    audit: int = 0,
+    seed: int = 0,
+    *,
+    allow_private: bool = False,
+) -> list[Check]:
     """Check a store, and with a source, that it holds what the source has.
 
     Args:
@@ -44,6 +51,7 @@ def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 
         audit: Number of random images that are read and embedded again, one by one: each as it is,
             and where the store has several views, in one of them too.
         seed: Of the choice of images and views.
+        allow_private: Whether servers may redirect to private addresses, as in `RunOptions`.
 
     Returns:
         All checks, passed or not.
@@ -62,11 +70,11 @@ def verify(store: Store, source: str | None = None, audit: int = 0, seed: int = 
         checks.append(_check_views(store))
     if source is not None:
         refs = list_images(source).refs
-        checks.append(_check_source(store, refs))
+        checks.append(_check_source(store, refs, allow_private))
         if division := last_division(store.runs()):
             checks.append(_check_parts(store, refs, list(division)))
     if audit:
-        checks.append(_audit(store, source or _last_source(store), audit, seed))
+        checks.append(_audit(store, source or _last_source(store), audit, seed, allow_private))
     return checks
 
 
@@ -131,7 +139,7 @@ def _named(ids: list[str]) -> str:
     return f": {', '.join(ids[:_MAX_NAMES])}" if ids else ""
 
 
-def _check_source(store: Store, refs: pa.Table) -> Check:
+def _check_source(store: Store, refs: pa.Table, allow_private: bool) -> Check:
     plan = make_plan(refs, store)
     # A new time of change alone is no fault: what counts is the content.
     stale = plan.stale.filter(pc.invert(plan.stale["same_file"]))
@@ -142,7 +150,7 @@ def _check_source(store: Store, refs: pa.Table) -> Check:
     num_changed = num_unreadable = 0
     for path, sha256 in zip(stale["path"].to_pylist(), hashes.to_pylist(), strict=True):
         try:
-            num_changed += sha256_of(path) != sha256
+            num_changed += sha256_of(path, allow_private=allow_private) != sha256
         except ReadError:
             num_unreadable += 1
     problems = {
@@ -183,7 +191,7 @@ def _last_source(store: Store) -> str:
     return str(runs[-1]["source"])
 
 
-def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
+def _audit(store: Store, source: str, num_images: int, seed: int, allow_private: bool) -> Check:
     refs = list_images(source).refs
     paths = dict(zip(refs["image_id"].to_pylist(), refs["path"].to_pylist(), strict=True))
     ids, random = store.ids(), np.random.default_rng(seed)
@@ -198,19 +206,35 @@ def _audit(store: Store, source: str, num_images: int, seed: int) -> Check:
     def embed(pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         return finished_vectors(engine.embed(pixels[None]), recipe, head)
 
-    wrong, lowest = [], 1.0
-    for image_id in chosen:
+    cosines, wrong, unreadable, gone = [], [], [], []
+    for image_id in map(str, chosen):
         stored = rows.filter(pc.equal(rows["image_id"], image_id))
         views = [0, *random.integers(1, recipe.views, 1)] if recipe.views > 1 else [0]
-        found = _cosine_now(recipe, embed, paths.get(image_id), stored, views)
-        if found is None or found < MIN_COSINE:
-            wrong.append(str(image_id))
+        if image_id not in paths:
+            gone.append(image_id)
+            continue
+        try:
+            encoded = read_bytes(paths[image_id], allow_private=allow_private)
+        except ReadError as error:  # which says nothing of what is stored
+            unreadable.append(f"{image_id} ({error})")
+            continue
+        found = _cosine_now(recipe, embed, encoded, stored, views)
         if found is not None:
-            lowest = min(lowest, found)
-    detail = f"{len(chosen):,} images embedded again, lowest cosine {lowest:.7f}"
-    if wrong:
-        detail += f"; {len(wrong):,} wrong or changed{_named(wrong)}"
-    return Check(name, not wrong, detail)
+            cosines.append(found)
+        if found is None or found < MIN_COSINE:
+            wrong.append(image_id)
+    detail = f"{len(cosines):,} of {len(chosen):,} images embedded again"
+    if cosines:
+        detail += f", lowest cosine {min(cosines):.7f}"
+    problems = {
+        "wrong or changed": wrong,
+        "cannot be read now": unreadable,
+        "no longer in the source": gone,
+    }
+    for problem, images in problems.items():
+        if images:
+            detail += f"; {len(images):,} {problem}{_named(images)}"
+    return Check(name, not any(problems.values()), detail)
 
 
 def _rows_of(store: Store, ids: NDArray[np.object_]) -> pa.Table:
@@ -221,28 +245,25 @@ def _rows_of(store: Store, ids: NDArray[np.object_]) -> pa.Table:
 
 
 def _cosine_now(
-    recipe: Recipe, embed: _Embed, path: bytes | None, stored: pa.Table, views: list[int]
+    recipe: Recipe, embed: _Embed, encoded: bytes, stored: pa.Table, views: list[int]
 ) -> float | None:
     """Lowest cosine of an image's stored vectors to those it has now.
 
     Args:
         recipe: The store's.
         embed: Makes what the recipe stores of one image's pixels: by column, (1, dim).
-        path: Of the image; None if the source does not have it.
+        encoded: The image's file.
         stored: The image's rows.
         views: Numbers of the views to compare.
 
     Returns:
-        None where the image's bytes are others, or a view is not stored.
+        None where the image's bytes are others, or are no image, or a view is not stored.
     """
-    if path is None:
+    if hashlib.sha256(encoded).hexdigest() != stored["sha256"][0].as_py():
         return None
     try:
-        encoded = read_bytes(path)
-        if hashlib.sha256(encoded).hexdigest() != stored["sha256"][0].as_py():
-            return None
         image = decode_rgb(encoded, recipe)
-    except (ReadError, DecodeError):
+    except DecodeError:
         return None
     pixels, cosines = (image.pixels, *image.augmented), []
     for view in views:

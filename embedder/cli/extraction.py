@@ -18,6 +18,7 @@ from embedder.options import description_of
 if TYPE_CHECKING:
     from embedder.recipe import Recipe
 
+_RUN = {field.name: field for field in fields(RunOptions)}
 _HELP = {field.name: description_of(field.type) for field in fields(RecipeOptions)}
 
 
@@ -104,12 +105,16 @@ def verify(
     source: Annotated[str | None, typer.Option(help="Compare with what SOURCE holds.")] = None,
     audit: Annotated[int, typer.Option(help="Embed so many random images again.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
+    allow_private: Annotated[
+        bool, typer.Option("--allow-private", help=description_of(_RUN["allow_private"].type))
+    ] = False,
 ) -> None:
     """Check that every row of STORE is whole and unique, and that vectors are their images'."""
     from embedder.checks import verify as verify_store
     from embedder.store import Store
 
-    console.print_checks(verify_store(Store(store), source, audit, seed))
+    checks = verify_store(Store(store), source, audit, seed, allow_private=allow_private)
+    console.print_checks(checks)
 
 
 @command

@@ -1,6 +1,7 @@
 """Rows whose files look changed: what is read decides, and nothing goes before its successor."""
 
 import os
+import re
 import shutil
 import threading
 import tracemalloc
@@ -11,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 import embedder
 from embedder.checks.verify import verify
+from embedder.cli.app import app
 from embedder.errors import RequestError, Unfinished
 from embedder.extraction.changed_files import refresh_shard
 from embedder.extraction.plan import make_plan
@@ -23,6 +26,7 @@ from embedder.sources.listing import list_images
 from embedder.store.schema import FAILURES
 from tests.cli.test_app import run
 from tests.extraction.test_extract import SMALL, assert_same, counts, vectors_by_id
+from tests.sources.faults import moved
 from tests.support import WebServer, body, make_archive, status
 
 
@@ -185,6 +189,43 @@ def test_of_failures_that_older_versions_wrote_those_to_read_are_tried_again(
     embedder.extract(urls, tmp_path / "out", **SMALL)
     assert len(store) == 19
     assert store.failures()["stage"].to_pylist() == ["decode"]
+
+
+# Verifying. ----------------------------------------------------------------------------------
+
+
+def test_an_image_that_cannot_be_read_now_is_not_called_wrong_by_an_audit(
+    web: WebServer, urls: Path, tmp_path: Path
+) -> None:
+    store = embedder.extract(urls, tmp_path / "out", **SMALL)
+    web.answers["/cats/002.jpg"] = status(403)
+    web.answers["/cats/004.jpg"] = web.answers["/cats/008.jpg"]
+    lines = urls.read_text().splitlines()
+    urls.write_text("\n".join(line for line in lines if not line.endswith("cats/000.png")))
+    check = verify(store, str(urls), audit=20)[-1]
+    assert not check.passed
+    assert check.detail.startswith("17 of 20 images embedded again, lowest cosine 1.0")
+    assert re.search(r"; 1 wrong or changed: \S*/cats/004.jpg;", check.detail)
+    assert re.search(r"; 1 cannot be read now: \S*/002.jpg \(HTTP status 403 F\w+\);", check.detail)
+    assert re.search(r"; 1 no longer in the source: \S*/cats/000.png$", check.detail)
+
+
+def test_a_store_of_private_addresses_is_verified_if_that_is_allowed(
+    web: WebServer, urls: Path, tmp_path: Path
+) -> None:
+    images = dict(web.answers)
+    for name, answer in images.items():
+        web.answers[f"/moved{name}"] = answer
+        web.answers[name] = moved(f"{web.url.replace('127.0.0.1', 'localhost')}/moved{name}")
+    out = tmp_path / "out"
+    embedder.extract(urls, out, allow_private=True, **SMALL)
+    refused = embedder.verify(out, str(urls), audit=2)[-1]
+    assert not refused.passed
+    assert "2 cannot be read now" in refused.detail
+    assert "wrong" not in refused.detail
+    assert all(check.passed for check in embedder.verify(out, audit=2, allow_private=True))
+    done = CliRunner().invoke(app, ["verify", str(out), "--audit", "1", "--allow-private"])
+    assert (done.exit_code, "1 of 1 images embedded again" in done.output) == (0, True)
 
 
 # Reading what looks changed. -------------------------------------------------------------------
