@@ -41,7 +41,8 @@ def lease(
     source holds it alone. The locks are `flock`'s on STORE/.lock, which runs of parts share, and
     on a file for each part: the system takes them back when the process ends, however that comes,
     so that nothing has to be deleted by hand. On file systems that cannot lock, runs are not kept
-    apart, which is told.
+    apart, which is told. Some lock for each host alone, such as NFS mounted with `local_lock` and
+    Lustre with `localflock`: there runs of different hosts are not kept apart, and nothing tells.
 
     Args:
         place: Of the store; made if it does not exist.
@@ -125,10 +126,13 @@ def _part_files(folder: Path) -> list[Path]:
 def _held(path: Path, files: ExitStack) -> BinaryIO | None:
     """A lock's file, opened, if another run holds it."""
     try:
-        file = files.enter_context(path.open("rb"))
+        file = path.open("rb")
     except FileNotFoundError:
         return None
-    return None if _is_locked(file, path.parent, is_shared=True) else file
+    if _is_locked(file, path.parent, is_shared=True):
+        file.close()  # and with it goes the lock: else a later run would take it for one of a run
+        return None
+    return files.enter_context(file)
 
 
 def _is_locked(file: BinaryIO, folder: Path, is_shared: bool = False) -> bool:

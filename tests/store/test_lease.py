@@ -1,5 +1,6 @@
 """Which runs write a store at the same time, and a dead one holds nothing."""
 
+import fcntl
 import logging
 import os
 import shutil
@@ -87,6 +88,16 @@ def test_runs_of_different_parts_hold_a_store_together(tmp_path: Path) -> None:
                 pass
     with lease(tmp_path, part=Part(4, 4), patience=0.0):
         pass
+
+
+def test_a_part_of_another_division_whose_run_has_ended_is_not_locked_by_those_that_look(
+    tmp_path: Path,
+) -> None:
+    ended = hold(tmp_path, "1/3")
+    ended.kill()
+    ended.communicate()
+    with lease(tmp_path, part=Part(4, 4)), (tmp_path / ".lock-part-1-of-3").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_run_of_the_whole_source_keeps_all_parts_out(tmp_path: Path) -> None:
