@@ -6,6 +6,7 @@ done. Every file is written under a temporary name and renamed, so a shard that 
 
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from embedder import files
 from embedder.columns import PASSING, VIEW
 from embedder.errors import DamagedShard, RecipeError, RecipeMismatch, StoreError
+from embedder.libraries import logger
 from embedder.recipe import Recipe
 from embedder.store import shard_file
 from embedder.store.lease import LOCK_FILE, rewriting
@@ -34,6 +36,8 @@ from embedder.store.schema import (
 )
 from embedder.store.shard_file import has_digests, vectors_of
 
+# Before a shard is read again that another host has replaced: NFS gives up on the old file.
+_WAIT_SECONDS = 0.05, 0.2, 0.5
 RUNS = "runs"
 RECIPE_FILE = "recipe.json"
 DAMAGED = "damaged"  # files that `repair` has put aside
@@ -340,20 +344,22 @@ class Store:
         """What is done: every column but the vectors' and decode's, and each image's shard.
 
         Shards that go while they are read are left out: what they held was of another run's part.
+        Those that are replaced meanwhile are read again.
 
         Returns:
             Table of one row for each image, also where it has several views, with `image_id`,
             `bytes`, `modified`, of failures `sha256` and `passing`, any manifest columns, and
             `shard`, the name of the file.
+
+        Raises:
+            DamagedShard: A shard is not as it was written.
+            StoreError: It is of another recipe, or cannot be read, however often it is tried.
         """
         tables = []
         for path in self.shards(kind):
-            try:
-                table = self._done_in(path) if kind == EMBEDDINGS else self._failed_in(path)
-            except StoreError:
-                if os.path.lexists(path):
-                    raise
-                continue  # a run of another part has moved or dropped the last of its own
+            table = self._index_of(path, kind)
+            if table is None:  # a run of another part has moved or dropped the last of its own
+                continue
             shard = pa.array(np.zeros(table.num_rows, np.int32))
             names_of = pa.DictionaryArray.from_arrays(shard, pa.array([path.name]))
             tables.append(table.append_column("shard", names_of))
@@ -364,6 +370,23 @@ class Store:
                 "shard", pa.array([], pa.dictionary(pa.int32(), pa.string()))
             )
         return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+
+    def _index_of(self, path: Path, kind: str) -> pa.Table | None:
+        """What is done, of one shard; None where it is there no more."""
+        read = self._done_in if kind == EMBEDDINGS else self._failed_in
+        waits = iter(_WAIT_SECONDS)
+        while True:
+            try:
+                return read(path)
+            except DamagedShard:
+                raise
+            except StoreError as error:
+                if not os.path.lexists(path):
+                    return None
+                if (seconds := next(waits, None)) is None:
+                    raise
+                logger.info("reading again, as another run may have replaced it: %s", error)
+                time.sleep(seconds)
 
     def _done_in(self, path: Path) -> pa.Table:
         """A shard's images and the columns of their manifest."""

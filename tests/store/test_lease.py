@@ -187,6 +187,29 @@ def test_shards_that_another_run_removes_just_now_are_no_damage(
     assert together(come_and_go, [_INDEX, str(store)]) == ["", ""]
 
 
+def test_a_shard_that_another_host_replaces_just_now_is_read_again(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where NFS gives up on a file that is open: it cannot be read, and the next one can."""
+    add_rows(store, ["a.jpg"], np.ones((1, 3)))
+    (shard,) = store.shards()
+    whole = shard.rename(tmp_path / "whole.parquet")
+    shard.symlink_to(tmp_path / "nowhere")
+    caplog.set_level(logging.INFO)
+
+    def replace(_: logging.LogRecord) -> bool:
+        whole.replace(shard)
+        return True
+
+    logger = logging.getLogger("embedder")
+    logger.addFilter(replace)
+    try:
+        assert store.index()["image_id"].to_pylist() == ["a.jpg"]
+    finally:
+        logger.removeFilter(replace)
+    assert "reading again, as another run may have replaced it" in caplog.text
+
+
 _CREATE = """
 import sys, time
 from embedder.errors import RecipeMismatch
