@@ -4,13 +4,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from embedder import engines
 from embedder.columns import VIEW
+from embedder.engines import Runtime
 from embedder.errors import RequestError, StoreError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.cluster import Pool, WorkerContext
@@ -83,10 +84,7 @@ def run_extraction(
     """
     part, began = _part_of(options), started or time.time()
     watch = _Watch(on_progress or (lambda _: None))
-    runtime = engines.choose(options.engine, gpus())
-    if options.scheduler is None:  # workers elsewhere have other devices, and check them there
-        for recipe in recipes.values():
-            engines.check_precision(recipe.precision, runtime)
+    runtime = _runtime_of(recipes, options)
     watch.enter("listing images")
     with ExitStack() as stack:
         # Before a store is made: a scheduler that does not answer must leave nothing behind.
@@ -108,15 +106,9 @@ def run_extraction(
             targets = [compare(*both, listing.refs, options, runtime) for both in begun]
             if any(target.has_work for target in targets):
                 if pool is None:
-                    num_workers = options.workers or len(runtime.gpus) or 1
-                    if num_workers == 1:  # which is this process
-                        start_ahead(options.decoders or num_cores())
-                    pool = stack.enter_context(cluster.connect(None, num_workers, runtime.gpus))
+                    pool = stack.enter_context(_local_workers(options, runtime))
                 with _settled(targets):
-                    for target in targets:
-                        if num_stale := target.plan.stale.num_rows:
-                            watch.enter("comparing changed files", num_stale)
-                            target.refresh(pool, watch.add)
+                    _refresh(pool, targets, watch)
                     _embed(pool, targets, options.shard_size, watch)
     return [summary for _, summary in begun]
 
@@ -135,6 +127,27 @@ def _part_of(options: RunOptions) -> Part | None:
             f"images of other parts. Received: part={options.part}"
         )
     return Part.parse(options.part)
+
+
+def _runtime_of(recipes: dict[str, Recipe], options: RunOptions) -> Runtime:
+    """What computes on this machine, which must have the precision that is asked for.
+
+    Raises:
+        EngineError: It does not.
+    """
+    runtime = engines.choose(options.engine, gpus())
+    if options.scheduler is None:  # workers elsewhere have other devices, and check them there
+        for recipe in recipes.values():
+            engines.check_precision(recipe.precision, runtime)
+    return runtime
+
+
+def _local_workers(options: RunOptions, runtime: Runtime) -> AbstractContextManager[Pool]:
+    """Workers on this machine; the decoders of one that is this process start at once."""
+    num_workers = options.workers or len(runtime.gpus) or 1
+    if num_workers == 1:
+        start_ahead(options.decoders or num_cores())
+    return cluster.connect(None, num_workers, runtime.gpus)
 
 
 def _begin(
@@ -220,6 +233,13 @@ class _Watch:
         self.progress.num_done += num_done
         self.progress.num_failures += num_failures
         self._on_progress(self.progress)
+
+
+def _refresh(pool: Pool, targets: list[Target], watch: _Watch) -> None:
+    for target in targets:
+        if num_stale := target.plan.stale.num_rows:
+            watch.enter("comparing changed files", num_stale)
+            target.refresh(pool, watch.add)
 
 
 def _embed(pool: Pool, targets: list[Target], shard_size: int, watch: _Watch) -> None:
