@@ -2,8 +2,9 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.store.store import Store
 from tests.extraction.test_record import seconds, summary_of, summary_of_nothing
-from tests.support import MeanColour, make_archive
+from tests.support import MeanColour, WebServer, body, make_archive
 
 # Figures. ----------------------------------------------------------------------------------------
 
@@ -163,6 +164,49 @@ def test_slow_decoding_is_named(tmp_path: Path, mean_colour_recipe: Recipe) -> N
         mean_colour_recipe, tmp_path / "photos", tmp_path / "store", MeanColour()
     )
     assert summary.bottleneck.startswith("decode-bound: 2 decoders decode ")
+
+
+def test_a_server_that_answers_late_is_named(
+    tmp_path: Path, mean_colour_recipe: Recipe, web: WebServer
+) -> None:
+    manifest = served(web, tmp_path, lambda: threading.Event().wait(0.1) and None)
+    summary = summary_of_run(
+        mean_colour_recipe, manifest, tmp_path / "store", MeanColour(), Feeding(read_ahead=8)
+    )
+    assert summary.bottleneck.startswith("read-bound: an image takes 1")
+    assert summary.bottleneck.endswith("a larger `--read-ahead`, or more workers")
+
+
+def test_a_server_that_serves_one_at_a_time_is_named(
+    tmp_path: Path, mean_colour_recipe: Recipe, web: WebServer
+) -> None:
+    one = threading.Lock()
+
+    def wait_in_line() -> None:
+        with one:
+            threading.Event().wait(0.02)
+
+    manifest = served(web, tmp_path, wait_in_line)
+    summary = summary_of_run(
+        mean_colour_recipe, manifest, tmp_path / "store", MeanColour(), Feeding(read_ahead=32)
+    )
+    assert summary.bottleneck.startswith("read-bound: an image takes ")
+    assert summary.bottleneck.endswith("A faster disk or network would help")
+
+
+def served(web: WebServer, folder: Path, before: Callable[[], None]) -> Path:
+    """A manifest of 120 images on a server that does something before each answer."""
+    content = next(make_archive(folder / "photos", 1).rglob("*.*")).read_bytes()
+    answer = body(content)
+
+    def answer_late(handler: BaseHTTPRequestHandler) -> None:
+        before()
+        answer(handler)
+
+    web.answers = {f"/{number}.jpg": answer_late for number in range(120)}
+    manifest = folder / "list.txt"
+    manifest.write_text("".join(f"{web.url}{path}\n" for path in web.answers))
+    return manifest
 
 
 class Wide(MeanColour):
