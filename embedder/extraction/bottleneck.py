@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embedder.extraction.record import Summary
 
-_BUSY = 0.5  # share of the run that writing, Dask or Python must take to be what decoders wait for
+_ENGINE_IDLE = 0.5  # share of the run; above it, no network holds it back
+_SHARE = 0.3  # of the run, that what decoders without images wait for must take
+_FEW_SHARDS = 2  # of a worker, of which the start and the end weigh more than what is between
 _QUEUE = 3.0  # times the quickest read that the mean one takes, where reads wait for each other
 
 
@@ -41,17 +43,26 @@ def _slowest_stage(run: "Summary") -> str:
     }
     stage = max(of_decoders, key=lambda stage: of_decoders[stage])
     idle = num_workers * run.num_decoders * elapsed - sum(of_decoders.values())
-    is_engine_idle = stage == "embed" and run.engine_idle > _BUSY  # and yet it takes no more
+    is_engine_idle = stage == "embed" and run.engine_idle > _ENGINE_IDLE  # and yet it takes no more
     if is_engine_idle or idle > of_decoders[stage]:
         of_workers = {
             "write": run.seconds["write"],
-            "dask": run.seconds_without_shard,
             "python": run.python_seconds,
+            "dask": _seconds_of_dask(run),
         }
         worst = max(of_workers, key=lambda stage: of_workers[stage])
-        if of_workers[worst] > _BUSY * num_workers * elapsed:
+        if of_workers[worst] > _SHARE * num_workers * elapsed:
             return worst
     return stage
+
+
+def _seconds_of_dask(run: "Summary") -> float:
+    """Seconds of workers that went into handing out shards, beginning and ending them."""
+    if len(run.spans) <= _FEW_SHARDS * run.num_workers:
+        return 0.0
+    of_decoders = run.waits["room"] + run.seconds["decode"] + run.waits["read"]
+    known = of_decoders / run.num_decoders + run.seconds["write"] + run.python_seconds
+    return max(run.seconds_without_shard, run.num_workers * run.elapsed - known)
 
 
 def _embed(run: "Summary") -> tuple[str, str]:
@@ -98,8 +109,11 @@ def _write(run: "Summary") -> tuple[str, str]:
 
 
 def _dask(run: "Summary") -> tuple[str, str]:
-    share = run.seconds_without_shard / (run.num_workers * run.elapsed)
-    facts = f"workers had no shard in hand {share:.0%} of the time; {_idle(run)}"
+    share = _seconds_of_dask(run) / (run.num_workers * run.elapsed)
+    facts = (
+        f"workers had no images in hand {share:.0%} of the time, between {len(run.spans):,} "
+        f"shards; {_idle(run)}"
+    )
     return facts, "Larger shards, or a scheduler with less to do, would help"
 
 

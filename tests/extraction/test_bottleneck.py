@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+import embedder
 from embedder.engines import Features
 from embedder.extraction.decoders import Feeding
 from embedder.extraction.record import Summary
@@ -113,14 +114,20 @@ def test_decoders_that_have_no_images(mean_colour_recipe: Recipe) -> None:
     summary = summary_of(mean_colour_recipe, **facts)
     assert summary.bottleneck.startswith("write-bound: shards are written at 0.6 MB/s; ")
     summary.python_seconds = 9.0
-    assert summary.bottleneck.startswith(
-        "python-bound: images waited for Python in the engine's process"
-    )
-    summary.spans = [("a", 100.0, 100.2), ("a", 109.8, 110.0)]
-    assert summary.bottleneck.startswith(
-        "dask-bound: workers had no shard in hand 96% of the time; the engine idled 90%"
-    )
+    assert summary.bottleneck.startswith("python-bound: images waited for Python in the engine's")
     summary.num_workers = 20  # of two hundred seconds, not of ten
+    assert summary.bottleneck.startswith("decode-bound")
+
+
+def test_workers_that_wait_for_shards(mean_colour_recipe: Recipe) -> None:
+    facts = {"seconds": seconds(1, 2, 2, 0.5), "waits": waits(1.0, 0.1), "python_seconds": 0.5}
+    spans = [("a", 100.0 + number, 100.3 + number) for number in range(10)]
+    summary = summary_of(mean_colour_recipe, spans=spans, **facts)
+    assert summary.bottleneck == (
+        "dask-bound: workers had no images in hand 74% of the time, between 10 shards; the engine "
+        "idled 90% of the time. Larger shards, or a scheduler with less to do, would help"
+    )
+    summary.spans = spans[:2]  # their start and end are most of such a run
     assert summary.bottleneck.startswith("decode-bound")
 
 
@@ -207,6 +214,12 @@ def served(web: WebServer, folder: Path, before: Callable[[], None]) -> Path:
     manifest = folder / "list.txt"
     manifest.write_text("".join(f"{web.url}{path}\n" for path in web.answers))
     return manifest
+
+
+def test_shards_of_an_image_each_are_named(tmp_path: Path) -> None:
+    folder = make_archive(tmp_path / "photos", 100)
+    store = embedder.extract(folder, tmp_path / "store", image_size=(32, 32), shard_size=1)
+    assert store.runs()[-1]["bottleneck"].startswith("dask-bound: workers had no images in hand ")
 
 
 class Wide(MeanColour):
