@@ -80,25 +80,26 @@ def extract(
             mirrored, in other colours.
         engine: What runs the network; auto takes tensorflow where there is a GPU, and openvino
             elsewhere.
-        batch_size: Images in a batch; if absent, the smallest at which the engine is as fast as it
-            gets: measured by the first run that is long enough to gain by it, and remembered.
+        batch_size: Images in a batch. If not given, the smallest at which the engine is as fast as
+            it gets: measured by the first run that is long enough to gain by it, and remembered.
         shard_size: Images in a shard: the unit of work, of output and of what a crash can lose. Its
             vectors are in memory until it is written; with several views there are as many more.
-        workers: Local worker processes, where 1 works within this process; if absent, one per GPU,
-            or 1 where there is none.
-        decoders: Processes of each worker that read and decode; if absent, one for each of the
-            worker's cores.
-        decode_timeout: Seconds for which one image may be read from a disk, or decoded, before it
-            is a failure.
-        read_ahead: Images that each worker reads at once, where reading is slow: from servers,
-            buckets and network disks.
-        allow_private: Follow redirects of servers to private addresses, such as those of a local
-            network.
-        scheduler: Address of a running Dask scheduler, in place of local workers.
-        part: Only the I-th of N parts of the source, as I/N, such as 3/16; runs of different parts,
-            of the same N, fill one store together, at the same time. Which part an image is in
-            depends on its id alone.
-        limit: Only the first so many images of the source, or of the part.
+        workers: Local worker processes, where 1 works within this process. If not given, one per
+            GPU, or 1 where there is none.
+        decoders: Processes of each worker that read and decode images. If not given, one for each
+            of the worker's cores.
+        decode_timeout: Seconds that it may take to read one image from a disk, or to decode it. An
+            image that takes longer is a failure. Servers and buckets have limits of their own.
+        read_ahead: Images that a worker reads at once, at most, where reading is slow: from
+            servers, buckets and network disks. They are in memory until they are decoded.
+        allow_private: Follow a server's redirect to a private address, such as one of this machine
+            or of a local network. If not given, such an image cannot be read.
+        scheduler: Address of a running Dask scheduler, whose workers do the work. If not given,
+            workers on this machine do.
+        part: Embed one part of the source only, given as I/N: 3/16 is the third of 16 parts. Runs
+            of different parts, of the same N, may fill one store at the same time. Which part an
+            image is in depends on its id alone. If not given, the whole source.
+        limit: Only the first so many images of the source, or of the part. If not given, all.
         max_failures: Share of the source's images, or of the part's, 0 to 1, that may fail.
         retry_failed: Try all images again that failed before, though unchanged; those whose trouble
             may have passed always are.
@@ -229,25 +230,26 @@ def predict(
             beside `out`.
         engine: What runs the network; auto takes tensorflow where there is a GPU, and openvino
             elsewhere.
-        batch_size: Images in a batch; if absent, the smallest at which the engine is as fast as it
-            gets: measured by the first run that is long enough to gain by it, and remembered.
+        batch_size: Images in a batch. If not given, the smallest at which the engine is as fast as
+            it gets: measured by the first run that is long enough to gain by it, and remembered.
         shard_size: Images in a shard: the unit of work, of output and of what a crash can lose. Its
             vectors are in memory until it is written; with several views there are as many more.
-        workers: Local worker processes, where 1 works within this process; if absent, one per GPU,
-            or 1 where there is none.
-        decoders: Processes of each worker that read and decode; if absent, one for each of the
-            worker's cores.
-        decode_timeout: Seconds for which one image may be read from a disk, or decoded, before it
-            is a failure.
-        read_ahead: Images that each worker reads at once, where reading is slow: from servers,
-            buckets and network disks.
-        allow_private: Follow redirects of servers to private addresses, such as those of a local
-            network.
-        scheduler: Address of a running Dask scheduler, in place of local workers.
-        part: Only the I-th of N parts of the source, as I/N, such as 3/16; runs of different parts,
-            of the same N, fill one store together, at the same time. Which part an image is in
-            depends on its id alone.
-        limit: Only the first so many images of the source, or of the part.
+        workers: Local worker processes, where 1 works within this process. If not given, one per
+            GPU, or 1 where there is none.
+        decoders: Processes of each worker that read and decode images. If not given, one for each
+            of the worker's cores.
+        decode_timeout: Seconds that it may take to read one image from a disk, or to decode it. An
+            image that takes longer is a failure. Servers and buckets have limits of their own.
+        read_ahead: Images that a worker reads at once, at most, where reading is slow: from
+            servers, buckets and network disks. They are in memory until they are decoded.
+        allow_private: Follow a server's redirect to a private address, such as one of this machine
+            or of a local network. If not given, such an image cannot be read.
+        scheduler: Address of a running Dask scheduler, whose workers do the work. If not given,
+            workers on this machine do.
+        part: Embed one part of the source only, given as I/N: 3/16 is the third of 16 parts. Runs
+            of different parts, of the same N, may fill one store at the same time. Which part an
+            image is in depends on its id alone. If not given, the whole source.
+        limit: Only the first so many images of the source, or of the part. If not given, all.
         max_failures: Share of the source's images, or of the part's, 0 to 1, that may fail.
         retry_failed: Try all images again that failed before, though unchanged; those whose trouble
             may have passed always are.
@@ -349,8 +351,8 @@ def finetune(
         seed: Of all that is random.
         engine: What runs the network; auto takes tensorflow where there is a GPU, and openvino
             elsewhere.
-        workers: Local worker processes, where 1 works within this process; if absent, one per GPU,
-            or 1 where there is none.
+        workers: Local worker processes, where 1 works within this process. If not given, one per
+            GPU, or 1 where there is none.
         quiet: As in `extract`.
         on_progress: As in `extract`; after an epoch, with what it came to as the `phase`.
 

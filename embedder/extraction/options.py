@@ -35,8 +35,8 @@ class RunOptions:
         int | None,
         Field(
             ge=1,
-            description="Images in a batch; if absent, the smallest at which the engine is as fast "
-            "as it gets: measured by the first run that is long enough to gain by it, and "
+            description="Images in a batch. If not given, the smallest at which the engine is as "
+            "fast as it gets: measured by the first run that is long enough to gain by it, and "
             "remembered.",
         ),
     ] = None
@@ -53,24 +53,25 @@ class RunOptions:
         int | None,
         Field(
             ge=1,
-            description="Local worker processes, where 1 works within this process; if absent, one "
-            "per GPU, or 1 where there is none.",
+            description="Local worker processes, where 1 works within this process. If not given, "
+            "one per GPU, or 1 where there is none.",
         ),
     ] = None
     decoders: Annotated[
         int | None,
         Field(
             ge=1,
-            description="Processes of each worker that read and decode; if absent, one for each "
-            "of the worker's cores.",
+            description="Processes of each worker that read and decode images. If not given, one "
+            "for each of the worker's cores.",
         ),
     ] = None
     decode_timeout: Annotated[
         float,
         Field(
             gt=0.0,
-            description="Seconds for which one image may be read from a disk, or decoded, before "
-            "it is a failure.",
+            description="Seconds that it may take to read one image from a disk, or to decode it. "
+            "An image that takes longer is a failure. Servers and buckets have limits of "
+            "their own.",
         ),
     ] = 60.0
     read_ahead: Annotated[
@@ -78,32 +79,39 @@ class RunOptions:
         Field(
             ge=1,
             le=1024,
-            description="Images that each worker reads at once, where reading is slow: from "
-            "servers, buckets and network disks.",
+            description="Images that a worker reads at once, at most, where reading is slow: from "
+            "servers, buckets and network disks. They are in memory until they are decoded.",
         ),
     ] = 64
     allow_private: Annotated[
         bool,
         Field(
-            description="Follow redirects of servers to private addresses, such as those of a "
-            "local network."
+            description="Follow a server's redirect to a private address, such as one of this "
+            "machine or of a local network. If not given, such an image cannot be read.",
         ),
     ] = False
     scheduler: Annotated[
         Name | None,
-        Field(description="Address of a running Dask scheduler, in place of local workers."),
+        Field(
+            description="Address of a running Dask scheduler, whose workers do the work. If not "
+            "given, workers on this machine do."
+        ),
     ] = None
     part: Annotated[
         Annotated[Name, AfterValidator(_part)] | None,
         Field(
-            description="Only the I-th of N parts of the source, as I/N, such as 3/16; runs of "
-            "different parts, of the same N, fill one store together, at the same time. Which part "
-            "an image is in depends on its id alone."
+            description="Embed one part of the source only, given as I/N: 3/16 is the third of 16 "
+            "parts. Runs of different parts, of the same N, may fill one store at the same time. "
+            "Which part an image is in depends on its id alone. If not given, the whole source.",
         ),
     ] = None
     limit: Annotated[
         int | None,
-        Field(ge=1, description="Only the first so many images of the source, or of the part."),
+        Field(
+            ge=1,
+            description="Only the first so many images of the source, or of the part. If not "
+            "given, all.",
+        ),
     ] = None
     max_failures: Annotated[
         Share,

@@ -56,6 +56,16 @@ def test_each_attribute_says_what_it_is_for(cls: Any) -> None:
         assert f"\n    {name}: " in cls.__doc__
 
 
+def test_each_option_of_a_run_without_a_default_says_what_holds_without_it() -> None:
+    described = {
+        name: description_of(annotation)
+        for name, annotation in RunOptions.__annotations__.items()
+        if getattr(RunOptions, name) is None
+    }
+    assert {"decoders", "part", "workers"} <= described.keys()
+    assert [name for name, text in described.items() if "If not given, " not in text] == []
+
+
 @pytest.mark.parametrize(
     ("cls", "words", "values"),
     [
