@@ -260,7 +260,7 @@ def busy_python() -> Iterator[None]:
 def test_a_process_that_is_busy_with_python_is_named(
     tmp_path: Path, mean_colour_recipe: Recipe
 ) -> None:
-    folder = make_archive(tmp_path / "photos", 200)
+    folder = make_archive(tmp_path / "photos", 600)
     summary_of_run(mean_colour_recipe, folder, tmp_path / "first", MeanColour())  # starts decoders
     with busy_python():
         summary = summary_of_run(
