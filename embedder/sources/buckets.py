@@ -1,6 +1,7 @@
 """Images in buckets, `s3://`, `gs://` and `az://`, by obstore: reading one, listing a folder."""
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import obstore
@@ -9,7 +10,7 @@ from obstore.store import ObjectStore
 
 from embedder.errors import ReadError, SourceError
 from embedder.sources.attempts import PASSING_STATUSES, AttemptError, Limits, read_patiently
-from embedder.sources.reading import check_size
+from embedder.sources.reading import gather
 from embedder.sources.stores import WHAT_TO_SET, has_credentials, open_store
 from embedder.sources.urls import AFTER_SCHEME, BUCKET_SCHEMES, Found
 
@@ -18,6 +19,7 @@ _ERROR_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _OTHER_REGION = re.compile(
     "redirect without LOCATION|PermanentRedirect|AuthorizationHeaderMalformed"
 )
+_CHUNK_BYTES = 2**20
 _IN_FULL = re.compile(r'message: "([^"]+)"')  # an operating system's error
 
 
@@ -42,8 +44,12 @@ def place_of(url: str) -> Place:
     return Place(BUCKET_SCHEMES[scheme], server, key)
 
 
-def read_object(url: str) -> bytes:
+def read_object(url: str, claim: Callable[[int], None]) -> bytes:
     """Read one image whole.
+
+    Args:
+        url: Where it is.
+        claim: As in `read_bytes`.
 
     Raises:
         ReadError: It cannot be had, or is too large.
@@ -52,10 +58,10 @@ def read_object(url: str) -> bytes:
     if "" in place.key.split("/"):
         # obstore would leave the empty part out, and read another object.
         raise ReadError("a key with an empty part, such as `a//b.jpg`, cannot be read")
-    return read_patiently(lambda limits: _get(place, limits))
+    return read_patiently(lambda limits: _get(place, claim, limits))
 
 
-def _get(place: Place, limits: Limits) -> bytes:
+def _get(place: Place, claim: Callable[[int], None], limits: Limits) -> bytes:
     """One attempt, which the store's own time-outs end. A body is as long as its head says."""
     try:
         store = open_store(place.kind, place.server, limits[:3])
@@ -63,8 +69,8 @@ def _get(place: Place, limits: Limits) -> bytes:
         raise ReadError(_reason(error, place.kind), is_passing=True) from error
     try:
         result = store.get(place.key)
-        check_size(result.meta["size"])
-        return bytes(result.bytes())
+        # In chunks: Rust ends the process where it cannot have the memory for the whole.
+        return gather(result.stream(_CHUNK_BYTES), result.meta["size"], claim)
     except (BaseError, FileNotFoundError) as error:
         raise _trouble_of(error, place.kind) from error
 

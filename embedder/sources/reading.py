@@ -2,9 +2,10 @@
 
 import errno
 import hashlib
+import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -13,6 +14,7 @@ from embedder.sources.urls import BUCKET_SCHEMES, WEB_SCHEMES, scheme_of
 
 MAX_FILE_BYTES = 2**30  # no image file is larger; reading one would fill the memory
 _CHUNK_BYTES = 2**20
+_FIRST_CLAIM_BYTES = 2**24  # of a file whose size nobody tells; then twice as many each time
 # What lasts until somebody mends it, and then shows in the listing.
 LASTING_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR}
 _KINDS = {
@@ -49,7 +51,7 @@ def read_bytes(
         scheme = scheme_of(path)
         if scheme is None or scheme == "file":
             return _read_file(path.removeprefix(b"file://"), claim)
-        return _read_url(path.decode(), scheme, allow_private)
+        return _read_url(path.decode(), scheme, allow_private, claim)
 
 
 def sha256_of(
@@ -97,18 +99,18 @@ def _read_errors() -> Iterator[None]:
         raise ReadError(f"{type(error).__name__}: {error}", is_passing=True) from error
 
 
-def _read_url(url: str, scheme: str, allow_private: bool) -> bytes:
+def _read_url(url: str, scheme: str, allow_private: bool, claim: Callable[[int], None]) -> bytes:
     if scheme in WEB_SCHEMES:
         from embedder.sources.web import read_web
 
-        return read_web(url, allow_private)
+        return read_web(url, allow_private, claim)
     if scheme in BUCKET_SCHEMES:
         from embedder.sources.buckets import read_object
 
-        return read_object(url)
+        return read_object(url, claim)
     from embedder.sources.remote import read_url
 
-    return read_url(url, scheme)
+    return read_url(url, scheme, claim)
 
 
 def _read_file(path: bytes, claim: Callable[[int], None]) -> bytes:
@@ -141,6 +143,31 @@ def _opened(path: bytes) -> Iterator[tuple[BinaryIO, int]]:
         _check_regular(status)
         check_size(status.st_size)
         yield file, status.st_size
+
+
+def gather(chunks: Iterable[bytes], num_bytes: int | None, claim: Callable[[int], None]) -> bytes:
+    """Put a file together as it comes, and count it: a server can say any length.
+
+    Args:
+        chunks: Of the file, in turn.
+        num_bytes: How many it has in all, or None where nobody tells.
+        claim: As in `read_bytes`.
+
+    Raises:
+        ReadError: It is larger than `MAX_FILE_BYTES`.
+    """
+    check_size(num_bytes or 0)
+    claimed = min(_FIRST_CLAIM_BYTES, MAX_FILE_BYTES) if num_bytes is None else num_bytes
+    claim(claimed)
+    content = io.BytesIO()  # whose value is no second copy, unlike that of `b"".join`
+    for chunk in chunks:
+        num_read = content.tell() + len(chunk)
+        check_size(num_read)
+        if num_read > claimed:
+            claimed = min(max(num_read, 2 * claimed), MAX_FILE_BYTES)
+            claim(claimed)
+        content.write(chunk)
+    return content.getvalue()
 
 
 def _check_regular(status: os.stat_result) -> None:

@@ -1,7 +1,7 @@
 """Images behind URLs by fsspec: what neither `web` nor `buckets` reads, and folders of the web."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,14 +9,17 @@ import fsspec
 import fsspec.asyn
 
 from embedder.errors import ReadError, SourceError
-from embedder.sources.reading import check_size
+from embedder.sources.reading import check_size, gather
 from embedder.sources.urls import Found
 
+_CHUNK_BYTES = 2**20
 READ_SECONDS = 60  # for one image, from the request to its last byte
 
 
 def list_folder(url: str) -> list[Found]:
     """Every file below a URL.
+
+    fsspec follows the redirects of a web server, to any address: it is the user who named it.
 
     Raises:
         SourceError: It cannot be listed.
@@ -47,12 +50,16 @@ def _modified_of(info: dict[str, Any]) -> datetime | None:
     return moment if isinstance(moment, datetime) else None
 
 
-def read_url(url: str, scheme: str) -> bytes:
+def read_url(url: str, scheme: str, claim: Callable[[int], None]) -> bytes:
     """Read one image whole.
+
+    What is asynchronous has `READ_SECONDS`. The rest (such as `ftp` and `sftp`) has no deadline
+    here: whoever calls this must have one.
 
     Args:
         url: Where it is.
         scheme: Of the URL, such as `ftp`.
+        claim: As in `read_bytes`.
 
     Raises:
         ReadError: It takes too long, or is too large.
@@ -60,15 +67,15 @@ def read_url(url: str, scheme: str) -> bytes:
     """
     # Not `fsspec.open`, which takes a `::` in a name for a chain of file systems.
     filesystem = fsspec.filesystem(scheme)
-    content: bytes
     if filesystem.async_impl:
         info: dict[str, Any] = _within_deadline(filesystem, filesystem._info(url))
-        check_size(info.get("size") or 0)
-        content = _within_deadline(filesystem, filesystem._cat_file(url))
-    else:
-        check_size(filesystem.size(url) or 0)
-        content = filesystem.cat_file(url)
-    return content
+        check_size(num_bytes := info.get("size") or 0)
+        claim(num_bytes)
+        content: bytes = _within_deadline(filesystem, filesystem._cat_file(url))
+        return content
+    with filesystem.open(url, "rb") as file:
+        num_bytes = getattr(file, "size", None)  # paramiko's do not tell
+        return gather(iter(lambda: file.read(_CHUNK_BYTES), b""), num_bytes, claim)
 
 
 def _within_deadline(filesystem: Any, reading: Coroutine[Any, Any, Any]) -> Any:

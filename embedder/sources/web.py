@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -25,7 +26,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from embedder.errors import ReadError
 from embedder.libraries import DISTRIBUTION
 from embedder.sources.attempts import PASSING_STATUSES, AttemptError, Limits, read_patiently
-from embedder.sources.reading import check_size
+from embedder.sources.reading import gather
 from embedder.sources.urls import WEB_SCHEMES
 
 MAX_REDIRECTS = 10
@@ -37,21 +38,22 @@ _NUM_SERVERS, _NUM_CONNECTIONS = 16, 256
 _lock = threading.Lock()
 
 
-def read_web(url: str, allow_private: bool) -> bytes:
+def read_web(url: str, allow_private: bool, claim: Callable[[int], None]) -> bytes:
     """Read one image whole.
 
     Args:
         url: Where it is.
         allow_private: Whether a redirect may lead to a private, loopback or link-local address.
             The server that the URL names may have any address, and may redirect to itself.
+        claim: As in `read_bytes`.
 
     Raises:
         ReadError: It cannot be had, or is too large.
     """
-    return read_patiently(lambda limits: _get(url, allow_private, limits))
+    return read_patiently(lambda limits: _get(url, allow_private, claim, limits))
 
 
-def _get(url: str, allow_private: bool, limits: Limits) -> bytes:
+def _get(url: str, allow_private: bool, claim: Callable[[int], None], limits: Limits) -> bytes:
     """One attempt, with all its redirects."""
     named = urlsplit(url)
     for _ in range(MAX_REDIRECTS + 1):
@@ -63,7 +65,7 @@ def _get(url: str, allow_private: bool, limits: Limits) -> bytes:
         try:
             location = response.get_redirect_location()
             if not location:
-                return _body(response, limits)
+                return _body(response, claim, limits)
             _finish(response)
         finally:
             response.close()  # does nothing once the body is read and its connection given back
@@ -105,21 +107,20 @@ def _remaining_seconds(limits: Limits) -> float:
     return remaining_seconds
 
 
-def _body(response: Any, limits: Limits) -> bytes:
-    """What a response holds, counted as it comes, unpacked: a server can say any length."""
+def _body(response: Any, claim: Callable[[int], None], limits: Limits) -> bytes:
+    """What a response holds, unpacked."""
     if response.status not in (200, 203):
         raise _status_error(response)
-    chunks = []
-    num_bytes = 0
     try:
-        while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
-            num_bytes += len(chunk)
-            check_size(num_bytes)
-            chunks.append(chunk)
-            _remaining_seconds(limits)
+        return gather(_chunks(response, limits), response.length_remaining, claim)
     except exceptions.HTTPError as error:
         raise _trouble_of(error, limits) from error
-    return b"".join(chunks)
+
+
+def _chunks(response: Any, limits: Limits) -> Iterator[bytes]:
+    while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
+        yield chunk
+        _remaining_seconds(limits)
 
 
 def _finish(response: Any) -> None:

@@ -66,6 +66,19 @@ def _chunked(handler: BaseHTTPRequestHandler, content: bytes) -> None:
     handler.close_connection = True
 
 
+def chunked(*chunks: bytes) -> Answer:
+    """An answer whose length is told chunk by chunk, and that comes whole."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for chunk in (*chunks, b""):
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+
+    return answer
+
+
 def reset(handler: BaseHTTPRequestHandler) -> None:
     """A body that stops, and a connection that is torn down: not even its end is sent."""
     body(b"cont", Content_Length="100000")(handler)

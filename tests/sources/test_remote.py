@@ -1,9 +1,11 @@
 """URLs that fsspec reads: folders, and what is neither on the web nor in a bucket."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
 from embedder.errors import ReadError, SourceError
@@ -61,6 +63,30 @@ def test_an_enormous_object_is_refused_too(monkeypatch) -> None:
     monkeypatch.setattr(reading, "MAX_FILE_BYTES", 10)
     with pytest.raises(ReadError):
         read_bytes(b"memory://p/a.jpg")
+
+
+class Unmeasured(MemoryFileSystem):
+    """Files whose size nobody tells, and that do not end."""
+
+    protocol = "unmeasured"
+
+    def size(self, path: str) -> None:
+        pass
+
+    def cat_file(self, *_: object, **__: object) -> bytes:
+        return bytes(2**20)
+
+    def open(self, *_: object, **__: object) -> BinaryIO:
+        return Path("/dev/zero").open("rb")
+
+
+def test_what_does_not_end_is_read_no_further_than_the_largest_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reading, "MAX_FILE_BYTES", 10)
+    monkeypatch.setitem(known_implementations, "unmeasured", {"class": f"{__name__}.Unmeasured"})
+    with pytest.raises(ReadError, match="larger than 10 bytes"):
+        read_bytes(b"unmeasured://p/a.jpg")
 
 
 def test_a_key_with_two_colons_can_be_read() -> None:
