@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import unquote, urljoin
 
 import urllib3
 from urllib3 import exceptions
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connection import HTTPConnection, HTTPSConnection, port_by_scheme
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.util import Url
 
 from embedder.errors import ReadError
 from embedder.libraries import DISTRIBUTION
@@ -55,13 +56,11 @@ def read_web(url: str, allow_private: bool, claim: Callable[[int], None]) -> byt
 
 def _get(url: str, allow_private: bool, claim: Callable[[int], None], limits: Limits) -> bytes:
     """One attempt, with all its redirects."""
-    named = urlsplit(url)
+    named = target = _parsed(url, "the URL cannot be understood")
     for _ in range(MAX_REDIRECTS + 1):
-        parts = urlsplit(url)
-        is_named = parts.hostname == named.hostname
-        pools = _pools_of(is_checked=not (allow_private or is_named))
-        is_origin = (parts.scheme, parts.netloc) == (named.scheme, named.netloc)
-        response = _ask(pools, url, limits, named.netloc if is_origin else "")
+        pools = _pools_of(is_checked=not (allow_private or target.host == named.host))
+        auth = named.auth if _origin(target) == _origin(named) else None
+        response = _ask(pools, target, auth, limits)
         try:
             location = response.get_redirect_location()
             if not location:
@@ -69,27 +68,40 @@ def _get(url: str, allow_private: bool, claim: Callable[[int], None], limits: Li
             _finish(response)
         finally:
             response.close()  # does nothing once the body is read and its connection given back
-        url = _target(url, location)
+        target = _target(target, location)
     raise ReadError(f"more than {MAX_REDIRECTS} redirects")
 
 
-def _ask(pools: urllib3.PoolManager, url: str, limits: Limits, server: str) -> Any:
+def _parsed(url: str, reason: str) -> Url:
+    """A URL as urllib3 takes it apart, which connects: other parsers may find other servers."""
+    try:
+        return urllib3.util.parse_url(url)
+    except exceptions.LocationValueError as error:
+        raise ReadError(reason) from error
+
+
+def _origin(url: Url) -> tuple[str | None, str | None, int | None]:
+    return url.scheme, url.host, url.port or port_by_scheme.get(str(url.scheme))
+
+
+def _ask(pools: urllib3.PoolManager, url: Url, auth: str | None, limits: Limits) -> Any:
     """Send a request, with the user and password that are written before the server's name."""
     headers = _HEADERS
-    user, has_user, _ = server.rpartition("@")
-    if has_user:
-        headers = headers | urllib3.make_headers(basic_auth=unquote(user))
+    if auth is not None:
+        headers = headers | urllib3.make_headers(basic_auth=unquote(auth))
     remaining_seconds = _remaining_seconds(limits)
     timeout = urllib3.Timeout(
         connect=min(limits.connect_seconds, remaining_seconds),
         read=min(limits.idle_seconds, remaining_seconds),
     )
     try:
-        return pools.urlopen(
+        pool = pools.connection_from_host(url.host, url.port, url.scheme)
+        return pool.urlopen(
             "GET",
-            url,
+            url.request_uri,
             headers=headers,
             redirect=False,
+            assert_same_host=False,
             retries=False,
             preload_content=False,
             timeout=timeout,
@@ -161,13 +173,21 @@ def _until(date: str) -> float:
     return parsedate_to_datetime(date).timestamp() - time.time()
 
 
-def _target(url: str, location: str) -> str:
+def _target(url: Url, location: str) -> Url:
     """Where a redirect leads, which must be the web."""
+    reason = "redirected to what is no URL"
     # Headers are read as Latin-1; browsers and servers write UTF-8.
-    target = urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
-    scheme = urlsplit(target).scheme
-    if scheme not in WEB_SCHEMES:
-        raise ReadError(f"redirected to a {scheme}: address; only http: and https: are followed")
+    location = location.encode("latin-1").decode("utf-8", "replace")
+    try:
+        target = _parsed(urljoin(url.url, location), reason)
+    except ValueError as error:
+        raise ReadError(reason) from error
+    if target.scheme not in WEB_SCHEMES:
+        raise ReadError(
+            f"redirected to a {target.scheme}: address; only http: and https: are followed"
+        )
+    if not target.host:
+        raise ReadError(reason)
     return target
 
 

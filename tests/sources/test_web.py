@@ -4,6 +4,7 @@ import gzip
 import socket
 import ssl
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -312,12 +313,66 @@ def test_a_name_that_leads_to_a_private_address_only_when_connecting_is_refused(
     assert web.asked == ["GET /a.jpg"]
 
 
+@pytest.fixture
+def other() -> Iterator[WebServer]:
+    """A server of another loopback address, which nobody may be redirected to."""
+    server = WebServer(host="127.0.0.2")
+    server.answers["/a.jpg"] = server.answers["/%5C@127.0.0.1/a.jpg"] = GOOD
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://OTHER\\@127.0.0.1/a.jpg",
+        "//OTHER\\@127.0.0.1/a.jpg",
+        "http://127.0.0.1@OTHER/a.jpg",
+        "http://127.0.0.1:80@OTHER/a.jpg",
+        "http://OTHER/a.jpg",
+        "HTTP://OTHER/a.jpg",
+    ],
+)
+def test_the_server_that_is_checked_is_the_one_that_is_connected_to(
+    web: WebServer, other: WebServer, location: str
+) -> None:
+    web.answers["/a.jpg"] = moved(location.replace("OTHER", other.url.removeprefix("http://")))
+    assert str(refusal(web)) == REFUSED
+    assert other.asked == []
+
+
+@pytest.mark.parametrize(
+    "location", ["http://[::1/a.jpg", "//[::1/a.jpg", "https://", "http://a:b/"]
+)
+def test_a_redirect_to_what_is_no_url_is_refused(web: WebServer, location: str) -> None:
+    web.answers["/a.jpg"] = moved(location)
+    error = refusal(web)
+    assert str(error) == "redirected to what is no URL"
+    assert not error.is_passing
+
+
 def test_redirects_come_to_an_end(web: WebServer) -> None:
     web.answers["/a.jpg"] = moved("/b.jpg")
     web.answers["/b.jpg"] = moved("/a.jpg")
     error = refusal(web)
     assert str(error) == "more than 10 redirects"
     assert len(web.asked) == 11
+
+
+@pytest.mark.parametrize("server", ["", "http://127.0.0.1:PORT", "HTTP://you:all@127.0.0.1:PORT"])
+def test_a_password_goes_to_its_own_server_again(web: WebServer, server: str) -> None:
+    seen = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.headers["Authorization"])
+        GOOD(handler)
+
+    port = web.url.rpartition(":")[2]
+    web.answers["/a.jpg"] = moved(f"{server.replace('PORT', port)}/b.jpg")
+    web.answers["/b.jpg"] = answer
+    url = web.url.replace("http://", "http://me:p%40ss@")
+    assert read_bytes(f"{url}/a.jpg".encode()) == b"content"
+    assert seen == ["Basic bWU6cEBzcw=="]
 
 
 def test_a_password_goes_to_its_own_server_only(web: WebServer) -> None:
