@@ -7,6 +7,7 @@ kept from it.
 import contextlib
 import functools
 import http.client
+import io
 import ipaddress
 import os
 import socket
@@ -32,11 +33,21 @@ from embedder.sources.urls import WEB_SCHEMES
 
 MAX_REDIRECTS = 10
 _CHUNK_BYTES = 2**20
+_FINISH_SECONDS = 1  # for a body that nobody wants
 # An image is compressed already; a body packed once more would be unpacked for nothing.
 _HEADERS = {"User-Agent": DISTRIBUTION, "Accept-Encoding": "identity"}
 # Idle connections kept: to so many servers, so many each. More threads than that open new ones.
 _NUM_SERVERS, _NUM_CONNECTIONS = 16, 256
 _lock = threading.Lock()
+
+
+class _Attempt(threading.local):
+    """What the thread is at, for the connections that it uses, which all threads share."""
+
+    limits: Limits
+
+
+_attempt = _Attempt()
 
 
 def read_web(url: str, allow_private: bool, claim: Callable[[int], None]) -> bytes:
@@ -89,11 +100,9 @@ def _ask(pools: urllib3.PoolManager, url: Url, auth: str | None, limits: Limits)
     headers = _HEADERS
     if auth is not None:
         headers = headers | urllib3.make_headers(basic_auth=unquote(auth))
-    remaining_seconds = _remaining_seconds(limits)
-    timeout = urllib3.Timeout(
-        connect=min(limits.connect_seconds, remaining_seconds),
-        read=min(limits.idle_seconds, remaining_seconds),
-    )
+    _attempt.limits = limits
+    connect_seconds = min(limits.connect_seconds, _remaining_seconds(limits))
+    timeout = urllib3.Timeout(connect=connect_seconds, read=limits.idle_seconds)
     try:
         pool = pools.connection_from_host(url.host, url.port, url.scheme)
         return pool.urlopen(
@@ -115,8 +124,12 @@ def _ask(pools: urllib3.PoolManager, url: Url, auth: str | None, limits: Limits)
 def _remaining_seconds(limits: Limits) -> float:
     remaining_seconds = limits.deadline - time.monotonic()
     if remaining_seconds <= 0:
-        raise AttemptError(f"not read within {limits.total_seconds:g} seconds")
+        raise _too_late(limits)
     return remaining_seconds
+
+
+def _too_late(limits: Limits) -> AttemptError:
+    return AttemptError(f"not read within {limits.total_seconds:g} seconds")
 
 
 def _body(response: Any, claim: Callable[[int], None], limits: Limits) -> bytes:
@@ -124,21 +137,22 @@ def _body(response: Any, claim: Callable[[int], None], limits: Limits) -> bytes:
     if response.status not in (200, 203):
         raise _status_error(response)
     try:
-        return gather(_chunks(response, limits), response.length_remaining, claim)
+        return gather(_chunks(response), response.length_remaining, claim)
     except exceptions.HTTPError as error:
         raise _trouble_of(error, limits) from error
 
 
-def _chunks(response: Any, limits: Limits) -> Iterator[bytes]:
+def _chunks(response: Any) -> Iterator[bytes]:
     while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
         yield chunk
-        _remaining_seconds(limits)
 
 
 def _finish(response: Any) -> None:
     """Read a short body that nobody wants, so that its connection can be used again."""
+    deadline = min(_attempt.limits.deadline, time.monotonic() + _FINISH_SECONDS)
+    _attempt.limits = _attempt.limits._replace(deadline=deadline)
     # What was wanted is in the headers.
-    with contextlib.suppress(exceptions.HTTPError):
+    with contextlib.suppress(exceptions.HTTPError, AttemptError):
         # A body of unknown length ends with a second, empty read.
         _ = response.read1(_CHUNK_BYTES) and response.read1(_CHUNK_BYTES)
 
@@ -193,6 +207,8 @@ def _target(url: Url, location: str) -> Url:
 
 def _trouble_of(error: exceptions.HTTPError, limits: Limits) -> Exception:
     """What went wrong, in words that are the same for every image."""
+    if time.monotonic() >= limits.deadline:
+        return _too_late(limits)
     cause = error.__cause__ or next((arg for arg in error.args if isinstance(arg, OSError)), None)
     why = getattr(cause, "strerror", None) or type(cause or error).__name__
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -230,10 +246,56 @@ def _new_pools(process: int, is_checked: bool) -> urllib3.PoolManager:  # noqa: 
     pools = urllib3.PoolManager(_NUM_SERVERS, maxsize=_NUM_CONNECTIONS)
     if is_checked:
         pools.pool_classes_by_scheme = {"http": _PublicHTTPPool, "https": _PublicHTTPSPool}
+    else:
+        pools.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
     return pools
 
 
-class _PublicConnection(HTTPConnection):
+class _Timed(io.RawIOBase):
+    """What comes from a server, until the deadline of the attempt: of whatever it comes part."""
+
+    def __init__(self, raw: io.RawIOBase, connection: socket.socket) -> None:
+        self._raw = raw
+        self._connection = connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        limits = _attempt.limits
+        self._connection.settimeout(min(limits.idle_seconds, _remaining_seconds(limits)))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """One that ends at its deadline, whatever the server does: drip, or say `100 Continue`."""
+
+    def __init__(self, connection: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(connection, *args, **kwargs)
+        self.fp = io.BufferedReader(_Timed(self.fp.detach(), connection))
+
+
+class _Connection(HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(_Connection, HTTPSConnection):
+    pass
+
+
+class _HTTPPool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _HTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
+class _PublicConnection(_Connection):
     """To a public address: the one that is connected to, whatever a name says."""
 
     def _new_conn(self) -> socket.socket:

@@ -4,6 +4,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler
 
@@ -107,6 +108,19 @@ def hang(handler: BaseHTTPRequestHandler) -> None:
 def hang_in_the_body(handler: BaseHTTPRequestHandler) -> None:
     body(b"cont", Content_Length="100")(handler)
     hang(handler)
+
+
+def dripping(start: bytes, drop: bytes) -> Answer:
+    """So many bytes at once, then the same few again and again, for two seconds."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(start)
+        handler.close_connection = True
+        for _ in range(200):
+            handler.wfile.write(drop)
+            time.sleep(0.01)
+
+    return answer
 
 
 def endless(handler: BaseHTTPRequestHandler) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from embedder.errors import ReadError
-from embedder.sources import attempts, reading
+from embedder.sources import attempts, reading, web as module
 from embedder.sources.attempts import Patience
 from embedder.sources.reading import read_bytes
 from tests.sources import faults
@@ -194,21 +194,39 @@ def test_a_slow_server_gets_more_time_with_each_attempt(
     assert len(web.asked) >= 3
 
 
-def drip(handler: BaseHTTPRequestHandler) -> None:
-    body(b"", Content_Length="1000")(handler)
-    for _ in range(1000):
-        handler.wfile.write(b".")
-        time.sleep(0.01)
+OK = b"HTTP/1.1 200 OK\r\n"
+IN_CHUNKS = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+DRIPS = {
+    "the body": (OK + b"Content-Length: 1000\r\n\r\n", b"."),
+    "answers before the answer": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "the status": (b"", b"H"),
+    "a header": (OK + b"A: ", b"a"),
+    "what is said of a chunk": (IN_CHUNKS + b"1;", b"a"),
+    "headers after the body": (IN_CHUNKS + b"1\r\n.\r\n0\r\n", b"A: b\r\n"),
+}
 
 
+@pytest.mark.parametrize("drip", DRIPS)
 def test_all_attempts_together_have_a_deadline(
-    web: WebServer, monkeypatch: pytest.MonkeyPatch, impatient: Patience
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, impatient: Patience, drip: str
 ) -> None:
     monkeypatch.setattr(attempts, "PATIENCE", replace(impatient, total_seconds=0.3))
-    web.answers["/a.jpg"] = drip
+    web.answers["/a.jpg"] = faults.dripping(*DRIPS[drip])
     error = refusal(web)
     assert str(error) == "not read within 0.3 seconds, 1 attempt"
     assert error.is_passing
+
+
+@pytest.mark.parametrize("rest", [b"Content-Length: 1000\r\n\r\n", IN_CHUNKS[len(OK) :] + b"1;"])
+def test_a_body_that_nobody_wants_is_not_waited_for(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, impatient: Patience, rest: bytes
+) -> None:
+    monkeypatch.setattr(attempts, "PATIENCE", replace(impatient, total_seconds=1))
+    monkeypatch.setattr(module, "_FINISH_SECONDS", 0.1)
+    head = b"HTTP/1.1 302 Found\r\nLocation: /b.jpg\r\n"
+    web.answers["/a.jpg"] = faults.dripping(head + rest, b".")
+    web.answers["/b.jpg"] = GOOD
+    assert read(web) == b"content"
 
 
 def test_a_connection_that_the_server_closed_meanwhile_is_replaced(web: WebServer) -> None:
