@@ -10,6 +10,8 @@ from embedder.errors import ReadError
 
 # What a server says of itself or of now, not of the image.
 PASSING_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+# What the user may mend by the next run: credentials, a proxy's too, and a lock.
+MENDABLE_STATUSES = {401, 403, 407, 423}
 
 
 @dataclass(frozen=True)

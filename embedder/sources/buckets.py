@@ -9,7 +9,13 @@ from obstore.exceptions import BaseError
 from obstore.store import ObjectStore
 
 from embedder.errors import ReadError, SourceError
-from embedder.sources.attempts import PASSING_STATUSES, AttemptError, Limits, read_patiently
+from embedder.sources.attempts import (
+    MENDABLE_STATUSES,
+    PASSING_STATUSES,
+    AttemptError,
+    Limits,
+    read_patiently,
+)
 from embedder.sources.reading import gather
 from embedder.sources.stores import WHAT_TO_SET, has_credentials, open_store
 from embedder.sources.urls import AFTER_SCHEME, BUCKET_SCHEMES, Found
@@ -18,6 +24,11 @@ _STATUS = re.compile(r"non-2xx status code: (\d{3})((?: [A-Z][\w'-]*)*)")
 _ERROR_CODE = re.compile(r"<Code>(\w{1,64})</Code>")
 _OTHER_REGION = re.compile(
     "redirect without LOCATION|PermanentRedirect|AuthorizationHeaderMalformed"
+)
+# What the user may mend by the next run: where the bucket is, credentials, the clock.
+_MENDABLE = re.compile(
+    rf"{_OTHER_REGION.pattern}|"
+    "<Code>(ExpiredToken|InvalidToken|RequestTimeout|RequestTimeTooSkewed)</Code>"
 )
 _CHUNK_BYTES = 2**20
 _IN_FULL = re.compile(r'message: "([^"]+)"')  # an operating system's error
@@ -62,7 +73,7 @@ def read_object(url: str, claim: Callable[[int], None]) -> bytes:
 
 
 def _get(place: Place, claim: Callable[[int], None], limits: Limits) -> bytes:
-    """One attempt, which the store's own time-outs end. A body is as long as its head says."""
+    """One attempt, which the store's own time-outs end."""
     try:
         store = open_store(place.kind, place.server, limits[:3])
     except BaseError as error:
@@ -70,9 +81,12 @@ def _get(place: Place, claim: Callable[[int], None], limits: Limits) -> bytes:
     try:
         result = store.get(place.key)
         # In chunks: Rust ends the process where it cannot have the memory for the whole.
-        return gather(result.stream(_CHUNK_BYTES), result.meta["size"], claim)
+        content = gather(result.stream(_CHUNK_BYTES), result.meta["size"], claim)
     except (BaseError, FileNotFoundError) as error:
         raise _trouble_of(error, place.kind) from error
+    if len(content) != result.meta["size"]:
+        raise AttemptError("the body is cut short")
+    return content
 
 
 def list_bucket(url: str) -> list[Found]:
@@ -117,7 +131,8 @@ def _trouble_of(error: Exception, kind: str) -> Exception:
     code = int(status[1]) if status else 301
     if code in PASSING_STATUSES:
         return AttemptError(reason)
-    return ReadError(reason, is_passing=code >= 500)
+    is_mendable = code in MENDABLE_STATUSES or _MENDABLE.search(str(error)) is not None
+    return ReadError(reason, is_passing=code >= 500 or is_mendable)
 
 
 def _reason(error: Exception, kind: str) -> str:

@@ -27,7 +27,13 @@ from urllib3.util import Url
 
 from embedder.errors import ReadError
 from embedder.libraries import DISTRIBUTION
-from embedder.sources.attempts import PASSING_STATUSES, AttemptError, Limits, read_patiently
+from embedder.sources.attempts import (
+    MENDABLE_STATUSES,
+    PASSING_STATUSES,
+    AttemptError,
+    Limits,
+    read_patiently,
+)
 from embedder.sources.reading import gather
 from embedder.sources.urls import WEB_SCHEMES
 
@@ -36,8 +42,12 @@ _CHUNK_BYTES = 2**20
 _FINISH_SECONDS = 1  # for a body that nobody wants
 # An image is compressed already; a body packed once more would be unpacked for nothing.
 _HEADERS = {"User-Agent": DISTRIBUTION, "Accept-Encoding": "identity"}
+_PACKINGS = {"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"}
 # Idle connections kept: to so many servers, so many each. More threads than that open new ones.
 _NUM_SERVERS, _NUM_CONNECTIONS = 16, 256
+_REFUSED = "redirected to a private address, which --allow-private permits"
+_PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses, as networks of IPv6 write them
 _lock = threading.Lock()
 
 
@@ -133,17 +143,25 @@ def _too_late(limits: Limits) -> AttemptError:
 
 
 def _body(response: Any, claim: Callable[[int], None], limits: Limits) -> bytes:
-    """What a response holds, unpacked."""
+    """What a response holds."""
     if response.status not in (200, 203):
         raise _status_error(response)
+    packing = response.headers.get("Content-Encoding", "")
+    if _PACKINGS & set(packing.lower().replace(" ", "").split(",")):
+        raise ReadError(f"the body is packed, which was not asked for: {packing}")
+    num_bytes = response.length_remaining
     try:
-        return gather(_chunks(response), response.length_remaining, claim)
+        content = gather(_chunks(response), num_bytes, claim)
     except exceptions.HTTPError as error:
         raise _trouble_of(error, limits) from error
+    if not content and num_bytes is None and not response.chunked:
+        # Nothing says that it ends here; the head may be cut short.
+        raise AttemptError("the body is empty")
+    return content
 
 
 def _chunks(response: Any) -> Iterator[bytes]:
-    while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
+    while chunk := response.read1(_CHUNK_BYTES, decode_content=False):
         yield chunk
 
 
@@ -168,8 +186,8 @@ def _status_error(response: Any) -> Exception:
     _finish(response)
     if status in PASSING_STATUSES:
         return AttemptError(reason, wait_seconds)
-    # Not asked again in this run, but in the next: a server's other errors, and a locked image.
-    return ReadError(reason, is_passing=status >= 500 or status == 423)
+    # Not asked again in this run, but in the next.
+    return ReadError(reason, is_passing=status >= 500 or status in MENDABLE_STATUSES)
 
 
 def _retry_after(text: str | None) -> float | None:
@@ -222,8 +240,6 @@ def _trouble_of(error: exceptions.HTTPError, limits: Limits) -> Exception:
         return AttemptError(f"no connection within {limits.connect_seconds:g} seconds")
     if isinstance(error, exceptions.ReadTimeoutError):
         return AttemptError(f"no byte within {limits.idle_seconds:g} seconds")
-    if isinstance(error, exceptions.DecodeError):
-        return AttemptError("the body cannot be unpacked")
     if isinstance(cause, http.client.IncompleteRead):
         return AttemptError("the body is cut short")
     if isinstance(cause, http.client.RemoteDisconnected):
@@ -315,8 +331,14 @@ class _PublicConnection(_Connection):
 
 def _check_public(address: object) -> None:
     parsed = ipaddress.ip_address(str(address))
-    if not (getattr(parsed, "ipv4_mapped", None) or parsed).is_global:
-        raise ReadError("redirected to a private address, which --allow-private permits")
+    if isinstance(parsed, ipaddress.IPv6Address):
+        is_wrapped = parsed.ipv4_mapped is not None or parsed in _NAT64
+        if is_wrapped:
+            parsed = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+        elif parsed not in _PUBLIC_IPV6 or parsed.sixtofour is not None:
+            raise ReadError(_REFUSED)
+    if not parsed.is_global or parsed.is_multicast:
+        raise ReadError(_REFUSED)
 
 
 class _PublicSecureConnection(_PublicConnection, HTTPSConnection):

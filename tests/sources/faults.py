@@ -47,6 +47,16 @@ def short(handler: BaseHTTPRequestHandler) -> None:
     handler.close_connection = True
 
 
+def cut_after(start: bytes) -> Answer:
+    """So many bytes of an answer, from its head on."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(start)
+        handler.close_connection = True
+
+    return answer
+
+
 def cut_between_chunks(handler: BaseHTTPRequestHandler) -> None:
     _chunked(handler, b"4\r\ncont\r\n")
 

@@ -160,23 +160,44 @@ def test_a_status_that_passes_is_asked_again(bucket: WebServer, code: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"),
+    ("code", "reason", "is_passing"),
     [
-        (400, "HTTP status 400 Bad Request"),
-        (410, "HTTP status 410 Gone"),
-        (301, "the bucket is in another region; set AWS_REGION to it"),
+        (400, "HTTP status 400 Bad Request", False),
+        (404, "HTTP status 404 Not Found", False),
+        (410, "HTTP status 410 Gone", False),
+        (407, "HTTP status 407 Proxy Authentication Required", True),
+        (301, "the bucket is in another region; set AWS_REGION to it", True),
     ],
 )
-def test_any_other_status_is_taken_at_once(bucket: WebServer, code: int, reason: str) -> None:
+def test_any_other_status_is_taken_at_once(
+    bucket: WebServer, code: int, reason: str, is_passing: bool
+) -> None:
     bucket.answers[PATH] = failing(code)
     error = refusal()
     assert str(error) == reason
-    assert not error.is_passing
+    assert error.is_passing is is_passing
+    assert len(bucket.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "code", ["ExpiredToken", "InvalidToken", "RequestTimeout", "RequestTimeTooSkewed"]
+)
+def test_what_is_wrong_with_whoever_asks_may_be_mended(bucket: WebServer, code: str) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        content = f"<Error><Code>{code}</Code></Error>".encode()
+        failing(400, Content_Length=str(len(content)))(handler)
+        handler.wfile.write(content)
+
+    bucket.answers[PATH] = answer
+    error = refusal()
+    assert str(error) == f"HTTP status 400 Bad Request ({code})"
+    assert error.is_passing
     assert len(bucket.asked) == 1
 
 
 FAULTS = [
     (faults.short, "the body is cut short"),
+    (faults.cut_after(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n"), "the body is cut short"),
     (faults.reset, "the connection broke: Connection reset by peer"),
     (faults.hang, "no byte for too long"),
     (faults.hang_in_the_body, "no byte for too long"),
@@ -199,6 +220,12 @@ def test_a_body_that_does_not_come_whole_is_asked_for_again(
     error = refusal()
     assert str(error) == f"{reason}, 2 attempts"
     assert error.is_passing
+
+
+def test_an_object_that_is_empty_is_read(bucket: WebServer) -> None:
+    bucket.answers[PATH] = body(b"")
+    assert read_bytes(URL) == b""
+    assert len(bucket.asked) == 1
 
 
 def test_a_port_where_nobody_listens_may_have_a_server_next_time(bucket: WebServer) -> None:
@@ -253,7 +280,7 @@ def test_a_bucket_that_needs_credentials_says_what_to_set(bucket: WebServer, cod
     bucket.answers[PATH] = failing(code)
     error = refusal()
     assert "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET" in str(error)
-    assert not error.is_passing
+    assert error.is_passing
     bucket.answers["/bucket?list-type=2&prefix=photos%2F"] = status(code)
     with pytest.raises(SourceError, match=rf"listed: HTTP status {code} .*set AWS_ACCESS_KEY_ID"):
         list_images("s3://bucket/photos")

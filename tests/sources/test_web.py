@@ -102,8 +102,9 @@ def test_a_status_that_passes_is_asked_again(web: WebServer, code: int) -> None:
 @pytest.mark.parametrize(
     ("code", "reason", "is_passing"),
     [
-        (401, " Unauthorized", False),
-        (403, " Forbidden", False),
+        (401, " Unauthorized", True),
+        (403, " Forbidden", True),
+        (407, " Proxy Authentication Required", True),
         (404, " Not Found", False),
         (410, " Gone", False),
         (204, " No Content", False),
@@ -124,6 +125,7 @@ def test_any_other_status_is_taken_at_once(
     assert len(web.asked) == 1
 
 
+OK = b"HTTP/1.1 200 OK\r\n"
 FAULTS = [
     (faults.short, "the body is cut short"),
     (faults.cut_between_chunks, "the body is cut short"),
@@ -134,7 +136,9 @@ FAULTS = [
     (faults.hang_up, "the server hung up without an answer"),
     (faults.hang, "no byte within 0.5 seconds"),
     (faults.hang_in_the_body, "no byte within 0.5 seconds"),
-    (body(b"no gzip", Content_Encoding="gzip"), "the body cannot be unpacked"),
+    (faults.cut_after(OK + b"Content-Ty"), "the body is empty"),
+    (faults.cut_after(OK + b"Content-Length: "), "the body is empty"),
+    (faults.cut_after(OK + b"Content-Length: 1"), "the body is cut short"),
 ]
 
 
@@ -150,6 +154,29 @@ def test_a_body_that_does_not_come_whole_is_asked_for_again(
     error = refusal(web)
     assert str(error) == f"{reason}, 2 attempts"
     assert error.is_passing
+
+
+@pytest.mark.parametrize("answer", [body(b""), faults.chunked()])
+def test_a_file_that_is_empty_is_read(web: WebServer, answer: Answer) -> None:
+    web.answers["/a.jpg"] = answer
+    assert read(web) == b""
+    assert len(web.asked) == 1
+
+
+@pytest.mark.parametrize("packing", ["gzip", "br", "GZip", "identity, deflate"])
+def test_a_body_that_is_packed_is_refused(web: WebServer, packing: str) -> None:
+    # Whether it is cut short cannot be told from its length.
+    web.answers["/a.jpg"] = body(gzip.compress(b"content")[:-9], Content_Encoding=packing)
+    error = refusal(web)
+    assert str(error) == f"the body is packed, which was not asked for: {packing}"
+    assert not error.is_passing
+    assert len(web.asked) == 1
+
+
+@pytest.mark.parametrize("packing", ["identity", "aws-chunked", ""])
+def test_a_body_that_is_not_packed_is_read(web: WebServer, packing: str) -> None:
+    web.answers["/a.jpg"] = body(b"content", Content_Encoding=packing)
+    assert read(web) == b"content"
 
 
 def test_a_port_where_nobody_listens_may_have_a_server_next_time(web: WebServer) -> None:
@@ -194,7 +221,6 @@ def test_a_slow_server_gets_more_time_with_each_attempt(
     assert len(web.asked) >= 3
 
 
-OK = b"HTTP/1.1 200 OK\r\n"
 IN_CHUNKS = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 DRIPS = {
     "the body": (OK + b"Content-Length: 1000\r\n\r\n", b"."),
@@ -242,14 +268,8 @@ def test_a_connection_that_the_server_closed_meanwhile_is_replaced(web: WebServe
 # Servers that are not to be trusted. -----------------------------------------------------------
 
 
-BOMB = body(gzip.compress(bytes(2**26)), Content_Encoding="gzip")
-
-
-@pytest.mark.parametrize("answer", [faults.endless, BOMB], ids=["endless", "bomb"])
-def test_a_body_is_counted_as_it_comes(
-    web: WebServer, monkeypatch: pytest.MonkeyPatch, answer: Answer
-) -> None:
-    web.answers["/a.jpg"] = answer
+def test_a_body_is_counted_as_it_comes(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    web.answers["/a.jpg"] = faults.endless
     monkeypatch.setattr(reading, "MAX_FILE_BYTES", 2**24)
     error = refusal(web)
     assert str(error).startswith("larger than 16,777,216 bytes")
@@ -282,6 +302,15 @@ PRIVATE = [
     "http://[::ffff:127.0.0.1]:PORT/secret.jpg",
     "http://[::ffff:100.64.0.1]/",
     "http://[fe80::1]/",
+    "http://[fec0::1]/",
+    "http://[64:ff9b::a9fe:a9fe]/",  # 169.254.169.254, through NAT64
+    "http://[64:ff9b::127.0.0.1]/",
+    "http://[64:ff9b:1::8.8.8.8]/",  # the NAT64 of a network of one's own
+    "http://[2002:7f00:1::]/",  # 127.0.0.1, through 6to4
+    "http://[::7f00:1]/",
+    "http://[ff0e::1]/",
+    "http://224.0.0.1/",
+    "http://255.255.255.255/",
     "http://localhost:PORT/secret.jpg",  # a name that leads there
     "http://2130706433:PORT/secret.jpg",  # 127.0.0.1, in one number
     "http://127.1:PORT/secret.jpg",
@@ -299,6 +328,13 @@ def test_a_redirect_to_a_private_address_is_refused(web: WebServer, location: st
     assert str(error) == REFUSED
     assert not error.is_passing
     assert web.asked == ["GET /a.jpg"]
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8"]
+)
+def test_public_addresses_are_no_private_ones(address: str) -> None:
+    module._check_public(address)
 
 
 def test_a_redirect_to_a_private_address_can_be_allowed(web: WebServer) -> None:
