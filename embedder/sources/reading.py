@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from embedder.errors import ReadError
-from embedder.sources.urls import BUCKET_SCHEMES, WEB_SCHEMES, scheme_of
+from embedder.sources.urls import BUCKET_SCHEMES, WEB_SCHEMES, scheme_of, with_plain_scheme
 
 MAX_FILE_BYTES = 2**30  # no image file is larger; reading one would fill the memory
 _CHUNK_BYTES = 2**20
@@ -50,8 +50,8 @@ def read_bytes(
     with _read_errors():
         scheme = scheme_of(path)
         if scheme is None or scheme == "file":
-            return _read_file(path.removeprefix(b"file://"), claim)
-        return _read_url(path.decode(), scheme, allow_private, claim)
+            return _read_file(path if scheme is None else path[len(b"file://") :], claim)
+        return _read_url(with_plain_scheme(path.decode()), scheme, allow_private, claim)
 
 
 def sha256_of(
@@ -73,7 +73,7 @@ def sha256_of(
     with _read_errors():
         scheme = scheme_of(path)
         if scheme is None or scheme == "file":
-            return _sha256_of_file(path.removeprefix(b"file://"))
+            return _sha256_of_file(path if scheme is None else path[len(b"file://") :])
     content = read_bytes(path, allow_private=allow_private, claim=claim)
     return hashlib.sha256(content).hexdigest()
 

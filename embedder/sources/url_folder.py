@@ -6,7 +6,7 @@ from collections import Counter
 import pyarrow as pa
 
 from embedder.sources.refs import RefRow, is_image, make_refs, readable
-from embedder.sources.urls import BUCKET_SCHEMES, Found, scheme_of
+from embedder.sources.urls import BUCKET_SCHEMES, Found, scheme_of, with_plain_scheme
 
 
 def list_url(url: str) -> tuple[pa.Table, Counter[str]]:
@@ -20,7 +20,7 @@ def list_url(url: str) -> tuple[pa.Table, Counter[str]]:
     """
     rows: list[RefRow] = []
     skipped: Counter[str] = Counter()
-    for found in _find(url):
+    for found in _find(with_plain_scheme(url)):
         if is_image(found.relative, skipped):
             moment = found.modified
             microseconds = None if moment is None else int(moment.timestamp() * 1e6)

@@ -35,6 +35,15 @@ class Found(NamedTuple):
 
 
 def scheme_of(place: str | bytes) -> str | None:
-    """What kind of place a source or a ref's path is: a URL's scheme, or None of a file path."""
+    """What kind of place a source or a ref's path is: a URL's scheme, or None of a file path.
+
+    In lower case, whatever the case in which it is written.
+    """
     scheme, is_url, _ = os.fsdecode(place).partition(AFTER_SCHEME)
-    return scheme if is_url else None
+    return scheme.lower() if is_url else None
+
+
+def with_plain_scheme(url: str) -> str:
+    """A URL whose scheme is in lower case, which the libraries want that read it."""
+    scheme, between, rest = url.partition(AFTER_SCHEME)
+    return f"{scheme.lower()}{between}{rest}"
