@@ -26,20 +26,23 @@ class Patience:
             and a server that is slow gets its time in the end.
         longest_idle_seconds: Without a byte, after which any attempt is given up.
         total_seconds: For one image, all attempts and the waiting between them.
-        first_wait_seconds: At most, before the second attempt; then twice as long each time.
-        longest_wait_seconds: Between two attempts, whatever the server asks for.
+        first_wait_seconds: At most, before the second attempt, unless the server asks for another
+            wait; then twice as long each time. A server that starts anew is down for some ten
+            seconds.
     """
 
-    num_attempts: int = 5
+    num_attempts: int = 6
     connect_seconds: float = 5
     first_idle_seconds: float = 4
     longest_idle_seconds: float = 30
     total_seconds: float = 120
-    first_wait_seconds: float = 0.25
-    longest_wait_seconds: float = 30
+    first_wait_seconds: float = 1
 
 
 PATIENCE = Patience()
+# The time that is left for an attempt is told in so many steps, of which it has one at least: a
+# store of a bucket has one limit, and connections of its own.
+_NUM_STEPS = 12
 
 
 class Limits(NamedTuple):
@@ -48,12 +51,14 @@ class Limits(NamedTuple):
     Attributes:
         connect_seconds: For a connection.
         idle_seconds: Without a byte.
-        total_seconds: For one image, all attempts and the waiting between them.
-        deadline: Until when, as `time.monotonic` has it.
+        attempt_seconds: For this attempt: what is left, in whole steps.
+        total_seconds: For the image, all attempts and the waiting between them.
+        deadline: When `total_seconds` are over, as `time.monotonic` has it.
     """
 
     connect_seconds: float
     idle_seconds: float
+    attempt_seconds: float
     total_seconds: float
     deadline: float
 
@@ -83,6 +88,7 @@ def read_patiently(read_once: Callable[[Limits], bytes]) -> bytes:
     """
     patience = PATIENCE
     deadline = time.monotonic() + patience.total_seconds
+    least_seconds = patience.total_seconds / _NUM_STEPS
     num_attempts = 0
     while True:
         num_attempts += 1
@@ -90,7 +96,7 @@ def read_patiently(read_once: Callable[[Limits], bytes]) -> bytes:
             return read_once(_limits(patience, num_attempts, deadline))
         except AttemptError as trouble:
             wait_seconds = _wait_seconds(trouble, num_attempts, patience)
-            is_late = time.monotonic() + wait_seconds >= deadline
+            is_late = time.monotonic() + wait_seconds + least_seconds > deadline
             if is_late or num_attempts == patience.num_attempts:
                 plural = "s" if num_attempts > 1 else ""
                 reason = f"{trouble}, {num_attempts} attempt{plural}"
@@ -100,9 +106,13 @@ def read_patiently(read_once: Callable[[Limits], bytes]) -> bytes:
 
 def _limits(patience: Patience, num_attempts: int, deadline: float) -> Limits:
     idle_seconds = patience.first_idle_seconds * 2 ** (num_attempts - 1)
+    step_seconds = patience.total_seconds / _NUM_STEPS
+    # The first attempt has the whole, though a moment has passed.
+    num_steps = max(int((deadline - time.monotonic()) / step_seconds + 0.01), 1)
     return Limits(
         patience.connect_seconds,
         min(idle_seconds, patience.longest_idle_seconds),
+        num_steps * step_seconds,
         patience.total_seconds,
         deadline,
     )
@@ -111,7 +121,7 @@ def _limits(patience: Patience, num_attempts: int, deadline: float) -> Limits:
 def _wait_seconds(trouble: AttemptError, num_attempts: int, patience: Patience) -> float:
     """Exponential back-off with full jitter, or what the server asks for."""
     if trouble.wait_seconds is not None:
-        return min(trouble.wait_seconds, patience.longest_wait_seconds)
+        return trouble.wait_seconds
     longest = patience.first_wait_seconds * 2 ** (num_attempts - 1)
     # Spreads requests; keeps no secret.
-    return random.uniform(0, min(longest, patience.longest_wait_seconds))  # noqa: S311
+    return random.uniform(0, longest)  # noqa: S311

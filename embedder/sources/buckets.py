@@ -1,6 +1,7 @@
 """Images in buckets, `s3://`, `gs://` and `az://`, by obstore: reading one, listing a folder."""
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ _MENDABLE = re.compile(
     "<Code>(ExpiredToken|InvalidToken|RequestTimeout|RequestTimeTooSkewed)</Code>"
 )
 _CHUNK_BYTES = 2**20
+_TOO_LONG = "kind: Timeout"
 _IN_FULL = re.compile(r'message: "([^"]+)"')  # an operating system's error
 
 
@@ -78,15 +80,27 @@ def _get(place: Place, claim: Callable[[int], None], limits: Limits) -> bytes:
         store = open_store(place.kind, place.server, limits[:3])
     except BaseError as error:
         raise ReadError(_reason(error, place.kind), is_passing=True) from error
+    started = time.monotonic()
     try:
         result = store.get(place.key)
         # In chunks: Rust ends the process where it cannot have the memory for the whole.
         content = gather(result.stream(_CHUNK_BYTES), result.meta["size"], claim)
     except (BaseError, FileNotFoundError) as error:
+        if _TOO_LONG in str(error):
+            raise AttemptError(_what_took_long(time.monotonic() - started, limits)) from error
         raise _trouble_of(error, place.kind) from error
     if len(content) != result.meta["size"]:
         raise AttemptError("the body is cut short")
     return content
+
+
+def _what_took_long(seconds: float, limits: Limits) -> str:
+    """Which of its limits an attempt was ended by, of which obstore does not tell."""
+    if seconds >= limits.attempt_seconds:
+        return f"not read within {limits.attempt_seconds:g} seconds"
+    if seconds >= limits.idle_seconds:
+        return f"no byte within {limits.idle_seconds:g} seconds"
+    return f"no connection within {limits.connect_seconds:g} seconds"
 
 
 def list_bucket(url: str) -> list[Found]:
@@ -151,8 +165,8 @@ def _reason(error: Exception, kind: str) -> str:
         if int(status[1]) in (401, 403) and not has_credentials(kind):
             reason += f"; no credentials were found: set {WHAT_TO_SET[kind]}"
         return reason
-    if "kind: Timeout" in text:
-        return "no byte for too long"
+    if _TOO_LONG in text:
+        return "the server takes too long"
     if "IncompleteBody" in text or "UnexpectedEof" in text:
         return "the body is cut short"
     why = _IN_FULL.search(text)

@@ -21,7 +21,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Patience:
         longest_idle_seconds=0.5,
         total_seconds=20,
         first_wait_seconds=0.01,
-        longest_wait_seconds=0.01,
     )
     monkeypatch.setattr(attempts, "PATIENCE", patience)
     return patience

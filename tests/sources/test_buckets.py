@@ -1,5 +1,7 @@
 """Buckets: real servers on the loopback, whole and in trouble."""
 
+import re
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -199,8 +201,8 @@ FAULTS = [
     (faults.short, "the body is cut short"),
     (faults.cut_after(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n"), "the body is cut short"),
     (faults.reset, "the connection broke: Connection reset by peer"),
-    (faults.hang, "no byte for too long"),
-    (faults.hang_in_the_body, "no byte for too long"),
+    (faults.hang, "no byte within 0.5 seconds"),
+    (faults.hang_in_the_body, "no byte within 0.5 seconds"),
 ]
 
 
@@ -219,6 +221,22 @@ def test_a_body_that_does_not_come_whole_is_asked_for_again(
     bucket.answers[PATH] = fault
     error = refusal()
     assert str(error) == f"{reason}, 2 attempts"
+    assert error.is_passing
+
+
+def test_all_attempts_together_have_a_deadline(
+    bucket: WebServer, monkeypatch: pytest.MonkeyPatch, impatient: Patience
+) -> None:
+    def late(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.6)
+        failing(503)(handler)
+
+    patience = replace(impatient, total_seconds=1, first_idle_seconds=9, longest_idle_seconds=9)
+    monkeypatch.setattr(attempts, "PATIENCE", patience)
+    drip = faults.dripping(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b".")
+    bucket.answers[PATH] = in_turn(late, drip)
+    error = refusal()
+    assert re.fullmatch(r"not read within 0\.[0-3]\d* seconds, 2 attempts", str(error))
     assert error.is_passing
 
 
