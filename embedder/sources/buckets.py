@@ -78,7 +78,7 @@ def _get(place: Place, claim: Callable[[int], None], limits: Limits) -> bytes:
     """One attempt, which the store's own time-outs end."""
     try:
         store = open_store(place.kind, place.server, limits[:3])
-    except BaseError as error:
+    except (BaseError, ValueError) as error:
         raise ReadError(_reason(error, place.kind), is_passing=True) from error
     started = time.monotonic()
     try:
@@ -117,7 +117,7 @@ def list_bucket(url: str) -> list[Found]:
         metas = [meta for page in store.list(root or None) for meta in page]
         if not metas and root:
             metas = _only_object(store, root)
-    except (BaseError, ValueError, ImportError) as error:
+    except (BaseError, ValueError, ImportError, AttemptError) as error:
         raise SourceError(f"{url} cannot be listed: {_reason(error, place.kind)}") from error
     return [
         Found(

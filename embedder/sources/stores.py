@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -10,10 +11,20 @@ from typing import Any
 
 from obstore.store import AzureStore, GCSStore, ObjectStore, S3Store
 
+from embedder.sources.attempts import AttemptError
+
 _LIST_SECONDS = 30  # for one page of a listing
 # Images are asked for again by `read_patiently`.
 _NUM_LIST_RETRIES = 5
 _AWS = "https://s3.amazonaws.com"
+_OF_AWS = re.compile(r"\.amazonaws\.com(\.cn)?/?$")
+_AZURE = "core.windows.net"
+# Any of these says where buckets are, the first before the others; obstore reads them all.
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "abfs": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 # Any of these says where credentials come from, or that there are none; obstore reads them all.
 _CREDENTIALS = {
     "s3": (
@@ -46,7 +57,7 @@ _lock = threading.Lock()
 def open_store(
     kind: str, server: str, limits: tuple[float, float, float] | None = None
 ) -> ObjectStore:
-    """The store of a bucket, made once for all threads of a process.
+    """The store of a bucket: one for all threads of a process that have the same limits.
 
     Args:
         kind: Of bucket, as `BUCKET_SCHEMES` has it.
@@ -55,19 +66,23 @@ def open_store(
             altogether; None for listings, which the store itself asks for again.
 
     Raises:
+        AttemptError: AWS does not say now where the bucket is.
         ImportError: A profile of AWS is asked for, which only boto3 can read.
         BaseError: Something that the store needs to know is not set.
+        ValueError: The bucket is in a cloud that is not known.
     """
+    region = _region_for(server) if kind == "s3" else None  # outside the lock: it may take long
     with _lock:
-        return _new_store(os.getpid(), kind, server, limits)  # a fork shares no connections
+        return _new_store(os.getpid(), kind, server, limits, region)
 
 
 @functools.cache
 def _new_store(
-    process: int,  # noqa: ARG001
+    process: int,  # noqa: ARG001 - a fork shares no connections
     kind: str,
     server: str,
     limits: tuple[float, float, float] | None,
+    region: str | None,
 ) -> ObjectStore:
     if limits is None:
         timeouts = {"timeout": timedelta(seconds=_LIST_SECONDS)}
@@ -76,25 +91,32 @@ def _new_store(
         timeouts = {
             name: timedelta(seconds=limit) for name, limit in zip(names, limits, strict=True)
         }
+    client_options: dict[str, Any] = {**timeouts}
+    if (_endpoint(kind) or "").lower().startswith("http://"):
+        client_options["allow_http"] = True
     options: dict[str, Any] = {
-        # Only an endpoint that the user sets is without TLS.
-        "client_options": {"allow_http": True, **timeouts},
+        "client_options": client_options,
         "retry_config": {"max_retries": 0 if limits else _NUM_LIST_RETRIES},
     }
     if kind == "s3":
-        return S3Store(server, **options, **_s3_access(server))
+        return S3Store(server, **options, **_s3_access(region))
     if not has_credentials(kind):
         options["skip_signature"] = True
     if kind == "gs":
         return GCSStore(server, **options)
     container, has_account, host = server.partition("@")
     if has_account:
+        if not host.endswith(_AZURE) and not _endpoint(kind):
+            raise ValueError(
+                f"the account's host must end in {_AZURE}, or AZURE_STORAGE_ENDPOINT be set. "
+                f"Received: {host}"
+            )
         options["account_name"] = host.partition(".")[0]
     return AzureStore(container, **options)
 
 
-def _s3_access(bucket: str) -> dict[str, Any]:
-    """With what credentials, and in what region; what the environment says, obstore reads itself.
+def _s3_access(region: str | None) -> dict[str, Any]:
+    """Where, and with what credentials; what the environment says, obstore reads itself.
 
     Raises:
         ImportError: A profile is asked for, which only boto3 can read.
@@ -105,29 +127,56 @@ def _s3_access(bucket: str) -> dict[str, Any]:
             from obstore.auth.boto3 import Boto3CredentialProvider
 
             access["credential_provider"] = Boto3CredentialProvider(session)
-            if session.region_name:
-                access["region"] = session.region_name
+            region = region or session.region_name
         else:
             access["skip_signature"] = True
-    has_endpoint = any(os.environ.get(f"AWS_ENDPOINT{end}") for end in ("", "_URL", "_URL_S3"))
-    has_region = any(os.environ.get(name) for name in ("AWS_REGION", "AWS_DEFAULT_REGION"))
-    if not has_endpoint and not has_region and (region := _region_of(bucket)):
+    if not _environment_endpoint("s3") and (endpoint := _endpoint("s3")):
+        access["endpoint"] = endpoint
+    if region:
         access["region"] = region
     return access
 
 
+def _endpoint(kind: str) -> str | None:
+    """The server that the user names for all buckets of a kind."""
+    endpoint = _environment_endpoint(kind)
+    if endpoint is None and kind == "s3" and not _is_set(kind):
+        return _profile_endpoint()
+    return endpoint
+
+
+def _environment_endpoint(kind: str) -> str | None:
+    return next((url for name in _ENDPOINTS[kind] if (url := os.environ.get(name))), None)
+
+
+def _region_for(bucket: str) -> str | None:
+    """The region of a bucket that is AWS's, unless the environment says it.
+
+    Raises:
+        AttemptError: AWS does not say it now.
+    """
+    names = ("AWS_REGION", "AWS_DEFAULT_REGION")
+    with _lock:  # a session of boto3 is for one thread at a time
+        is_told = _endpoint("s3") or any(os.environ.get(name) for name in names)
+    return None if is_told else _region_of(bucket)
+
+
 @functools.cache
 def _region_of(bucket: str) -> str | None:
-    """Where AWS has a bucket, which it tells everybody; None if it does not answer."""
+    """Where AWS has a bucket, which it tells everybody; None of one that there is not."""
     import urllib3
 
+    reason = "where AWS has the bucket could not be found out; set AWS_REGION"
     try:
         answer = urllib3.request(
             "HEAD", f"{_AWS}/{bucket}", redirect=False, retries=False, timeout=5
         )
-    except urllib3.exceptions.HTTPError:
-        return None
-    return answer.headers.get("x-amz-bucket-region")
+    except urllib3.exceptions.HTTPError as error:
+        raise AttemptError(reason) from error
+    region = answer.headers.get("x-amz-bucket-region")
+    if region is None and answer.status not in (400, 404):  # no name of a bucket, or no bucket
+        raise AttemptError(reason)
+    return region
 
 
 def _is_set(kind: str) -> bool:
@@ -159,3 +208,14 @@ def _boto3_session() -> Any:
 
     session = boto3.Session()
     return session if session.get_credentials() is not None else None
+
+
+@functools.cache
+def _profile_endpoint() -> str | None:
+    """The server that a profile of boto3's names; None where it is AWS."""
+    session = _boto3_session()
+    if session is None:
+        return None
+    region = session.region_name or "us-east-1"
+    endpoint: str = session.client("s3", region_name=region).meta.endpoint_url
+    return None if _OF_AWS.search(endpoint) else endpoint

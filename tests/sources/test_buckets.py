@@ -15,7 +15,7 @@ import pytest
 
 from embedder.errors import ReadError, SourceError
 from embedder.sources import attempts, reading, stores
-from embedder.sources.attempts import Patience
+from embedder.sources.attempts import AttemptError, Patience
 from embedder.sources.listing import list_images
 from embedder.sources.reading import read_bytes
 from tests.sources import faults
@@ -31,16 +31,18 @@ PATH = "/bucket/photos/a.jpg"
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No credentials and no endpoints but those that a test sets."""
     names = [name for kind in stores._CREDENTIALS.values() for name in kind]
-    for name in [*names, "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"]:
+    names += [name for kind in stores._ENDPOINTS.values() for name in kind]
+    for name in [*names, "AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HOME", str(tmp_path))
-    stores._new_store.cache_clear()
-    stores._boto3_session.cache_clear()
+    caches = (stores._new_store, stores._boto3_session, stores._profile_endpoint, stores._region_of)
+    for cached in caches:
+        cached.cache_clear()
     yield
-    stores._new_store.cache_clear()
-    stores._boto3_session.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -328,12 +330,61 @@ def test_a_profile_is_read_by_boto3(
 def test_a_bucket_of_aws_tells_its_region(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     web.answers["/bucket"] = failing(403, x_amz_bucket_region="eu-north-1")
     monkeypatch.setattr(stores, "_AWS", web.url)
-    stores._region_of.cache_clear()
-    assert stores._s3_access("bucket")["region"] == "eu-north-1"
+    assert stores._region_for("bucket") == "eu-north-1"
     assert web.asked == ["HEAD /bucket"]
     monkeypatch.setenv("AWS_REGION", "eu-west-1")  # which obstore reads itself
-    assert "region" not in stores._s3_access("bucket")
-    stores._region_of.cache_clear()
+    assert stores._region_for("bucket") is None
+
+
+def test_a_region_that_cannot_be_found_out_now_is_asked_for_again(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = failing(403, x_amz_bucket_region="eu-north-1")
+    web.answers["/bucket"] = in_turn(faults.hang_up, failing(503), found)
+    monkeypatch.setattr(stores, "_AWS", web.url)
+    rule = "where AWS has the bucket could not be found out; set AWS_REGION"
+    with pytest.raises(SourceError, match=rule):
+        list_images("s3://bucket/photos")
+    with pytest.raises(AttemptError, match=rule):
+        stores.open_store("s3", "bucket")
+    assert stores._region_for("bucket") == "eu-north-1"
+    assert stores._region_for("bucket") == "eu-north-1"
+    assert len(web.asked) == 3
+    web.answers["/nowhere"] = failing(404)
+    assert stores._region_for("nowhere") is None  # which whoever reads it is told
+
+
+def test_a_profile_may_name_its_server(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("boto3")
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws/config").write_text(
+        "[profile work]\naws_access_key_id = theirs\naws_secret_access_key = secret\n"
+        f"region = mars\nendpoint_url = {web.url}\n"
+    )
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    web.answers[PATH] = GOOD
+    assert read_bytes(URL) == b"content"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")  # says more
+    stores._new_store.cache_clear()
+    assert "Connection refused" in str(refusal())
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_plain"), [("http://minio:9000", True), ("https://minio", False), ("", False)]
+)
+def test_only_an_endpoint_without_tls_is_asked_without(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, is_plain: bool
+) -> None:
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    names = {"s3": "AWS_ENDPOINT_URL", "gs": "GOOGLE_BASE_URL", "abfs": "AZURE_STORAGE_ENDPOINT"}
+    for kind, name in names.items():
+        if endpoint:
+            monkeypatch.setenv(name, endpoint)
+        options: Any = stores.open_store(kind, "bucket").client_options
+        assert ("allow_http" in options) is is_plain
 
 
 # Google's and Microsoft's servers say these always, and obstore wants them.
@@ -391,6 +442,22 @@ def test_azure_containers_are_listed_and_read(
     assert contents(listing) == {"a.jpg": b"content"}
     web.answers[PATH] = failing(403)
     assert "set AZURE_STORAGE_ACCOUNT_KEY" in str(refusal(path))
+
+
+def test_an_account_of_another_cloud_is_refused(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = b"abfss://bucket@account.dfs.core.chinacloudapi.cn/photos/a.jpg"
+    rule = (
+        "the account's host must end in core.windows.net, or AZURE_STORAGE_ENDPOINT be set. "
+        "Received: account.dfs.core.chinacloudapi.cn"
+    )
+    assert str(refusal(url)) == rule
+    with pytest.raises(SourceError, match=rule):
+        list_images(url.decode())
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", web.url)
+    web.answers[PATH] = DATED
+    assert read_bytes(url) == b"content"
 
 
 def test_a_container_without_an_account_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
