@@ -41,7 +41,7 @@ def read_bytes(
             address.
         claim: Called with the number of bytes that the file has in all, as far as that is known,
             before memory is taken for them; it may wait until there is some. It is called again
-            where there are more.
+            where there are more, and where a server is asked again.
 
     Raises:
         ReadError: The file is missing, is no regular file, cannot be read, or is larger than

@@ -27,6 +27,7 @@ from embedder.store.schema import FAILURES
 from tests.cli.test_app import run
 from tests.extraction.test_extract import SMALL, assert_same, counts, vectors_by_id
 from tests.sources.faults import moved
+from tests.sources.faults import failing
 from tests.support import WebServer, body, make_archive, status
 
 
@@ -163,10 +164,10 @@ def test_only_what_may_have_passed_is_tried_again_by_the_next_run(
     web: WebServer, urls: Path, tmp_path: Path, code: int, reason: str, is_passing: bool
 ) -> None:
     healthy = web.answers["/cats/002.jpg"]
-    web.answers["/cats/002.jpg"] = status(code)
+    web.answers["/cats/002.jpg"] = failing(code, Retry_After="0")
     store = embedder.extract(urls, tmp_path / "out", **SMALL)
     (failure,) = store.failures().to_pylist()
-    attempts = ", 5 attempts" if is_passing else ""
+    attempts = ", 6 attempts" if is_passing else ""
     assert failure["error"] == f"HTTP status {code} {reason}{attempts}"
     assert failure["passing"] is is_passing
     web.answers["/cats/002.jpg"] = healthy
