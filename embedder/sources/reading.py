@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -118,8 +119,8 @@ def _read_file(path: bytes, claim: Callable[[int], None]) -> bytes:
         claim(num_bytes)
         content = file.read(num_bytes + 1)
         if len(content) > num_bytes:  # it grows, or it is a file of /proc, which say 0
-            content += file.read(MAX_FILE_BYTES + 1 - len(content))
-            check_size(len(content))
+            chunks = itertools.chain([content], iter(lambda: file.read(_CHUNK_BYTES), b""))
+            return gather(chunks, None, claim)
     return content
 
 

@@ -26,8 +26,7 @@ from embedder.sources.listing import list_images
 from embedder.store.schema import FAILURES
 from tests.cli.test_app import run
 from tests.extraction.test_extract import SMALL, assert_same, counts, vectors_by_id
-from tests.sources.faults import moved
-from tests.sources.faults import failing
+from tests.sources.faults import failing, moved
 from tests.support import WebServer, body, make_archive, status
 
 

@@ -29,6 +29,12 @@ def test_the_size_of_a_file(tmp_path: Path) -> None:
     assert claims(bytes(tmp_path / "a.jpg")) == [len(CONTENT)]
 
 
+def test_more_where_a_file_is_larger_than_it_says() -> None:
+    found: list[int] = []
+    assert read_bytes(b"/proc/self/status", claim=found.append).startswith(b"Name:")
+    assert found == [0, 2**24]
+
+
 def test_the_length_that_a_web_server_tells(web: WebServer) -> None:
     web.answers["/a.jpg"] = WHOLE
     assert claims(f"{web.url}/a.jpg".encode()) == [len(CONTENT)]
