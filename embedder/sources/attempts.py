@@ -62,6 +62,21 @@ class Limits(NamedTuple):
     total_seconds: float
     deadline: float
 
+    def remaining_seconds(self) -> float:
+        """Until the deadline.
+
+        Raises:
+            AttemptError: It is over.
+        """
+        seconds = self.deadline - time.monotonic()
+        if seconds <= 0:
+            raise self.too_late()
+        return seconds
+
+    def too_late(self) -> "AttemptError":
+        """What to say once the deadline is over."""
+        return AttemptError(f"not read within {self.total_seconds:g} seconds")
+
 
 class AttemptError(Exception):
     """An attempt failed, and the next may not.

@@ -5,14 +5,8 @@ kept from it.
 """
 
 import contextlib
-import functools
 import http.client
-import io
-import ipaddress
-import os
-import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
@@ -21,8 +15,7 @@ from urllib.parse import unquote, urljoin
 
 import urllib3
 from urllib3 import exceptions
-from urllib3.connection import HTTPConnection, HTTPSConnection, port_by_scheme
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import port_by_scheme
 from urllib3.util import Url
 
 from embedder.errors import ReadError
@@ -34,6 +27,7 @@ from embedder.sources.attempts import (
     Limits,
     read_patiently,
 )
+from embedder.sources.connections import attempt, pools_of
 from embedder.sources.reading import gather
 from embedder.sources.urls import WEB_SCHEMES
 
@@ -43,21 +37,6 @@ _FINISH_SECONDS = 1  # for a body that nobody wants
 # An image is compressed already; a body packed once more would be unpacked for nothing.
 _HEADERS = {"User-Agent": DISTRIBUTION, "Accept-Encoding": "identity"}
 _PACKINGS = {"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"}
-# Idle connections kept: to so many servers, so many each. More threads than that open new ones.
-_NUM_SERVERS, _NUM_CONNECTIONS = 16, 256
-_REFUSED = "redirected to a private address, which --allow-private permits"
-_PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses, as networks of IPv6 write them
-_lock = threading.Lock()
-
-
-class _Attempt(threading.local):
-    """What the thread is at, for the connections that it uses, which all threads share."""
-
-    limits: Limits
-
-
-_attempt = _Attempt()
 
 
 def read_web(url: str, allow_private: bool, claim: Callable[[int], None]) -> bytes:
@@ -79,7 +58,7 @@ def _get(url: str, allow_private: bool, claim: Callable[[int], None], limits: Li
     """One attempt, with all its redirects."""
     named = target = _parsed(url, "the URL cannot be understood")
     for _ in range(MAX_REDIRECTS + 1):
-        pools = _pools_of(is_checked=not (allow_private or target.host == named.host))
+        pools = pools_of(is_checked=not (allow_private or target.host == named.host))
         auth = named.auth if _origin(target) == _origin(named) else None
         response = _ask(pools, target, auth, limits)
         try:
@@ -110,8 +89,8 @@ def _ask(pools: urllib3.PoolManager, url: Url, auth: str | None, limits: Limits)
     headers = _HEADERS
     if auth is not None:
         headers = headers | urllib3.make_headers(basic_auth=unquote(auth))
-    _attempt.limits = limits
-    connect_seconds = min(limits.connect_seconds, _remaining_seconds(limits))
+    attempt.limits = limits
+    connect_seconds = min(limits.connect_seconds, limits.remaining_seconds())
     timeout = urllib3.Timeout(connect=connect_seconds, read=limits.idle_seconds)
     try:
         pool = pools.connection_from_host(url.host, url.port, url.scheme)
@@ -129,17 +108,6 @@ def _ask(pools: urllib3.PoolManager, url: Url, auth: str | None, limits: Limits)
         raise ReadError("the URL cannot be understood") from error
     except exceptions.HTTPError as error:
         raise _trouble_of(error, limits) from error
-
-
-def _remaining_seconds(limits: Limits) -> float:
-    remaining_seconds = limits.deadline - time.monotonic()
-    if remaining_seconds <= 0:
-        raise _too_late(limits)
-    return remaining_seconds
-
-
-def _too_late(limits: Limits) -> AttemptError:
-    return AttemptError(f"not read within {limits.total_seconds:g} seconds")
 
 
 def _body(response: Any, claim: Callable[[int], None], limits: Limits) -> bytes:
@@ -167,8 +135,8 @@ def _chunks(response: Any) -> Iterator[bytes]:
 
 def _finish(response: Any) -> None:
     """Read a short body that nobody wants, so that its connection can be used again."""
-    deadline = min(_attempt.limits.deadline, time.monotonic() + _FINISH_SECONDS)
-    _attempt.limits = _attempt.limits._replace(deadline=deadline)
+    deadline = min(attempt.limits.deadline, time.monotonic() + _FINISH_SECONDS)
+    attempt.limits = attempt.limits._replace(deadline=deadline)
     # What was wanted is in the headers.
     with contextlib.suppress(exceptions.HTTPError, AttemptError):
         # A body of unknown length ends with a second, empty read.
@@ -226,7 +194,7 @@ def _target(url: Url, location: str) -> Url:
 def _trouble_of(error: exceptions.HTTPError, limits: Limits) -> Exception:
     """What went wrong, in words that are the same for every image."""
     if time.monotonic() >= limits.deadline:
-        return _too_late(limits)
+        return limits.too_late()
     cause = error.__cause__ or next((arg for arg in error.args if isinstance(arg, OSError)), None)
     why = getattr(cause, "strerror", None) or type(cause or error).__name__
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -245,109 +213,3 @@ def _trouble_of(error: exceptions.HTTPError, limits: Limits) -> Exception:
     if isinstance(cause, http.client.RemoteDisconnected):
         return AttemptError("the server hung up without an answer")
     return AttemptError(f"the connection broke: {why}")
-
-
-def _pools_of(is_checked: bool) -> urllib3.PoolManager:
-    """Connections that all threads share.
-
-    Args:
-        is_checked: Whether they go to public addresses only.
-    """
-    with _lock:
-        return _new_pools(os.getpid(), is_checked)  # a fork shares no connections
-
-
-@functools.cache
-def _new_pools(process: int, is_checked: bool) -> urllib3.PoolManager:  # noqa: ARG001
-    pools = urllib3.PoolManager(_NUM_SERVERS, maxsize=_NUM_CONNECTIONS)
-    if is_checked:
-        pools.pool_classes_by_scheme = {"http": _PublicHTTPPool, "https": _PublicHTTPSPool}
-    else:
-        pools.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
-    return pools
-
-
-class _Timed(io.RawIOBase):
-    """What comes from a server, until the deadline of the attempt: of whatever it comes part."""
-
-    def __init__(self, raw: io.RawIOBase, connection: socket.socket) -> None:
-        self._raw = raw
-        self._connection = connection
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        limits = _attempt.limits
-        self._connection.settimeout(min(limits.idle_seconds, _remaining_seconds(limits)))
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    """One that ends at its deadline, whatever the server does: drip, or say `100 Continue`."""
-
-    def __init__(self, connection: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(connection, *args, **kwargs)
-        self.fp = io.BufferedReader(_Timed(self.fp.detach(), connection))
-
-
-class _Connection(HTTPConnection):
-    response_class = _Response
-
-
-class _SecureConnection(_Connection, HTTPSConnection):
-    pass
-
-
-class _HTTPPool(HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _HTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _SecureConnection
-
-
-class _PublicConnection(_Connection):
-    """To a public address: the one that is connected to, whatever a name says."""
-
-    def _new_conn(self) -> socket.socket:
-        with contextlib.suppress(OSError, UnicodeError):  # connecting tells of it
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-            for *_, address in found:
-                _check_public(address[0])
-        connected = super()._new_conn()
-        try:
-            # A name may lead elsewhere now. Nothing has been sent yet.
-            _check_public(connected.getpeername()[0])
-        except BaseException:
-            connected.close()
-            raise
-        return connected
-
-
-def _check_public(address: object) -> None:
-    parsed = ipaddress.ip_address(str(address))
-    if isinstance(parsed, ipaddress.IPv6Address):
-        is_wrapped = parsed.ipv4_mapped is not None or parsed in _NAT64
-        if is_wrapped:
-            parsed = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
-        elif parsed not in _PUBLIC_IPV6 or parsed.sixtofour is not None:
-            raise ReadError(_REFUSED)
-    if not parsed.is_global or parsed.is_multicast:
-        raise ReadError(_REFUSED)
-
-
-class _PublicSecureConnection(_PublicConnection, HTTPSConnection):
-    pass
-
-
-class _PublicHTTPPool(HTTPConnectionPool):
-    ConnectionCls = _PublicConnection
-
-
-class _PublicHTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _PublicSecureConnection

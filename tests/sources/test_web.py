@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from embedder.errors import ReadError
-from embedder.sources import attempts, reading, web as module
+from embedder.sources import attempts, connections, reading, web as module
 from embedder.sources.attempts import Patience
 from embedder.sources.reading import read_bytes
 from tests.sources import faults
@@ -334,7 +334,7 @@ def test_a_redirect_to_a_private_address_is_refused(web: WebServer, location: st
     "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8"]
 )
 def test_public_addresses_are_no_private_ones(address: str) -> None:
-    module._check_public(address)
+    connections.check_public(address)
 
 
 def test_a_redirect_to_a_private_address_can_be_allowed(web: WebServer) -> None:
