@@ -154,7 +154,7 @@ def print_summary(summary: "Summary") -> None:
         facts["speed"] = (
             f"{summary.images_per_second:,.1f} images/s, {summary.seconds_total:,.1f} s in all"
         )
-        facts["stages"] = f"{stages} (summed over threads)"
+        facts["stages"] = f"{stages} (summed over processes and threads)"
         facts["bottleneck"] = summary.bottleneck
     facts["store"] = summary.store
     facts["next"] = f"embedder inspect {shell_word(summary.store)}"

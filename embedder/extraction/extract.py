@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -91,8 +91,9 @@ def run_extraction(
         pool = None
         if options.scheduler:
             pool = stack.enter_context(cluster.connect(options.scheduler, 0))
-        listing = source if isinstance(source, Listing) else list_images(source)
-        listing = replace(listing, refs=share_of(listing.refs, part))
+        listing = _listing_of(source, part)
+        if not all(map(os.path.exists, recipes)):  # a new store, so there is work
+            _start_decoders(options, runtime)
         watch.enter("preparing the network")
         for recipe in recipes.values():
             _check_columns(listing.refs, recipe)
@@ -105,12 +106,19 @@ def run_extraction(
             watch.enter("comparing with the store")
             targets = [compare(*both, listing.refs, options, runtime) for both in begun]
             if any(target.has_work for target in targets):
+                _start_decoders(options, runtime)
                 if pool is None:
-                    pool = stack.enter_context(_local_workers(options, runtime))
+                    num_workers = _num_local_workers(options, runtime)
+                    pool = stack.enter_context(cluster.connect(None, num_workers, runtime.gpus))
                 with _settled(targets):
                     _refresh(pool, targets, watch)
                     _embed(pool, targets, options.shard_size, watch)
     return [summary for _, summary in begun]
+
+
+def _listing_of(source: str | os.PathLike[str] | Listing, part: Part | None) -> Listing:
+    listing = source if isinstance(source, Listing) else list_images(source)
+    return replace(listing, refs=share_of(listing.refs, part))
 
 
 def _part_of(options: RunOptions) -> Part | None:
@@ -142,12 +150,15 @@ def _runtime_of(recipes: dict[str, Recipe], options: RunOptions) -> Runtime:
     return runtime
 
 
-def _local_workers(options: RunOptions, runtime: Runtime) -> AbstractContextManager[Pool]:
-    """Workers on this machine; the decoders of one that is this process start at once."""
-    num_workers = options.workers or len(runtime.gpus) or 1
-    if num_workers == 1:
+def _num_local_workers(options: RunOptions, runtime: Runtime) -> int:
+    """Worker processes on this machine; 1 is this process, and 0 those of a scheduler."""
+    return 0 if options.scheduler else options.workers or len(runtime.gpus) or 1
+
+
+def _start_decoders(options: RunOptions, runtime: Runtime) -> None:
+    """Start what is wanted soon, if this process is the worker; a second time does nothing."""
+    if _num_local_workers(options, runtime) == 1:
         start_ahead(options.decoders or num_cores())
-    return cluster.connect(None, num_workers, runtime.gpus)
 
 
 def _begin(
