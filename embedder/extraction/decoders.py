@@ -132,6 +132,8 @@ class DecoderPool:
         # All that follows is for who holds the lock of `_changed`.
         self._changed = threading.Condition()
         self._free = list(range(num_batches))  # the last one is the next: its memory is there
+        self._num_handed_over = 0
+        self._is_full = False
         self._feeds: list[Feed] = []
         self._num_serving = 0
         self._num_pixels_free = MAX_PIXELS  # of large images
@@ -165,7 +167,21 @@ class DecoderPool:
         """Take a batch back that a feed handed over."""
         with self._changed:
             self._free.append(batch)
-            self._changed.notify_all()
+            self._num_handed_over -= 1
+            if self._may_open():
+                self._changed.notify_all()
+
+    def _may_open(self) -> bool:
+        """Whether batches may be opened: once there were none, when half of them are free again.
+
+        Decoders then work in bursts. To wake for each batch would take the cores from the network
+        again and again, and what it has in their caches.
+        """
+        if not self._free:
+            self._is_full = True
+        elif len(self._free) >= len(self.shared.batches) // 2 or not self._num_handed_over:
+            self._is_full = False
+        return not self._is_full
 
     # What the thread of a decoder does. ----------------------------------------------------------
 
@@ -228,7 +244,8 @@ class DecoderPool:
             pace.is_remote = feed.is_remote
             # Towards the end less, so that all decoders have work until then.
             share = math.ceil(feed.num_waiting / self.num_decoders)
-            if tasks := feed.take(min(pace.room(len(in_hand)), share), self._free):
+            free = self._free if self._may_open() else []
+            if tasks := feed.take(min(pace.room(len(in_hand)), share), free):
                 return tasks
         return []
 
@@ -366,6 +383,7 @@ class Feed:
         """Take a batch out of the feed's hands: `DecoderPool.release` takes it back."""
         with self._pool._changed:
             self._open.remove(batch)
+            self._pool._num_handed_over += 1
 
     def close(self) -> None:
         """End, or give up; batches are free as soon as no decoder writes into them."""
