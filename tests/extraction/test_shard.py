@@ -46,10 +46,7 @@ def run(
 
 def assert_all_batches_come_back(state: WorkerState) -> None:
     """Those of a shard that was given up do when decoders have let go of them."""
-    deadline = time.monotonic() + 30
-    while state.decoders.num_free < len(state.decoders.shared.batches):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: state.decoders.num_free == len(state.decoders.shared.batches))
 
 
 def expected_colours(recipe: Recipe, folder: Path) -> dict[str, NDArray[np.float32]]:
@@ -322,30 +319,44 @@ def test_a_shard_that_is_given_up_returns_its_batches(
     assert_all_batches_come_back(state)
 
 
-def test_decoding_waits_where_the_network_has_all_it_can_take(
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_decoding_waits_for_the_network_and_goes_on_in_bursts(
     tmp_path: Path, mean_colour_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoders, "_MAX_AHEAD", 4)
     folder = make_archive(tmp_path / "photos", 80)
-    may_go_on = threading.Event()
-    engine = MeanColour(batch_size=4, before=lambda _: assert_set(may_go_on))
+    calls = threading.Semaphore(0)
+    engine = MeanColour(batch_size=4, before=lambda _: assert_let(calls))
     state = WorkerState(mean_colour_recipe, engine, 2, decoders.Feeding(read_ahead=1))
+    pool = state.decoders
     with ThreadPoolExecutor(1) as threads:
         done = threads.submit(run, mean_colour_recipe, folder, tmp_path / "out", state)
-        deadline = time.monotonic() + 30
-        while state.decoders.num_free:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        (feed,) = state.decoders._feeds
-        num_slots = 4 * len(state.decoders.shared.batches)
-        assert num_slots < 80
-        assert feed.num_waiting == 80 - num_slots
-        may_go_on.set()
+        try:
+            wait_until(lambda: pool.num_free == 0)
+            (feed,) = pool._feeds
+            num_batches = len(pool.shared.batches)
+            num_waiting = 80 - 4 * num_batches
+            assert num_waiting > 0
+            assert feed.num_waiting == num_waiting
+            for number in range(1, num_batches // 2):
+                calls.release()
+                wait_until(lambda n=number: pool.num_free == n)
+                assert feed.num_waiting == num_waiting
+            calls.release()
+            wait_until(lambda: feed.num_waiting < num_waiting)
+        finally:
+            calls.release(100)
         assert done.result()[1].num_embedded == 80
 
 
-def assert_set(event: threading.Event) -> None:
-    assert event.wait(timeout=60)
+def assert_let(calls: threading.Semaphore) -> None:
+    assert calls.acquire(timeout=60)
 
 
 def test_the_next_shard_is_fed_while_the_last_one_drains(
