@@ -72,9 +72,11 @@ resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def fill_memory():
-    blocks = [bytearray(2**25) for _ in range(128)]  # of the address space alone
+    import numpy
+
+    blocks = [numpy.zeros(2**25, numpy.uint8) for _ in range(128)]  # of the address space alone
     for block in blocks:
-        block[::4096] = b"\1" * 2**13
+        block[::4096] = 1
     os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does at last, but before others suffer
 
 

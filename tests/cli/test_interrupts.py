@@ -162,6 +162,7 @@ def test_a_closed_terminal_ends_the_run(
 def test_the_second_signal_ends_the_run_without_a_record(
     archive: Path, tmp_path: Path, stuck: dict[str, str]
 ) -> None:
+    (archive / "dogs" / "stuck.png").unlink()
     # No thread of a worker that is writing a shard runs, so it is to be killed.
     stuck["KEEPS_PYTHON_TO_ITSELF"] = "1"
     process = start(extract_command(archive, tmp_path / "out", "--workers", "2"), env=stuck)
