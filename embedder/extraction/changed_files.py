@@ -18,10 +18,9 @@ import pyarrow.compute as pc
 
 from embedder.columns import extra_columns
 from embedder.errors import ReadError
-from embedder.extraction.decoder_process import is_local
 from embedder.extraction.decoders import DEFAULT_FEEDING, Feeding
 from embedder.extraction.shard import Stopped
-from embedder.sources import ByteBudget, sha256_of
+from embedder.sources import ByteBudget, is_local, sha256_of
 from embedder.store import Store, own_fields, rewriting
 
 # Of images behind URLs, which are whole in memory while they are read and hashed; local files

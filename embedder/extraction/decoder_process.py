@@ -42,7 +42,7 @@ from embedder.decode import MAX_ORDINARY_PIXELS, LargeImage, prepare_decoders
 from embedder.extraction.buffers import SharedBatches, shared_numbers
 from embedder.extraction.images import EncodedImage, LoadedImage, decode_image, read_image
 from embedder.pixels import Pixels
-from embedder.sources import ByteBudget, Claim, scheme_of
+from embedder.sources import ByteBudget, Claim, is_local, scheme_of
 from embedder.store import Failure
 
 # What decoding one image may take beside what the process has. The largest image that is let in,
@@ -187,7 +187,7 @@ class DecoderProcess:
 
         self._in_threads[number] = task, time.monotonic()
         try:
-            image = read_image(task.path, task.place.allow_private, need)
+            image = read_image(task.path, allow_private=task.place.allow_private, claim=need)
         except BaseException as error:  # noqa: BLE001 - of a library, and else nobody would hear
             failure = Failure("read", f"{type(error).__name__}: {error}", is_passing=True)
             image = EncodedImage(failure, 0.0)
@@ -213,7 +213,7 @@ class DecoderProcess:
     def _load(self, task: _Task) -> None:
         """Read and decode an image, with nothing beside it."""
         self._begin(task, STAGES.index("read"))
-        image = read_image(task.path, task.place.allow_private)
+        image = read_image(task.path, allow_private=task.place.allow_private)
         self._times.waited += image.seconds
         self._decode(task, image)
 
@@ -284,11 +284,6 @@ class DecoderProcess:
 
 def _seconds_to_read(task: _Task) -> float:
     return task.place.seconds if is_local(task.path) else _REMOTE_SECONDS
-
-
-def is_local(path: bytes) -> bool:
-    """Whether a ref's path is that of a file."""
-    return scheme_of(path) in (None, "file")
 
 
 def whole_paths(paths: Sequence[bytes]) -> list[bytes]:

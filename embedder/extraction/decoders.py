@@ -21,10 +21,11 @@ from embedder.errors import EngineError
 from embedder.extraction import decoder_link
 from embedder.extraction.buffers import SharedBatches
 from embedder.extraction.decoder_link import DecoderDied, DecoderLink
-from embedder.extraction.decoder_process import Times, is_local, too_long, whole_paths
+from embedder.extraction.decoder_process import Times, too_long, whole_paths
 from embedder.extraction.record import Work
 from embedder.files import os_errors_as
 from embedder.pixels import Pixels
+from embedder.sources import is_local
 from embedder.store import Failure
 
 _AHEAD_SECONDS = 0.04  # of work that a decoder has in hand

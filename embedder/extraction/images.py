@@ -2,8 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from embedder.decode import MAX_PIXELS, DecodedImage, LargeImage, decode_rgb
 from embedder.errors import DecodeError, ReadError
@@ -38,20 +37,16 @@ def load_image(path: bytes, recipe: "Recipe | Pixels") -> LoadedImage:
     return decode_image(read_image(path), recipe)
 
 
-def read_image(
-    path: bytes, allow_private: bool = False, claim: Callable[[int], None] | None = None
-) -> EncodedImage:
+def read_image(path: bytes, **options: Any) -> EncodedImage:
     """Read one image; what goes wrong is its content.
 
     Args:
         path: That of its ref.
-        allow_private: As in `sources.read_bytes`.
-        claim: As in `sources.read_bytes`.
+        **options: As `sources.read_bytes` takes them.
     """
     begin = time.perf_counter()
     try:
-        options = {} if claim is None else {"claim": claim}
-        content: bytes | Failure = read_bytes(path, allow_private=allow_private, **options)
+        content: bytes | Failure = read_bytes(path, **options)
     except ReadError as error:
         content = Failure("read", str(error), error.is_passing)
     return EncodedImage(content, time.perf_counter() - begin)

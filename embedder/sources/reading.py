@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from embedder.errors import ReadError
-from embedder.sources.urls import BUCKET_SCHEMES, WEB_SCHEMES, scheme_of, with_plain_scheme
+from embedder.sources.urls import (
+    AFTER_SCHEME,
+    BUCKET_SCHEMES,
+    WEB_SCHEMES,
+    file_of,
+    is_local,
+    with_plain_scheme,
+)
 
 MAX_FILE_BYTES = 2**30  # no image file is larger; reading one would fill the memory
 _CHUNK_BYTES = 2**20
@@ -49,10 +56,9 @@ def read_bytes(
             `MAX_FILE_BYTES`. It says whether that may pass.
     """
     with _read_errors():
-        scheme = scheme_of(path)
-        if scheme is None or scheme == "file":
-            return _read_file(path if scheme is None else path[len(b"file://") :], claim)
-        return _read_url(with_plain_scheme(path.decode()), scheme, allow_private, claim)
+        if is_local(path):
+            return _read_file(file_of(path), claim)
+        return _read_url(with_plain_scheme(path.decode()), allow_private, claim)
 
 
 def sha256_of(
@@ -72,9 +78,8 @@ def sha256_of(
         ReadError: As in `read_bytes`.
     """
     with _read_errors():
-        scheme = scheme_of(path)
-        if scheme is None or scheme == "file":
-            return _sha256_of_file(path if scheme is None else path[len(b"file://") :])
+        if is_local(path):
+            return _sha256_of_file(file_of(path))
     content = read_bytes(path, allow_private=allow_private, claim=claim)
     return hashlib.sha256(content).hexdigest()
 
@@ -100,7 +105,8 @@ def _read_errors() -> Iterator[None]:
         raise ReadError(f"{type(error).__name__}: {error}", is_passing=True) from error
 
 
-def _read_url(url: str, scheme: str, allow_private: bool, claim: Callable[[int], None]) -> bytes:
+def _read_url(url: str, allow_private: bool, claim: Callable[[int], None]) -> bytes:
+    scheme = url.partition(AFTER_SCHEME)[0]
     if scheme in WEB_SCHEMES:
         from embedder.sources.web import read_web
 

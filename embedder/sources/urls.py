@@ -43,6 +43,16 @@ def scheme_of(place: str | bytes) -> str | None:
     return scheme.lower() if is_url else None
 
 
+def is_local(path: bytes) -> bool:
+    """Whether a ref's path is that of a file, also as `file://`."""
+    return scheme_of(path) in (None, "file")
+
+
+def file_of(path: bytes) -> bytes:
+    """The file that a ref's path names, if it is local."""
+    return path if scheme_of(path) is None else path[len(b"file://") :]
+
+
 def with_plain_scheme(url: str) -> str:
     """A URL whose scheme is in lower case, which the libraries want that read it."""
     scheme, between, rest = url.partition(AFTER_SCHEME)
