@@ -30,7 +30,7 @@ def extract(
     store_dtype: Literal["float32", "float16"] | None = None,
     l2_normalise: bool | None = None,
     views: int | None = None,
-    engine: Literal["auto", "openvino", "tensorflow"] = "auto",
+    engine: Literal["auto", "openvino", "tensorflow", "jax"] = "auto",
     batch_size: int | None = None,
     shard_size: int = 1024,
     workers: int | None = None,
@@ -78,8 +78,8 @@ def extract(
         l2_normalise: Whether vectors are divided by their Euclidean length.
         views: Vectors of each image: of the image as it is, and of random parts of it, perhaps
             mirrored, in other colours.
-        engine: What runs the network; auto takes tensorflow where there is a GPU, and openvino
-            elsewhere.
+        engine: What runs the network; auto takes jax or tensorflow, whichever can use the GPU and
+            is faster, and openvino where there is no GPU.
         batch_size: Images in a batch. If not given, the smallest at which the engine is as fast as
             it gets: measured by the first run that is long enough to gain by it, and remembered.
         shard_size: Images in a shard: the unit of work, of output and of what a crash can lose. Its
@@ -199,7 +199,7 @@ def predict(
     top_k: int = 5,
     store: str | None = None,
     *,
-    engine: Literal["auto", "openvino", "tensorflow"] = "auto",
+    engine: Literal["auto", "openvino", "tensorflow", "jax"] = "auto",
     batch_size: int | None = None,
     shard_size: int = 1024,
     workers: int | None = None,
@@ -228,8 +228,8 @@ def predict(
         top_k: How many of the most probable classes to write.
         store: Store to keep the features of the images in; None to keep their logits alone, hidden
             beside `out`.
-        engine: What runs the network; auto takes tensorflow where there is a GPU, and openvino
-            elsewhere.
+        engine: What runs the network; auto takes jax or tensorflow, whichever can use the GPU and
+            is faster, and openvino where there is no GPU.
         batch_size: Images in a batch. If not given, the smallest at which the engine is as fast as
             it gets: measured by the first run that is long enough to gain by it, and remembered.
         shard_size: Images in a shard: the unit of work, of output and of what a crash can lose. Its
@@ -309,7 +309,7 @@ def finetune(
     patience: int = 5,
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     seed: int = 0,
-    engine: Literal["auto", "openvino", "tensorflow"] = "auto",
+    engine: Literal["auto", "openvino", "tensorflow", "jax"] = "auto",
     workers: int | None = None,
     quiet: bool = False,
     on_progress: OnProgress | None = None,
@@ -349,8 +349,8 @@ def finetune(
         patience: Epochs without gain before the end.
         precision: Of training; auto is bfloat16 on GPUs that have it.
         seed: Of all that is random.
-        engine: What runs the network; auto takes tensorflow where there is a GPU, and openvino
-            elsewhere.
+        engine: What runs the network; auto takes jax or tensorflow, whichever can use the GPU and
+            is faster, and openvino where there is no GPU.
         workers: Local worker processes, where 1 works within this process. If not given, one per
             GPU, or 1 where there is none.
         quiet: As in `extract`.

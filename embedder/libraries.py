@@ -1,6 +1,7 @@
 """Heavy libraries, imported where they are first needed, and the package's logger."""
 
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from embedder import __version__
+from embedder.errors import EngineError
 
 logger = logging.getLogger("embedder")
 # What `pip install` knows this package by; PyPI has an unrelated project `embedder`.
@@ -17,13 +19,41 @@ DISTRIBUTION = "image-embedder"
 
 
 def import_keras() -> Any:
-    """Import Keras on TensorFlow, without TensorFlow's chatter on standard error."""
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _import_lock, _silent_standard_error():
-        import keras
+    """Import Keras on its backend in this process, without chatter on standard error.
+
+    Where nothing has been chosen that is TensorFlow, or JAX where there is no TensorFlow.
+    """
+    with _import_lock:
+        if "keras" not in sys.modules and "KERAS_BACKEND" not in os.environ:
+            has_tensorflow = importlib.util.find_spec("tensorflow") is not None
+            os.environ["KERAS_BACKEND"] = "tensorflow" if has_tensorflow else "jax"
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        with _silent_standard_error():
+            import keras
 
     return keras
+
+
+def keras_backend() -> str | None:
+    """What Keras runs on in this process, for good; None as long as nothing has been chosen."""
+    if "keras" in sys.modules:
+        backend: str = sys.modules["keras"].config.backend()
+        return backend
+    return os.environ.get("KERAS_BACKEND")
+
+
+def choose_keras_backend(name: str) -> None:
+    """Have Keras run on a backend in this process: `tensorflow` or `jax`.
+
+    Raises:
+        EngineError: It runs on another.
+    """
+    if (now := keras_backend()) not in (None, name):
+        raise EngineError(
+            f"Keras has one backend in a process, and this needs {name}. Received: a process in "
+            f"which it runs on {now}; start another, without KERAS_BACKEND={now}"
+        )
+    os.environ["KERAS_BACKEND"] = name
 
 
 def import_openvino() -> Any:
@@ -40,6 +70,8 @@ def versions() -> dict[str, str]:
         "keras",
         "tensorflow",
         "tensorflow-cpu",
+        "jax",
+        "jaxlib",
         "openvino",
         "pillow",
         "cykooz-resizer",
@@ -64,7 +96,7 @@ _import_lock = threading.Lock()
 @contextmanager
 def _silent_standard_error() -> Iterator[None]:
     """Discard what native code writes to standard error: the log level does not stop all of it."""
-    if "tensorflow" in sys.modules:
+    if "tensorflow" in sys.modules or os.environ.get("KERAS_BACKEND") != "tensorflow":
         yield
         return
     kept = os.dup(2)

@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path("/")  # where the system's files are; another folder in tests
@@ -32,8 +33,33 @@ def memory_bytes(root: Path = _ROOT) -> int:
     return min(limits)
 
 
-def gpus(root: Path = _ROOT) -> list[str]:
-    """GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them.
+@dataclass(frozen=True)
+class Gpu:
+    """A card that this process may use, and what is known of it.
+
+    Attributes:
+        id: As `CUDA_VISIBLE_DEVICES` names it.
+        name: Such as `NVIDIA H100 80GB HBM3`; empty if not known.
+        compute_capability: What NVIDIA counts generations by, such as (9, 0); None if not known.
+        memory_bytes: All of its memory; 0 if not known.
+        driver: Version of NVIDIA's driver, such as `580.159.04`; empty if not known.
+        pci: Address, such as `0000:3b:00.0`; empty if not known.
+    """
+
+    id: str
+    name: str = ""
+    compute_capability: tuple[int, int] | None = None
+    memory_bytes: int = 0
+    driver: str = ""
+    pci: str = ""
+
+    def __str__(self) -> str:
+        """What it is called."""
+        return self.name or f"GPU {self.id}"
+
+
+def gpus(root: Path = _ROOT) -> list[Gpu]:
+    """GPUs that this process may use.
 
     Asked of NVIDIA's driver for Linux: asking TensorFlow would take seconds, and fix the
     process's choice.
@@ -41,8 +67,8 @@ def gpus(root: Path = _ROOT) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = sorted((root / "proc/driver/nvidia/gpus").glob("*"))
     if not found or visible is None:
-        return [str(number) for number in range(len(found))]
-    return [name for name in visible.split(",") if name not in ("", "-1")]
+        return [Gpu(str(number)) for number in range(len(found))]
+    return [Gpu(name) for name in visible.split(",") if name not in ("", "-1")]
 
 
 def cache_folder() -> Path:

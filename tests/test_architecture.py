@@ -47,6 +47,7 @@ DOORS = {
     "IPython": {"progress"},
     "h5py": {"backbones"},
     "jinja2": {"report"},
+    "jax": {"engines"},
     "keras_hub": {"backbones"},
     "keras": {"libraries", "backbones", "heads", "inference", "finetuning"},
     "onnx": {"inference"},

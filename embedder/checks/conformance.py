@@ -14,9 +14,9 @@ from embedder.backbones import load_network, row_of
 from embedder.checks.check import Check
 from embedder.columns import EMBEDDING
 from embedder.decode import decode_rgb
-from embedder.engines import ENGINES, Runtime, choose, load
+from embedder.engines import Runtime, available_engines, call_apart, choose, load, runs_here
 from embedder.libraries import import_keras
-from embedder.machine import num_cores
+from embedder.machine import Gpu, num_cores
 from embedder.recipe import Recipe
 
 MIN_COSINE = 0.9999  # between engines, to plain Keras, and of a stored vector to one made again
@@ -74,11 +74,11 @@ def _channel_order(preprocessed: NDArray[np.float32], card: NDArray[np.uint8]) -
     return ("RGB", "GRB", "BGR")[int(np.argmax(follows))]
 
 
-def check_features(recipe: Recipe, gpus: Sequence[str]) -> list[Check]:
-    """Compare each engine with plain Keras on a test card, alone and in a batch.
+def check_features(recipe: Recipe, gpus: Sequence[Gpu]) -> list[Check]:
+    """Compare each engine that is at hand with plain Keras on a test card, alone and in a batch.
 
     Plain Keras is the network's own `preprocess_input`, `predict`, and the mean over positions.
-    Engines take a GPU of `gpus`, as `machine.gpus` names them, where they can.
+    Engines take one of `gpus` where they can.
     """
     row = row_of(recipe)
     card = colour_bars(recipe.image_size)
@@ -87,7 +87,7 @@ def check_features(recipe: Recipe, gpus: Sequence[str]) -> list[Check]:
     maps = network.predict(np.asarray(row.preprocess(card[None].astype(np.float32))), verbose=0)
     expected = maps[0].reshape(-1, maps.shape[-1]).mean(axis=0)
     checks, alone = [], {}
-    for name in ENGINES:
+    for name in available_engines(gpus):
         runtime = choose(name, gpus)
         alone[name] = embed(recipe, runtime, card[None])[0]
         in_batch = embed(recipe, runtime, batch)[1]
@@ -103,8 +103,8 @@ def check_features(recipe: Recipe, gpus: Sequence[str]) -> list[Check]:
     return [*checks, _check_alike(f"{' and '.join(alone)} agree", *alone.values())]
 
 
-def _check_alike(name: str, vector: NDArray[np.float32], other: NDArray[np.float32]) -> Check:
-    found = cosine(vector, other)
+def _check_alike(name: str, *vectors: NDArray[np.float32]) -> Check:
+    found = min(cosine(vector, vectors[0]) for vector in vectors)
     return Check(name, found >= MIN_COSINE, f"cosine {found:.7f}, at least {MIN_COSINE}")
 
 
@@ -192,6 +192,12 @@ def embed(recipe: Recipe, runtime: Runtime, pixels: NDArray[np.uint8]) -> NDArra
     Returns:
         float32 (n, dim).
     """
+    if not runs_here(runtime.engine):
+        return call_apart(runtime.engine, _embed, recipe, runtime, pixels, with_gpus=True)
+    return _embed(recipe, runtime, pixels)
+
+
+def _embed(recipe: Recipe, runtime: Runtime, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     engine = load(recipe, runtime, len(pixels), num_cores())
     vectors: NDArray[np.float32] = engine.embed(pixels)[EMBEDDING]
     return vectors

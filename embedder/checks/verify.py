@@ -201,7 +201,8 @@ def _audit(store: Store, source: str, num_images: int, seed: int, allow_private:
     chosen = ids[random.permutation(len(ids))[:num_images]]
     rows = _rows_of(store, chosen)
     recipe, head = store.recipe, load_head(store.recipe)
-    engine = engines.load(recipe.of_features, engines.choose("auto", gpus()), 1, num_cores())
+    runtime = engines.choose("auto", gpus(), is_here=True)
+    engine = engines.load(recipe.of_features, runtime, 1, num_cores())
 
     def embed(pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         return finished_vectors(engine.embed(pixels[None]), recipe, head)

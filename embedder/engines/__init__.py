@@ -1,4 +1,4 @@
-"""What runs a network: OpenVINO or TensorFlow."""
+"""What runs a network: OpenVINO, TensorFlow or JAX."""
 
 import lazy_loader
 

@@ -3,13 +3,18 @@ from .batch_size import (
     images_per_second as images_per_second,
     remembered_batch_size as remembered_batch_size,
 )
+from .choice import (
+    available_engines as available_engines,
+    choose as choose,
+    why_not as why_not,
+)
 from .engine import (
     ENGINES as ENGINES,
     Engine as Engine,
     Features as Features,
     Runtime as Runtime,
     check_precision as check_precision,
-    choose as choose,
 )
-from .loading import load as load, prepare as prepare
+from .loading import fastest as fastest, load as load, prepare as prepare
+from .own_process import call_apart as call_apart, runs_here as runs_here
 from .tensorflow import best_training_precision as best_training_precision

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,15 @@ from embedder.libraries import installed
 from embedder.machine import cache_folder
 from embedder.recipe import Recipe
 
-_BATCH_SIZES = {"openvino": (2, 4, 8, 16, 32), "tensorflow": (16, 32, 64, 128, 256, 512)}
+# What is tried. On a GPU each is compiled, which can take half a minute, and a small one leaves
+# most of a card idle.
+_BATCH_SIZES = {
+    ("openvino", "CPU"): (2, 4, 8, 16, 32),
+    ("tensorflow", "CPU"): (16, 32, 64, 128),
+    ("tensorflow", "GPU"): (32, 64, 128, 256, 512, 1024),
+    ("jax", "CPU"): (4, 8, 16, 32, 64),
+    ("jax", "GPU"): (32, 64, 128, 256, 512, 1024),
+}
 _KNEE = 1.03  # a larger batch must be faster by so much: it costs memory and idle time at the end
 _KNEE_SECONDS = 0.5  # of measuring, at each batch size
 
@@ -41,7 +50,7 @@ def find_batch_size(engine: Engine, recipe: Recipe, runtime: Runtime, num_thread
     """
     best, best_speed, num_worse = engine, 0.0, 0
     speeds = {}
-    for batch_size in _BATCH_SIZES[engine.name]:
+    for batch_size in _BATCH_SIZES[engine.name, engine.device]:
         try:
             candidate = engine.resized(batch_size)
             speed = speeds[batch_size] = images_per_second(candidate, recipe)
@@ -85,12 +94,31 @@ def remembered_batch_size(recipe: Recipe, runtime: Runtime, num_threads: int) ->
         runtime: Engine and devices.
         num_threads: That it was found with.
     """
+    found = _remembered(recipe, runtime, num_threads)
+    return None if found is None else found[0]
+
+
+def remembered_speed(recipe: Recipe, runtime: Runtime, num_threads: int) -> float | None:
+    """Images/s of the network alone at what `find_batch_size` found; None if it was never here.
+
+    Args:
+        recipe: Of the network.
+        runtime: Engine and devices.
+        num_threads: That it was found with.
+    """
+    found = _remembered(recipe, runtime, num_threads)
+    return None if found is None else found[1]
+
+
+def _remembered(recipe: Recipe, runtime: Runtime, num_threads: int) -> tuple[int, float] | None:
+    """The batch size that was found, and its images/s."""
     try:
         content = json.loads(_batch_size_file(recipe, runtime, num_threads).read_bytes())
         batch_size = int(content["batch_size"])
+        speed = float(content["images_per_second"][str(batch_size)])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return batch_size if batch_size >= 1 else None
+    return (batch_size, speed) if batch_size >= 1 and math.isfinite(speed) else None
 
 
 def _batch_size_file(recipe: Recipe, runtime: Runtime, num_threads: int) -> Path:

@@ -5,8 +5,8 @@ size: a new shape would cost a compilation, so a smaller last batch is padded by
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol, Self
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from embedder.errors import EngineError, OutOfMemory
 from embedder.libraries import import_openvino
 
-ENGINES = ("openvino", "tensorflow")
+ENGINES = ("openvino", "tensorflow", "jax")
 
 Features = dict[str, NDArray[np.float32]]  # by column of the recipe
 
@@ -34,8 +34,20 @@ class Engine(Protocol):
     batch_size: int
     num_parallel: int
 
-    def embed(self, pixels: NDArray[np.uint8]) -> Features:
-        """Embed one batch, (batch_size, height, width, 3).
+    def upload(self, pixels: NDArray[np.uint8]) -> Any:
+        """Bring one batch to the device, for engines of this name; on a CPU nothing is to be done.
+
+        Args:
+            pixels: uint8 (batch_size, height, width, 3), which must not change until they are
+                embedded.
+
+        Raises:
+            OutOfMemory: The batch is too large for the device.
+        """
+        ...
+
+    def embed(self, pixels: Any) -> Features:
+        """Embed one batch, uint8 (batch_size, height, width, 3), or what `upload` made of it.
 
         Returns:
             By column, float32 (batch_size, dim), or (batch_size, height, width, channels) where
@@ -56,24 +68,6 @@ class Runtime(NamedTuple):
 
     engine: str
     gpus: tuple[str, ...] = ()
-
-
-def choose(name: str, gpus: Iterable[str]) -> Runtime:
-    """Resolve `auto`: TensorFlow where there is a GPU, OpenVINO elsewhere.
-
-    Args:
-        name: One of `ENGINES`, or `auto`.
-        gpus: Those there are, such as `machine.gpus` finds.
-
-    Raises:
-        EngineError: The name is not `auto` and not one of `ENGINES`.
-    """
-    found = tuple(gpus)
-    if name == "tensorflow" or (name == "auto" and found):
-        return Runtime("tensorflow", found)
-    if name in ("openvino", "auto"):
-        return Runtime("openvino")
-    raise EngineError(f"`engine` must be auto or one of {', '.join(ENGINES)}. Received: {name}")
 
 
 def check_precision(precision: str, runtime: Runtime) -> None:
@@ -108,7 +102,8 @@ def out_of_memory(*kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         text = str(error).lower()
         is_memory = isinstance(error, MemoryError) or any(
-            words in text for words in ("memory", "bad_alloc", "oom when allocating")
+            words in text
+            for words in ("memory", "bad_alloc", "oom when allocating", "resource_exhausted")
         )
         if not is_memory:
             raise

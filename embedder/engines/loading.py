@@ -1,15 +1,26 @@
 """Compile a recipe's model for an engine, with a batch that fits into memory."""
 
-from embedder.engines.batch_size import remembered_batch_size
+from collections.abc import Callable, Sequence
+
+from embedder.engines import jax, tensorflow
+from embedder.engines.batch_size import find_batch_size, remembered_batch_size, remembered_speed
+from embedder.engines.choice import usable_engines
 from embedder.engines.engine import Engine, Runtime, check_precision
 from embedder.engines.model_cache import exported_model
 from embedder.engines.openvino import OpenVinoEngine
-from embedder.engines.tensorflow import TensorFlowEngine, build_on_cpu
-from embedder.errors import OutOfMemory
+from embedder.engines.own_process import call_apart, runs_here
+from embedder.errors import EngineError, OutOfMemory
+from embedder.libraries import logger
+from embedder.machine import Gpu
 from embedder.recipe import Recipe
 
+_ENGINES: dict[str, Callable[[Recipe, int, int], Engine]] = {
+    "openvino": OpenVinoEngine,
+    "tensorflow": tensorflow.TensorFlowEngine,
+    "jax": jax.JaxEngine,
+}
 # On a CPU, a larger batch no longer fits the caches, which decoding uses too.
-_DEFAULT_BATCH_SIZE = {"openvino": 4, "tensorflow": 32}
+_DEFAULT_BATCH_SIZE = {"openvino": 4, "tensorflow": 32, "jax": 32}
 
 
 def load(recipe: Recipe, runtime: Runtime, batch_size: int | None, num_threads: int) -> Engine:
@@ -23,32 +34,96 @@ def load(recipe: Recipe, runtime: Runtime, batch_size: int | None, num_threads: 
         num_threads: CPU threads to use.
 
     Raises:
-        EngineError: The engine cannot run here, not even with a batch of one.
+        EngineError: The engine cannot run here, not even with a batch of one, or not in a process
+            in which Keras has another backend.
         WeightsError: The weights are missing or are not those of the recipe.
     """
     check_precision(recipe.precision, runtime)
-    engine = OpenVinoEngine if runtime.engine == "openvino" else TensorFlowEngine
     size = batch_size or remembered_batch_size(recipe, runtime, num_threads)
     size = size or _DEFAULT_BATCH_SIZE[runtime.engine]
     while True:
         try:
-            return engine(recipe, size, num_threads)
+            engine = _ENGINES[runtime.engine](recipe, size, num_threads)
+            break
         except OutOfMemory:
             if size == 1:
                 raise
             size //= 2
+    if runtime.gpus and engine.device == "CPU":
+        raise EngineError(
+            f"{runtime.engine} must find the GPU {runtime.gpus[0]} that the machine has. Received: "
+            f"none, as happens where its parts for CUDA are missing or do not fit the driver. "
+            f"`--engine openvino` computes on the CPU"
+        )
+    return engine
 
 
-def prepare(recipe: Recipe, runtime: Runtime) -> None:
+def prepare(recipe: Recipe, runtime: Runtime, is_here: bool) -> None:
     """Build the model once before a run, so that what cannot be built is refused before it.
 
-    On OpenVINO the model is exported to the cache, where the run then finds it.
+    On OpenVINO the model is exported to the cache, where the run then finds it. On JAX the engine
+    that this process loads next takes it.
+
+    Args:
+        recipe: Of the network.
+        runtime: What will compute.
+        is_here: Whether in this process, which takes no GPU otherwise.
 
     Raises:
         RequestError: The network has no such layer, or does not take such images.
         WeightsError: The weights are missing, or do not fit the network.
+        EngineError: The engine is not installed.
     """
     if runtime.engine == "openvino":
         exported_model(recipe)
+    elif runtime.engine == "tensorflow" and runs_here("tensorflow"):
+        tensorflow.build_on_cpu(recipe)  # the GPUs are the workers'
+    elif runtime.engine == "tensorflow":
+        call_apart("tensorflow", tensorflow.build_on_cpu, recipe)
+    elif is_here:
+        jax.prepare_model(recipe)
     else:
-        build_on_cpu(recipe)  # the GPUs are the workers'
+        call_apart("jax", jax.check_model, recipe)
+
+
+def fastest(
+    recipe: Recipe, gpus: Sequence[Gpu], runtime: Runtime, num_threads: int, is_worth_it: bool
+) -> Runtime:
+    """What computes fastest on these GPUs, where several engines can use them.
+
+    Each is measured once, at the batch size that suits it, in a process of its own.
+
+    Args:
+        recipe: Of the network.
+        gpus: Those there are.
+        runtime: What is taken otherwise.
+        num_threads: CPU threads of a worker.
+        is_worth_it: Whether the run is long enough to measure now what was not measured before.
+    """
+    runtimes = [runtime._replace(engine=name) for name in usable_engines(gpus)]
+    if len(runtimes) < 2:
+        return runtime
+    speeds = {}
+    for each in runtimes:
+        speed = remembered_speed(recipe, each, num_threads)
+        if speed is None and is_worth_it:
+            speed = _measured_speed(recipe, each, num_threads)
+        if speed is None:
+            return runtime
+        speeds[each] = speed
+    return max(speeds, key=lambda each: speeds[each])
+
+
+def _measured_speed(recipe: Recipe, runtime: Runtime, num_threads: int) -> float:
+    """Images/s of an engine at its best batch size; 0 where it cannot compute here."""
+    logger.info("measuring how fast %s is here, once", runtime.engine)
+    try:
+        call_apart(runtime.engine, _measure, recipe, runtime, num_threads, with_gpus=True)
+    except EngineError as error:
+        logger.warning("%s cannot be used: %s", runtime.engine, error)
+        return 0.0
+    return remembered_speed(recipe, runtime, num_threads) or 0.0
+
+
+def _measure(recipe: Recipe, runtime: Runtime, num_threads: int) -> None:
+    find_batch_size(load(recipe, runtime, None, num_threads), recipe, runtime, num_threads)

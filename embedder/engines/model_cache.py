@@ -2,14 +2,16 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import threading
 from pathlib import Path
 
 from embedder import backbones
+from embedder.engines.own_process import call_apart, runs_here
 from embedder.errors import EngineError
 from embedder.files import whole_folder
-from embedder.libraries import import_openvino
+from embedder.libraries import choose_keras_backend, import_openvino
 from embedder.machine import cache_folder
 from embedder.recipe import Recipe
 
@@ -50,6 +52,20 @@ def _checksum(folder: Path) -> str:
 
 
 def _export(recipe: Recipe, folder: Path) -> None:
+    # Keras exports for OpenVINO by way of TensorFlow's graphs.
+    if importlib.util.find_spec("tensorflow") is None:
+        raise EngineError(
+            f"`engine` openvino needs TensorFlow to export {recipe.backbone}, and it is not "
+            f"installed. Install it, or take `--engine jax`"
+        )
+    if runs_here("tensorflow"):
+        _export_here(recipe, folder)
+    else:
+        call_apart("tensorflow", _export_here, recipe, folder)
+
+
+def _export_here(recipe: Recipe, folder: Path) -> None:
+    choose_keras_backend("tensorflow")
     import_openvino()
     # OpenVINO chooses the precision when it compiles: one export serves all.
     model = backbones.build(recipe.model_copy(update={"precision": "float32"}))

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from embedder import backbones
 from embedder.engines.engine import Features, out_of_memory
-from embedder.libraries import import_keras
+from embedder.libraries import choose_keras_backend, import_keras
 from embedder.recipe import Recipe
 
 
@@ -25,12 +25,15 @@ class TensorFlowEngine:
             batch_size: Images of each call.
             num_threads: CPU threads to use.
         """
+        choose_keras_backend("tensorflow")
         import_keras()
         import tensorflow as tf
 
         with contextlib.suppress(RuntimeError):  # already set, by an earlier engine
             tf.config.threading.set_intra_op_parallelism_threads(num_threads)
         _let_gpu_memory_grow()
+        # In float32 a GPU would round the factors of products to 10 bits, unless told not to.
+        tf.config.experimental.enable_tensor_float_32_execution(recipe.precision != "float32")
         self._compile(backbones.build(recipe), recipe.image_size, batch_size)
 
     def _compile(self, model: Any, image_size: tuple[int, int], batch_size: int) -> None:
@@ -50,12 +53,19 @@ class TensorFlowEngine:
         # The first call compiles: better here than while others wait.
         self.embed(np.zeros((batch_size, *image_size, 3), np.uint8))
 
-    def embed(self, pixels: NDArray[np.uint8]) -> Features:
-        """Embed one batch, (batch_size, height, width, 3)."""
+    def upload(self, pixels: NDArray[np.uint8]) -> Any:
+        """Bring a batch to the device."""
         import tensorflow as tf
 
         with out_of_memory(tf.errors.ResourceExhaustedError), tf.device(f"/{self.device}:0"):
-            features = self._run(tf.constant(pixels))
+            return tf.convert_to_tensor(pixels)
+
+    def embed(self, pixels: Any) -> Features:
+        """Embed one batch, (batch_size, height, width, 3), or what `upload` made of it."""
+        import tensorflow as tf
+
+        with out_of_memory(tf.errors.ResourceExhaustedError), tf.device(f"/{self.device}:0"):
+            features = self._run(tf.convert_to_tensor(pixels))
             return {name: array.numpy() for name, array in features.items()}
 
     def resized(self, batch_size: int) -> "TensorFlowEngine":
@@ -67,6 +77,7 @@ class TensorFlowEngine:
 
 def build_on_cpu(recipe: Recipe) -> None:
     """Build the model to see that it can be, without taking a GPU."""
+    choose_keras_backend("tensorflow")
     import_keras()
     import tensorflow as tf
 

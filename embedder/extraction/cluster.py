@@ -7,7 +7,7 @@ import queue
 import signal
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -244,15 +244,24 @@ class Pool:
 
 
 @contextmanager
-def connect(scheduler: str | None, num_workers: int, gpus: Sequence[str] = ()) -> Iterator[Pool]:
+def connect(
+    scheduler: str | None,
+    num_workers: int,
+    gpus: Sequence[str] = (),
+    *,
+    in_process: bool | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Pool]:
     """Open a pool of workers.
 
     Args:
         scheduler: Address of a running Dask scheduler, such as `tcp://host:8786`; None for a
             cluster of this process's own.
-        num_workers: Local worker processes, which share the cores; 1 works within this process.
-            Not used with a scheduler, which has its own.
-        gpus: What local worker processes take in turns, as `machine.gpus` names them.
+        num_workers: Local workers, which share the cores. Not used with a scheduler, which has
+            its own.
+        gpus: What local worker processes take in turns, by their ids.
+        in_process: Whether the one local worker is this process; None for: if there is one.
+        environment: Variables of local worker processes, from their start on.
 
     Raises:
         ClusterError: The scheduler does not answer, or has no workers.
@@ -272,9 +281,15 @@ def connect(scheduler: str | None, num_workers: int, gpus: Sequence[str] = ()) -
             with _client_of(scheduler) as client:
                 yield Pool(client, None, f"the scheduler {scheduler}")
         else:
-            with _local_client(num_workers, gpus) as client:
+            if in_process is None:
+                in_process = num_workers == 1
+            before_start = {"distributed.nanny.pre-spawn-environ": dict(environment or {})}
+            with (
+                dask.config.set(before_start),
+                _local_client(num_workers, in_process, gpus) as client,
+            ):
                 threads = max(1, num_cores() // num_workers)
-                yield Pool(client, threads, "the local scheduler", in_process=num_workers == 1)
+                yield Pool(client, threads, "the local scheduler", in_process)
 
 
 @contextmanager
@@ -292,16 +307,18 @@ def _no_hang_up() -> Iterator[None]:
 
 
 @contextmanager
-def _local_client(num_workers: int, gpus: Sequence[str]) -> Iterator[distributed.Client]:
+def _local_client(
+    num_workers: int, in_process: bool, gpus: Sequence[str]
+) -> Iterator[distributed.Client]:
     of_processes: dict[str, Any] = {}
-    if num_workers > 1:
+    if not in_process:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
         of_processes = {"preload": [__name__], "env": visible}
     with _no_hang_up():
         cluster = distributed.LocalCluster(
             n_workers=num_workers,
             threads_per_worker=_TASKS_PER_WORKER,
-            processes=num_workers > 1,
+            processes=not in_process,
             memory_limit=0,  # shards bound the memory; Dask would kill workers on a guess
             # No dashboard; a fixed port would collide with a second run.
             dashboard_address="127.0.0.1:0",

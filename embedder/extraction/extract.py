@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -20,8 +20,8 @@ from embedder.extraction.options import RunOptions
 from embedder.extraction.record import Receipt, Summary
 from embedder.extraction.shard import Earlier, extract_shard
 from embedder.extraction.targets import Target, compare, shared_work
-from embedder.extraction.worker import Job, worker_state_of
-from embedder.libraries import logger, versions
+from embedder.extraction.worker import MIN_IMAGES_TO_MEASURE, Job, worker_state_of
+from embedder.libraries import keras_backend, logger, versions
 from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
 from embedder.sources import Listing, list_images
@@ -92,12 +92,14 @@ def run_extraction(
         if options.scheduler:
             pool = stack.enter_context(cluster.connect(options.scheduler, 0))
         listing = _listing_of(source, part)
-        if not all(map(os.path.exists, recipes)):  # a new store, so there is work
-            _start_decoders(options, runtime)
         watch.enter("preparing the network")
+        runtime = _fastest(runtime, recipes, options, listing)
+        is_here = _is_here(options, runtime)
+        if is_here and not all(map(os.path.exists, recipes)):  # a new store, so there is work
+            _start_decoders(options)
         for recipe in recipes.values():
             _check_columns(listing.refs, recipe)
-            engines.prepare(recipe.of_features, runtime)
+            engines.prepare(recipe.of_features, runtime, is_here)
         for path in sorted(recipes):  # in one order, so that two runs cannot wait for each other
             check_place(path)
             stack.enter_context(lease(path, part=part, wait=options.wait))
@@ -106,10 +108,10 @@ def run_extraction(
             watch.enter("comparing with the store")
             targets = [compare(*both, listing.refs, options, runtime) for both in begun]
             if any(target.has_work for target in targets):
-                _start_decoders(options, runtime)
+                if is_here:
+                    _start_decoders(options)
                 if pool is None:
-                    num_workers = _num_local_workers(options, runtime)
-                    pool = stack.enter_context(cluster.connect(None, num_workers, runtime.gpus))
+                    pool = stack.enter_context(_local_pool(options, runtime, is_here))
                 with _settled(targets):
                     _refresh(pool, targets, watch)
                     _embed(pool, targets, options.shard_size, watch)
@@ -138,27 +140,59 @@ def _part_of(options: RunOptions) -> Part | None:
 
 
 def _runtime_of(recipes: dict[str, Recipe], options: RunOptions) -> Runtime:
-    """What computes on this machine, which must have the precision that is asked for.
+    """What computes, on this machine, which must have the precision that is asked for.
 
     Raises:
         EngineError: It does not.
     """
+    if options.scheduler is not None:  # workers elsewhere have other devices, and choose there
+        return engines.choose(options.engine, [])
     runtime = engines.choose(options.engine, gpus())
-    if options.scheduler is None:  # workers elsewhere have other devices, and check them there
-        for recipe in recipes.values():
-            engines.check_precision(recipe.precision, runtime)
+    for recipe in recipes.values():
+        engines.check_precision(recipe.precision, runtime)
     return runtime
 
 
+def _fastest(
+    runtime: Runtime, recipes: dict[str, Recipe], options: RunOptions, listing: Listing
+) -> Runtime:
+    """Of several engines that can use the GPUs the fastest, unless one is asked for."""
+    if options.engine != "auto" or not runtime.gpus:
+        return runtime
+    recipe = next(iter(recipes.values()))
+    num_threads = max(1, num_cores() // _num_local_workers(options, runtime))
+    is_long = listing.refs.num_rows * recipe.views >= MIN_IMAGES_TO_MEASURE
+    return engines.fastest(recipe.of_features, gpus(), runtime, num_threads, is_worth_it=is_long)
+
+
 def _num_local_workers(options: RunOptions, runtime: Runtime) -> int:
-    """Worker processes on this machine; 1 is this process, and 0 those of a scheduler."""
+    """Worker processes on this machine; 0 where a scheduler has them."""
     return 0 if options.scheduler else options.workers or len(runtime.gpus) or 1
 
 
-def _start_decoders(options: RunOptions, runtime: Runtime) -> None:
-    """Start what is wanted soon, if this process is the worker; a second time does nothing."""
-    if _num_local_workers(options, runtime) == 1:
-        start_ahead(options.decoders or num_cores())
+def _is_here(options: RunOptions, runtime: Runtime) -> bool:
+    """Whether this process is the worker, which it can be where Keras runs on what it must."""
+    return _num_local_workers(options, runtime) == 1 and engines.runs_here(runtime.engine)
+
+
+def _local_pool(
+    options: RunOptions, runtime: Runtime, is_here: bool
+) -> AbstractContextManager[Pool]:
+    num_workers = _num_local_workers(options, runtime)
+    if num_workers == 1 and not is_here:
+        logger.info(
+            "Keras runs on %s in this process, so %s runs in a process of its own",
+            *(keras_backend(), runtime.engine),
+        )
+    environment = {} if runtime.engine == "openvino" else {"KERAS_BACKEND": runtime.engine}
+    return cluster.connect(
+        None, num_workers, runtime.gpus, in_process=is_here, environment=environment
+    )
+
+
+def _start_decoders(options: RunOptions) -> None:
+    """Start what is wanted soon, as this process is the worker; a second time does nothing."""
+    start_ahead(options.decoders or num_cores())
 
 
 def _begin(

@@ -25,10 +25,10 @@ class RunOptions:
     """How a run is done; nothing here changes a vector."""
 
     engine: Annotated[
-        Literal["auto", "openvino", "tensorflow"],
+        Literal["auto", "openvino", "tensorflow", "jax"],
         Field(
-            description="What runs the network; auto takes tensorflow where there is a GPU, and "
-            "openvino elsewhere."
+            description="What runs the network; auto takes jax or tensorflow, whichever can use "
+            "the GPU and is faster, and openvino where there is no GPU."
         ),
     ] = "auto"
     batch_size: Annotated[

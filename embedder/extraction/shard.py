@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from embedder.errors import Unfinished
 from embedder.extraction.decoders import DecoderPool, Outcome
 from embedder.extraction.record import Receipt, Work
-from embedder.extraction.worker import Job, WorkerState, finished_vectors
+from embedder.extraction.worker import Batch, Job, WorkerState, finished_vectors
 from embedder.recipe import Recipe
 from embedder.store import Failure, Row, Store, failures_table, row_indices, rows_table, shard_name
 
@@ -266,26 +266,26 @@ class _EmbeddedBatch(NamedTuple):
 
 
 def _embed(
-    builders: Sequence[ShardBuilder], pool: DecoderPool, batch: int, rows: dict[int, Row]
+    builders: Sequence[ShardBuilder], pool: DecoderPool, number: int, rows: dict[int, Row]
 ) -> list[_EmbeddedBatch]:
     """Embed a batch for each builder, and release it.
 
     Args:
         builders: With the engine of each.
         pool: Of the batch.
-        batch: Its number.
+        number: Of the batch.
         rows: By place in the batch; other places hold nothing of use.
     """
     found = []
-    places = list(rows)
+    places, batch = list(rows), Batch(pool.shared.batches[number])
     try:
         for builder in builders:
             begin = time.perf_counter()
-            features = builder.state.embed(pool.shared.batches[batch])
+            features = builder.state.embed(batch)
             mine = {name: f[places] for name, f in features.items()}
             vectors = finished_vectors(mine, builder.recipe, builder.state.head)
             seconds = time.perf_counter() - begin
             found.append(_EmbeddedBatch(list(rows.values()), vectors, seconds))
     finally:
-        pool.release(batch)
+        pool.release(number)
     return found

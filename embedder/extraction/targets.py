@@ -156,7 +156,7 @@ def compare(
         options.engine,
         options.batch_size,
         num_images=plan.missing.num_rows + plan.stale.num_rows,
-        gpus=None if options.scheduler else runtime.gpus,
+        runtime=None if options.scheduler else runtime,
         feeding=Feeding(
             options.decoders, options.decode_timeout, options.read_ahead, options.allow_private
         ),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embedder import engines
 from embedder.columns import LOGITS
-from embedder.engines import Engine, Features
+from embedder.engines import Engine, Features, Runtime
 from embedder.errors import EngineError, ModelError, OutOfMemory
 from embedder.extraction.decoder_link import start_ahead
 from embedder.extraction.decoders import DEFAULT_FEEDING, DecoderPool, Feeding
@@ -22,8 +22,8 @@ from embedder.recipe import Recipe
 if TYPE_CHECKING:
     from embedder.heads import Model
 
-# A shorter run would be over before measuring batch sizes has paid for itself.
-_MIN_IMAGES_TO_MEASURE = 2000
+# A shorter run would be over before measuring batch sizes, and engines, has paid for itself.
+MIN_IMAGES_TO_MEASURE = 2000
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
@@ -36,7 +36,7 @@ class Job:
     engine: str
     batch_size: int | None  # None: found by measuring, where the run is long enough to gain by it
     num_images: int = 0
-    gpus: tuple[str, ...] | None = None  # None: those of the worker, wherever it is
+    runtime: Runtime | None = None  # None: what the worker chooses, wherever it is
     feeding: Feeding = DEFAULT_FEEDING
 
 
@@ -65,38 +65,66 @@ class WorkerState:
         )
         self._resizing = threading.Lock()
 
-    def embed(self, pixels: NDArray[np.uint8]) -> Features:
-        """Embed a buffer: in one call, or in several once the engine has run out of memory.
-
-        Args:
-            pixels: uint8 (buffer's batch size, height, width, 3).
+    def embed(self, batch: "Batch") -> Features:
+        """Embed a batch: in one call, or in several once the engine has run out of memory.
 
         Returns:
-            By column, float32 (buffer's batch size, dim).
+            By column, float32 (batch size, dim).
 
         Raises:
             EngineError: Not even one image fits into memory.
         """
+        size, height, width, _ = batch.pixels.shape
         while True:
             engine = self.engine
             try:
-                return _embed_in_parts(engine, pixels)
+                # An engine for larger batches than decoders fill would compute padding.
+                if engine.batch_size <= size:
+                    return _embed_in_parts(engine, batch)
+                smaller = size
             except OutOfMemory as error:
-                with self._resizing:
-                    if self.engine is not engine:
-                        continue  # another thread has made it smaller meanwhile
-                    if engine.batch_size == 1:
-                        raise EngineError(
-                            f"Not even one image of {pixels.shape[1]}x{pixels.shape[2]} pixels "
-                            f"fits into the memory of {engine.device}: {error}"
-                        ) from error
-                    self.engine = engine.resized(engine.batch_size // 2)
+                if engine.batch_size == 1:
+                    raise EngineError(
+                        f"Not even one image of {height}x{width} pixels fits into the memory of "
+                        f"{engine.device}: {error}"
+                    ) from error
+                smaller = engine.batch_size // 2
+            with self._resizing:
+                if self.engine is engine:  # no other thread has made it smaller meanwhile
+                    self.engine = engine.resized(smaller)
 
 
-def _embed_in_parts(engine: Engine, pixels: NDArray[np.uint8]) -> Features:
-    size = engine.batch_size
+class Batch:
+    """A batch of pixels, brought to a device once for all engines that are there.
+
+    Attributes:
+        pixels: uint8 (batch size, height, width, 3).
+    """
+
+    def __init__(self, pixels: NDArray[np.uint8]) -> None:
+        """Begin with a batch that is on no device.
+
+        Args:
+            pixels: uint8 (batch size, height, width, 3).
+        """
+        self.pixels = pixels
+        self._uploaded: dict[str, Any] = {}
+
+    def on_device_of(self, engine: Engine) -> Any:
+        """What `engine.embed` takes.
+
+        Raises:
+            OutOfMemory: It is too large for the device.
+        """
+        if engine.name not in self._uploaded:
+            self._uploaded[engine.name] = engine.upload(self.pixels)
+        return self._uploaded[engine.name]
+
+
+def _embed_in_parts(engine: Engine, batch: Batch) -> Features:
+    size, pixels = engine.batch_size, batch.pixels
     if size == len(pixels):
-        return engine.embed(pixels)
+        return engine.embed(batch.on_device_of(engine))
     padding = np.zeros((-len(pixels) % size, *pixels.shape[1:]), np.uint8)
     padded = np.concatenate([pixels, padding])
     parts = [engine.embed(padded[start : start + size]) for start in range(0, len(pixels), size)]
@@ -120,7 +148,7 @@ _states_lock = threading.Lock()
 
 def worker_state_of(job: Job, num_threads: int) -> WorkerState:
     """This process's state for a job: made by its first shard, shared by all others."""
-    runtime = engines.choose(job.engine, gpus() if job.gpus is None else job.gpus)
+    runtime = job.runtime or engines.choose(job.engine, gpus())
     key = (job.recipe, runtime, job.batch_size, num_threads, job.feeding)
     with _states_lock:
         if key not in _states:
@@ -129,7 +157,7 @@ def worker_state_of(job: Job, num_threads: int) -> WorkerState:
             engine = engines.load(recipe, runtime, job.batch_size, num_threads)
             if (
                 job.batch_size is None
-                and job.num_images * job.recipe.views >= _MIN_IMAGES_TO_MEASURE
+                and job.num_images * job.recipe.views >= MIN_IMAGES_TO_MEASURE
                 and engines.remembered_batch_size(recipe, runtime, num_threads) is None
             ):
                 engine = engines.find_batch_size(engine, recipe, runtime, num_threads)
