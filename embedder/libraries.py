@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -56,6 +56,26 @@ def choose_keras_backend(name: str) -> None:
     os.environ["KERAS_BACKEND"] = name
 
 
+@contextmanager
+def children_with(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have processes that are started within begin with these environment variables.
+
+    In the process itself it would be too late: it first imports what the user's script imports,
+    which may be Keras.
+    """
+    with _environment_lock:
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
 def import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which would report every import over the network."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -91,6 +111,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 _import_lock = threading.Lock()
+_environment_lock = threading.Lock()
 
 
 @contextmanager

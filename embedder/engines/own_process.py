@@ -1,16 +1,13 @@
 """A process of its own, for what needs Keras on another backend than it has in this one."""
 
 import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import TypeVar
 
 from embedder.errors import EngineError
-from embedder.libraries import keras_backend
+from embedder.libraries import children_with, keras_backend
 
 Result = TypeVar("Result")
 
@@ -37,7 +34,7 @@ def call_apart(
     environment = {"KERAS_BACKEND": backend} | ({} if with_gpus else {"CUDA_VISIBLE_DEVICES": ""})
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:
-            with _environment(environment):
+            with children_with(environment):
                 result = process.submit(function, *arguments)
             return result.result()
         except BrokenProcessPool as error:
@@ -45,25 +42,3 @@ def call_apart(
                 f"A process in which Keras runs on {backend} died: {error} A script that starts "
                 f"processes needs `if __name__ == '__main__':`"
             ) from error
-
-
-_environment_lock = threading.Lock()
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables for a process that is started within.
-
-    In the process itself it would be too late: it first imports what the user's script imports.
-    """
-    with _environment_lock:
-        before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value

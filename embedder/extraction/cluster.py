@@ -18,7 +18,7 @@ from distributed.client import ClosedClientError, FutureCancelledError
 
 from embedder import __version__
 from embedder.errors import ClusterError, Unfinished
-from embedder.libraries import logger
+from embedder.libraries import children_with, logger
 from embedder.machine import num_cores
 
 _CONNECT_SECONDS = 10
@@ -283,11 +283,7 @@ def connect(
         else:
             if in_process is None:
                 in_process = num_workers == 1
-            before_start = {"distributed.nanny.pre-spawn-environ": dict(environment or {})}
-            with (
-                dask.config.set(before_start),
-                _local_client(num_workers, in_process, gpus) as client,
-            ):
+            with _local_client(num_workers, in_process, gpus, environment or {}) as client:
                 threads = max(1, num_cores() // num_workers)
                 yield Pool(client, threads, "the local scheduler", in_process)
 
@@ -308,13 +304,13 @@ def _no_hang_up() -> Iterator[None]:
 
 @contextmanager
 def _local_client(
-    num_workers: int, in_process: bool, gpus: Sequence[str]
+    num_workers: int, in_process: bool, gpus: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[distributed.Client]:
     of_processes: dict[str, Any] = {}
     if not in_process:
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-        of_processes = {"preload": [__name__], "env": visible}
-    with _no_hang_up():
+        of_processes = {"preload": [__name__], "env": {**environment, **visible}}
+    with _no_hang_up(), children_with({} if in_process else environment):
         cluster = distributed.LocalCluster(
             n_workers=num_workers,
             threads_per_worker=_TASKS_PER_WORKER,

@@ -17,6 +17,7 @@ from embedder.engines import (
     load,
     remembered_batch_size,
 )
+from embedder.engines.batch_size import remembered_speed
 from embedder.engines.model_cache import exported_model
 from embedder.errors import OutOfMemory
 from embedder.recipe import Recipe
@@ -92,11 +93,13 @@ def test_the_batch_size_that_was_found_is_used_from_then_on(
     bfloat16 = lite0.model_copy(update={"precision": "bfloat16"})
     assert remembered_batch_size(bfloat16, OPENVINO, 2) is None
     (file,) = (tmp_path / "cache" / "batch-sizes").iterdir()
-    file.write_text(json.dumps({"batch_size": 3}))  # so that it is told from the default
+    # Another size, so that it is told from the default.
+    file.write_text(json.dumps({"batch_size": 3, "images_per_second": {"3": 7.5}}))
+    assert remembered_speed(lite0, OPENVINO, 2) == 7.5
     assert load(lite0, OPENVINO, None, 2).batch_size == 3
     assert load(lite0, OPENVINO, 5, 2).batch_size == 5
     nested, infinite = "[" * 100_000, '{"batch_size": 1e999}'
-    for damaged in ("damaged", '{"batch_size": 0}', "[]", infinite, nested):
+    for damaged in ("damaged", '{"batch_size": 3}', "[]", infinite, nested):
         file.write_text(damaged)
         assert remembered_batch_size(lite0, OPENVINO, 2) is None
     assert load(lite0, OPENVINO, None, 2).batch_size == 4

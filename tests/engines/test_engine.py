@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 from embedder.api import extract
 from embedder.backbones.graph import build, load_network
 from embedder.backbones.layers import leaf_layers
-from embedder.engines import ENGINES, Runtime, check_precision, choose, load
+from embedder.engines import Runtime, check_precision, choose, load
 from embedder.engines.engine import out_of_memory
 from embedder.engines.model_cache import exported_model
 from embedder.errors import EngineError, OutOfMemory
 from embedder.libraries import import_openvino
 from embedder.machine import gpus
 from embedder.recipe import Recipe
+
+HERE = ("openvino", "tensorflow")  # in the process of the tests; test_jax.py has the third
 
 
 def embed_all(
@@ -32,7 +34,7 @@ def embed_all(
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", HERE)
 def test_a_vector_does_not_depend_on_its_batch(
     lite0: Recipe, pixels: NDArray[np.uint8], engine: str
 ) -> None:
@@ -49,22 +51,9 @@ def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def test_engines_agree(lite0: Recipe, pixels: NDArray[np.uint8]) -> None:
-    one, other = (embed_all(lite0, name, 3, pixels) for name in ENGINES)
+    one, other = (embed_all(lite0, name, 3, pixels) for name in HERE)
     assert cosines(one, other).min() > 0.9999
     assert np.linalg.norm(one[0] - one[1]) > 0.1 * np.linalg.norm(one[0])  # images do differ
-
-
-def test_auto_is_tensorflow_where_there_is_a_gpu() -> None:
-    assert choose("auto", []) == Runtime("openvino")
-    assert choose("auto", ["0", "GPU-abc"]) == Runtime("tensorflow", ("0", "GPU-abc"))
-    assert choose("openvino", ["0"]) == Runtime("openvino")  # it computes on the CPU
-    assert choose("tensorflow", []) == Runtime("tensorflow")
-    assert choose("tensorflow", ["0"]) == Runtime("tensorflow", ("0",))
-
-
-def test_an_unknown_engine_is_refused() -> None:
-    with pytest.raises(EngineError, match=r"auto or one of openvino, tensorflow. Received: jax"):
-        choose("jax", [])
 
 
 def test_many_threads_may_embed_first(lite0: Recipe) -> None:
@@ -150,7 +139,13 @@ def test_float16_on_a_cpu_is_refused(lite0: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["Failed to allocate memory", "std::bad_alloc", "OOM when allocating tensor"]
+    "words",
+    [
+        "Failed to allocate memory",
+        "std::bad_alloc",
+        "OOM when allocating tensor",
+        "RESOURCE_EXHAUSTED: Failed to load",
+    ],
 )
 def test_running_out_of_memory_is_told_from_other_errors(words: str) -> None:
     with pytest.raises(OutOfMemory, match=words), out_of_memory(RuntimeError):
@@ -164,7 +159,7 @@ def test_running_out_of_memory_is_told_from_other_errors(words: str) -> None:
         raise RuntimeError("shapes differ")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", HERE)
 def test_a_resized_engine_gives_the_same_vectors(
     lite0: Recipe, pixels: NDArray[np.uint8], engine: str
 ) -> None:

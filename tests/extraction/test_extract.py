@@ -427,7 +427,7 @@ def test_too_many_failures_stop_the_run_and_keep_what_is_done(tmp_path: Path) ->
         ({"crop": "round"}, RequestError, "crop"),
         ({"image_size": (8, 8)}, RequestError, "32 to 4096 pixels"),
         ({"colour": "red"}, RequestError, "Unknown option: colour"),
-        ({"engine": "jax"}, RequestError, "auto, openvino or tensorflow"),
+        ({"engine": "torch"}, RequestError, "auto, openvino, tensorflow or jax"),
         ({"batch_size": 0}, RequestError, "`batch_size` must be at least 1"),
         ({"max_failures": 2}, RequestError, "`max_failures` must be at most 1"),
     ],

@@ -1,0 +1,58 @@
+"""What the tests ask of the JAX engine, in a process of its own."""
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedder.engines import Runtime, load
+from embedder.errors import OutOfMemory
+from embedder.recipe import Recipe
+
+JAX = Runtime("jax")
+
+
+def facts(recipe: Recipe, pixels: NDArray[np.uint8]) -> dict[str, Any]:
+    """Vectors of six images in several ways, and what else can be seen in this process."""
+    import jax
+
+    hits: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+    whole = load(recipe, JAX, 6, 2)
+    num_hits = hits.count("/jax/compilation_cache/cache_hits")
+    num_misses = hits.count("/jax/compilation_cache/cache_misses")
+    half = whole.resized(3)
+    before = pixels.copy()
+    found = {
+        "whole": whole.embed(pixels)["embedding"],
+        "again": whole.embed(pixels)["embedding"],
+        "uploaded": whole.embed(whole.upload(pixels))["embedding"],
+        "halves": np.concatenate([half.embed(pixels[i : i + 3])["embedding"] for i in (0, 3)]),
+        "is_unchanged": np.array_equal(pixels, before),
+        "sizes": [whole.batch_size, half.batch_size],
+        "device": whole.device,
+        "backend": sys.modules["keras"].config.backend(),
+        "has_tensorflow": "tensorflow" in sys.modules,
+        "num_hits": num_hits,
+        "num_misses": num_misses,
+    }
+    other = load(recipe.model_copy(update={"precision": "bfloat16"}), JAX, 6, 2)
+    return found | {"bfloat16": other.embed(pixels)["embedding"]}
+
+
+def embed_in(recipe: Recipe, gibibytes: float, batch_size: int) -> Any:
+    """Try a batch that is too large for a limit on memory, and then one image."""
+    engine = load(recipe, JAX, 1, 1)
+    status = Path("/proc/self/status").read_text()
+    mapped = int(status.split("VmSize:")[1].split()[0]) * 1024
+    limit = mapped + int(gibibytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        engine.resized(batch_size)
+    except OutOfMemory as error:
+        reason = str(error)
+    pixels = np.full((1, *recipe.image_size, 3), 200, np.uint8)
+    return reason, engine.embed(pixels)["embedding"]
