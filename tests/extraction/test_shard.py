@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -249,6 +250,41 @@ def test_a_vanished_store_is_told(tmp_path: Path, mean_colour_recipe: Recipe) ->
     refs = pa.table({"image_id": ["a"], "path": [b"a"]})
     with pytest.raises(StoreError, match="not a feature store"):
         extract_shard([job], [state], refs, lambda *_: None, lambda: False)
+
+
+class OnDevice(MeanColour):
+    """Embeds only what it, or another of its name, has uploaded."""
+
+    def upload(self, pixels: NDArray[np.uint8]) -> Any:
+        return [super().upload(pixels)]
+
+    def embed(self, pixels: Any) -> Features:
+        (on_device,) = pixels
+        return super().embed(on_device)
+
+    def resized(self, batch_size: int) -> "OnDevice":
+        return OnDevice(batch_size)
+
+
+def test_several_networks_share_one_upload(
+    archive: Path, tmp_path: Path, mean_colour_recipe: Recipe
+) -> None:
+    engines = [OnDevice(4), OnDevice(16), OnDevice(4)]
+    engines[2].name = "another"  # which has its own device
+    stores = [tmp_path / name for name in "abc"]
+    states = [WorkerState(mean_colour_recipe, engine, 2) for engine in engines]
+    for store in stores:
+        Store.open_or_create(store, mean_colour_recipe, {})
+    jobs = [Job(mean_colour_recipe, str(store), "any", None) for store in stores]
+    refs = list_images(archive).refs
+    extract_shard(jobs, states, refs, lambda *_: None, lambda: False)
+    expected = expected_colours(mean_colour_recipe, archive)
+    for store in map(Store, stores):
+        for image_id, vector in zip(store.ids(), store.vectors(), strict=True):
+            np.testing.assert_allclose(vector, expected[image_id], atol=1e-4)
+    assert states[1].engine.batch_size == 4  # it would compute padding, as decoders fill fours
+    uploads = [state.engine.num_uploads for state in states]  # of 20 images
+    assert uploads == [5, 0, 5]
 
 
 class SmallMemory(MeanColour):
