@@ -29,7 +29,7 @@ from embedder.machine import num_cores
 from embedder.recipe import DEFAULT_BACKBONE
 
 GEMM_SIDE = 2048
-BATCH_SIZES = {"openvino": 4, "tensorflow": 32}
+BATCH_SIZES = {"openvino": 4, "tensorflow": 32, "jax": 32}
 # Multiplications and additions of one image at 224x224, as the networks' papers give them, times
 # two: Tan and Le 2019 (Lite: its release notes), Sandler 2018, He 2015, Simonyan 2014.
 NETWORKS = {
@@ -130,6 +130,15 @@ def network_calls(name: str, precisions: list[str]) -> dict[tuple[str, str], Cal
     return calls
 
 
+def jax_images_per_second(name: str, seconds: float) -> float:
+    """Images per second on JAX; for a process in which Keras runs on it."""
+    recipe = make_recipe(name, None if name == DEFAULT_BACKBONE else "random")
+    engine = engines.load(recipe, engines.Runtime("jax"), BATCH_SIZES["jax"], num_cores())
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (engine.batch_size, 224, 224, 3), dtype=np.uint8)
+    return per_second(lambda: engine.embed(pixels), 1, seconds) * engine.batch_size
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
@@ -159,6 +168,8 @@ def main() -> None:
                 num_parallel = num_cores() if engine == "openvino" else 1
                 rate = per_second(call, num_parallel, options.seconds)
                 speeds.setdefault((name, engine, precision), []).append(rate * BATCH_SIZES[engine])
+            rate = engines.call_apart("jax", jax_images_per_second, name, options.seconds)
+            speeds.setdefault((name, "jax", "float32"), []).append(rate)
     peaks = dict.fromkeys(precisions, 0.0)
     for (precision, name), values in rates.items():
         median = statistics.median(values)

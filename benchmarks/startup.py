@@ -2,7 +2,7 @@
 
 Each round starts `embedder extract --limit N` in a process of its own, on a new store, and notes
 when the first file appears in its `embeddings` folder. The first of all, which exports the
-network, is printed apart. Another checkout is measured in turn with this one, `now`:
+network and compiles it, is printed apart. Another checkout is measured in turn with this, `now`:
 
     python benchmarks/startup.py SOURCE --images 32 --rounds 5 --before CHECKOUT
 """
@@ -20,14 +20,12 @@ from runs import add_arguments, environment_of, packages_of, print_table, ratios
 POLL_SECONDS = 0.005
 
 
-def start(package: Path, source: str, store: Path, num_images: int) -> tuple[float, float]:
+def start(package: Path, source: str, store: Path, *options: str) -> tuple[float, float]:
     """Seconds to the first shard, and to the end of the command; its cache is beside the store."""
     command = [sys.executable, "-m", "embedder", "extract", source, str(store), "--quiet"]
     environment = environment_of(package, {"EMBEDDER_CACHE": str(store.parent / "cache")})
     begin = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, "--limit", str(num_images)], env=environment, cwd=store.parent
-    )
+    process = subprocess.Popen([*command, *options], env=environment, cwd=store.parent)
     first = None
     while process.poll() is None:
         if first is None and any((store / "embeddings").glob("*.parquet")):
@@ -43,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", help="folder of images")
     parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--engine", default="auto", help="as in extract")
     add_arguments(parser, rounds=5)
     options = parser.parse_args()
     packages = packages_of(options.before)
@@ -54,14 +53,15 @@ def main() -> None:
             store = Path(scratch) / name / f"store-{number}"
             store.parent.mkdir(exist_ok=True)
             source = str(Path(options.source).resolve())
-            times[name].append(start(package, source, store, options.images))
+            chosen = "--limit", str(options.images), "--engine", options.engine
+            times[name].append(start(package, source, store, *chosen))
     rows = []
-    for network, chosen in (("not cached", slice(1)), ("cached", slice(1, None))):
+    for network, part in (("not cached", slice(1)), ("cached", slice(1, None))):
         for name, measured in times.items():
-            of_first = times[next(iter(times))][chosen]
+            of_first = times[next(iter(times))][part]
             row = [network, name]
             for values, bases in zip(
-                zip(*measured[chosen], strict=True), zip(*of_first, strict=True), strict=True
+                zip(*measured[part], strict=True), zip(*of_first, strict=True), strict=True
             ):
                 row += [spread(values, ".2f"), ratios(values, bases)]
             rows.append(row)
