@@ -4,11 +4,13 @@ Asked when it is needed, never at import. In a container, its limits count and n
 """
 
 import contextlib
+import itertools
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path("/")  # where the system's files are; another folder in tests
 
@@ -35,15 +37,15 @@ def memory_bytes(root: Path = _ROOT) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card that this process may use, and what is known of it.
+    """A GPU, or an instance that NVIDIA's MIG makes of a part of one, and what is known of it.
 
     Attributes:
-        id: As `CUDA_VISIBLE_DEVICES` names it.
-        name: Such as `NVIDIA H100 80GB HBM3`; empty if not known.
-        compute_capability: What NVIDIA counts generations by, such as (9, 0); None if not known.
+        id: What names it in `CUDA_VISIBLE_DEVICES`: a UUID or an index.
+        name: Such as `NVIDIA H100 80GB HBM3`; "" if not known.
+        compute_capability: Such as (9, 0); None if not known.
         memory_bytes: All of its memory; 0 if not known.
-        driver: Version of NVIDIA's driver, such as `580.159.04`; empty if not known.
-        pci: Address, such as `0000:3b:00.0`; empty if not known.
+        driver: Version of its driver, such as `580.159.04`; "" if not known.
+        pci: Its address on the PCI bus, such as `0000:3b:00.0`; "" if not known.
     """
 
     id: str
@@ -59,16 +61,35 @@ class Gpu:
 
 
 def gpus(root: Path = _ROOT) -> list[Gpu]:
-    """GPUs that this process may use.
+    """GPUs that this process may use, in the order of `CUDA_VISIBLE_DEVICES` where that is set.
 
-    Asked of NVIDIA's driver for Linux: asking TensorFlow would take seconds, and fix the
-    process's choice.
+    Ids are what the variable says. Without it they are UUIDs, since CUDA may count the cards in
+    another order than the driver does. NVIDIA's driver is asked by NVML: to ask a framework would
+    take seconds, and memory of every card. Where NVML fails, but the driver for Linux lists cards,
+    these are found with nothing known of them.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = sorted((root / "proc/driver/nvidia/gpus").glob("*"))
-    if not found or visible is None:
-        return [Gpu(str(number)) for number in range(len(found))]
-    return [Gpu(name) for name in visible.split(",") if name not in ("", "-1")]
+    entries = _visible_entries()
+    if entries == []:
+        return []
+    import pynvml
+
+    try:
+        return _gpus_of_nvml(entries, pynvml)
+    except pynvml.NVMLError:  # there is no driver, or it is of another version than its library
+        return _gpus_of_list(entries, root / "proc/driver/nvidia/gpus")
+
+
+def cores_near(gpu: Gpu, root: Path = _ROOT) -> set[int]:
+    """CPU cores of a GPU's NUMA node that this process may use; empty if that is not known."""
+    if not gpu.pci or not hasattr(os, "sched_getaffinity"):
+        return set()
+    cores: set[int] = set()
+    with contextlib.suppress(OSError, ValueError):
+        text = (root / "sys/bus/pci/devices" / gpu.pci / "local_cpulist").read_text()
+        for span in text.split(","):  # such as `0-15,32-47`
+            first, _, last = span.partition("-")
+            cores.update(range(int(first), int(last or first) + 1))
+    return cores & os.sched_getaffinity(0)
 
 
 def cache_folder() -> Path:
@@ -77,6 +98,118 @@ def cache_folder() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "embedder"
+
+
+def _visible_entries() -> list[str] | None:
+    """Entries of `CUDA_VISIBLE_DEVICES` that CUDA would look at; None for all GPUs.
+
+    CUDA takes entries up to the first that is negative or empty, or not of the kind of the first
+    one (an index, a card's UUID or a MIG instance's); and none at all where one is repeated.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return None
+    entries: list[str] = []
+    for entry in map(str.strip, visible.split(",")):
+        kind = _kind(entry)
+        if kind is None or (entries and kind != _kind(entries[0])):
+            break
+        entries.append(entry)
+    return entries if len(set(entries)) == len(entries) else []
+
+
+def _kind(entry: str) -> str | None:
+    if entry.isdecimal():
+        return "index"
+    return next((kind for kind in ("GPU-", "MIG-") if entry.startswith(kind)), None)
+
+
+def _gpus_of_nvml(entries: list[str] | None, nvml: Any) -> list[Gpu]:
+    """GPUs that NVML tells of.
+
+    Raises:
+        nvml.NVMLError: It tells of none.
+    """
+    nvml.nvmlInit()
+    try:
+        cards = _cards(nvml)
+        if entries is None:
+            return cards
+        found = []
+        for entry in entries:
+            gpu = _gpu_of(entry, cards, nvml)
+            if gpu is None:  # which hides the later ones from CUDA too
+                break
+            found.append(gpu)
+        return found
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _gpus_of_list(entries: list[str] | None, folder: Path) -> list[Gpu]:
+    """GPUs of a driver that tells no more of them than how many there are."""
+    indices = [str(index) for index, _ in enumerate(folder.glob("*"))]
+    if entries is None or not indices:
+        return [Gpu(index) for index in indices]
+    known = itertools.takewhile(lambda entry: entry in indices or "-" in entry, entries)
+    return [Gpu(entry) for entry in known]
+
+
+def _gpu_of(entry: str, cards: list[Gpu], nvml: Any) -> Gpu | None:
+    """What an entry of `CUDA_VISIBLE_DEVICES` names; None for nothing. The entry is its id."""
+    if entry.startswith("MIG-"):
+        # CUDA shows one instance to a process. That is all that a worker process is given.
+        try:
+            return _described(entry, nvml.nvmlDeviceGetHandleByUUID(entry.encode()), nvml)
+        except nvml.NVMLError:
+            return Gpu(entry)
+    if entry.startswith("GPU-"):
+        matches = [card for card in cards if card.id.startswith(entry)]
+        return replace(matches[0], id=entry) if len(matches) == 1 else None
+    index = int(entry)
+    if index >= len(cards):
+        return None
+    # CUDA puts the fastest card first, unless it is told to go by the bus as NVML does. With cards
+    # of one kind that is the same but for the address; with several, the index tells no card.
+    by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    if by_bus or len({card.name for card in cards}) == 1:
+        return replace(cards[index], id=entry)
+    return Gpu(entry, driver=cards[index].driver)
+
+
+def _cards(nvml: Any) -> list[Gpu]:
+    """All cards that this process may open, in the order of the PCI bus."""
+    cards = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        # Those that a container or a batch system keeps from the process are counted too.
+        with contextlib.suppress(nvml.NVMLError):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            cards.append(_described(nvml.nvmlDeviceGetUUID(handle), handle, nvml))
+    return sorted(cards, key=lambda card: card.pci)
+
+
+def _described(name: str, handle: Any, nvml: Any) -> Gpu:
+    """What NVML tells of a card or a MIG instance, which may be less than all."""
+
+    def ask(function: Callable[[Any], Any]) -> Any:
+        """An answer for the handle; for a MIG instance also that of its card, if it has none."""
+        with contextlib.suppress(nvml.NVMLError):
+            return function(handle)
+        with contextlib.suppress(nvml.NVMLError):
+            return function(nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle))
+        return None
+
+    capability = ask(nvml.nvmlDeviceGetCudaComputeCapability)
+    memory = ask(nvml.nvmlDeviceGetMemoryInfo)
+    pci = ask(nvml.nvmlDeviceGetPciInfo)
+    return Gpu(
+        name,
+        ask(nvml.nvmlDeviceGetName) or "",
+        None if capability is None else tuple(capability),
+        0 if memory is None else memory.total,
+        ask(lambda _: nvml.nvmlSystemGetDriverVersion()) or "",
+        "" if pci is None else f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0",
+    )
 
 
 def _cgroups(root: Path) -> Iterator[Path]:

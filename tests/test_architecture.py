@@ -65,6 +65,7 @@ DOORS = {
         "training",
     },
     "pickle": {"backbones"},
+    "pynvml": {"machine"},
     "rich": {"cli", "progress"},
     "skops": {"heads"},
     # Estimators are written where they belong: scikit-learn is a contract as much as a library.

@@ -1,0 +1,62 @@
+"""Cards that are not there: `pynvml`'s functions answer as if NVIDIA's driver had some."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card, or a MIG instance with the card that it is of."""
+
+    uuid: str
+    name: str = "NVIDIA H100 80GB HBM3"
+    bus: int = 0x3B
+    capability: tuple[int, int] | None = (9, 0)
+    total: int | None = 80 * 2**30
+    is_forbidden: bool = False
+    whole: "Card | None" = None
+
+
+def functions(cards: list[Card], instances: tuple[Card, ...] = ()) -> dict[str, Any]:
+    """Functions of `pynvml` by name, as on a machine with these cards."""
+
+    def known(value: Any, error: type[Exception] = pynvml.NVMLError_NotSupported) -> Any:
+        if value is None:
+            raise error
+        return value
+
+    def card_at(index: int) -> Card:
+        return known(None if cards[index].is_forbidden else cards[index], no_permission)
+
+    def instance_of(uuid: bytes) -> Card:
+        found = [instance for instance in instances if instance.uuid.encode() == uuid]
+        return known(found[0] if found else None, pynvml.NVMLError_NotFound)
+
+    def address(card: Card) -> SimpleNamespace:
+        known(None if card.whole else card)
+        return SimpleNamespace(domain=0, bus=card.bus, device=0)
+
+    no_permission = pynvml.NVMLError_NoPermission
+    return {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.159.04",
+        "nvmlDeviceGetCount": lambda: len(cards),
+        "nvmlDeviceGetHandleByIndex": card_at,
+        "nvmlDeviceGetHandleByUUID": instance_of,
+        "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": lambda card: known(card.whole),
+        "nvmlDeviceGetUUID": lambda card: card.uuid,
+        "nvmlDeviceGetName": lambda card: card.name,
+        "nvmlDeviceGetCudaComputeCapability": lambda card: known(card.capability),
+        "nvmlDeviceGetMemoryInfo": lambda card: SimpleNamespace(total=known(card.total)),
+        "nvmlDeviceGetPciInfo": address,
+    }
+
+
+def install(*cards: Card) -> None:
+    """Give the whole process these cards."""
+    for name, function in functions(list(cards)).items():
+        setattr(pynvml, name, function)
