@@ -1,8 +1,8 @@
 """Many tasks on Dask: a local cluster by default, any scheduler by address, one code path."""
 
 import asyncio
+import functools
 import logging
-import os
 import queue
 import signal
 import time
@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -18,9 +19,19 @@ from distributed.client import ClosedClientError, FutureCancelledError
 
 from embedder import __version__
 from embedder.errors import ClusterError, Unfinished
+from embedder.extraction.worker_gpus import (
+    RESOURCE,
+    Place,
+    gpu_of_this_worker,
+    local_places,
+    run_on_first_gpu,
+    share_of_cores,
+    take_place,
+    tell_of_gpus,
+)
 from embedder.libraries import children_with, logger
-from embedder.machine import num_cores
 
+_ROOT = Path("/")
 _CONNECT_SECONDS = 10
 _WORKERS_SECONDS = 30  # for the first worker of a scheduler that has none yet
 _GONE_SECONDS = 60  # for one to come back, once all are gone
@@ -28,6 +39,7 @@ _LOOK_SECONDS = 1  # without a result, after which it is asked whether there are
 _TASKS_PER_WORKER = 2  # one task's start and end overlap with the other's middle
 _STOP_SECONDS = 3  # for tasks in work to be given up; one may be in a decoder that never ends
 _CLOSE_SECONDS = 5  # for local workers to end, before they are killed
+_PLACES = "embedder.places"  # in Dask's configuration, which local workers are given
 
 
 @dataclass(frozen=True)
@@ -58,16 +70,13 @@ def _stop(topic: str) -> None:
 
 
 def dask_setup(worker: distributed.Worker) -> None:
-    """Give a local worker process its GPU, and let it outlive Ctrl-C.
+    """Give a local worker process its GPU and its cores, and let it outlive Ctrl-C.
 
-    Dask calls this by name in each such process before its first task, and thus before
-    TensorFlow is imported, which takes all GPUs that it sees. Ctrl-C reaches the workers from
-    the terminal too; the run itself tells them to stop.
+    Dask calls this by name in each such process before its first task. Ctrl-C reaches the workers
+    from the terminal too; the run itself tells them to stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        gpus = visible.split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.name) % len(gpus)]
+    take_place(Place(*dask.config.get(_PLACES)[int(worker.name)]))
 
 
 class _NobodyLeft(Unfinished):
@@ -77,8 +86,15 @@ class _NobodyLeft(Unfinished):
 class _Watch:
     """Tells it when all workers are gone, and when one is back."""
 
-    def __init__(self, client: distributed.Client, name: str, in_process: bool) -> None:
+    def __init__(
+        self,
+        client: distributed.Client,
+        name: str,
+        in_process: bool,
+        resources: dict[str, float],
+    ) -> None:
         self._client, self._name, self._in_process = client, name, in_process
+        self._resources = resources
         self._gone: float | None = None  # since when, by the monotonic clock
 
     def look(self) -> None:
@@ -93,9 +109,13 @@ class _Watch:
             raise self.lost()
         try:
             found = self._client.sync(
-                self._client.scheduler.identity, n_workers=0, callback_timeout=_CONNECT_SECONDS
+                self._client.scheduler.identity,
+                # Without their descriptions, of which there may be many, where any worker will do.
+                n_workers=-1 if self._resources else 0,
+                callback_timeout=_CONNECT_SECONDS,
             )
-            trouble = "" if found["n_workers"] else f"All workers of {self._name} are gone"
+            some = _able(found, self._resources) if self._resources else found["n_workers"]
+            trouble = "" if some else f"All workers of {self._name} are gone"
         except OSError:  # a time-out is one too
             trouble = f"There is no answer from {self._name}"
         if not trouble:
@@ -139,6 +159,7 @@ class Pool:
         threads_per_worker: int | None,
         name: str,
         in_process: bool = False,
+        resources: dict[str, float] | None = None,
     ) -> None:
         """Use the workers of a client.
 
@@ -148,9 +169,13 @@ class Pool:
                 as each worker was started with.
             name: Of the scheduler, for messages.
             in_process: Whether its only worker is in this process.
+            resources: What a task takes of what its worker declares to have; None for workers
+                that are this run's own.
         """
-        self._client, self._watch = client, _Watch(client, name, in_process)
-        self.num_workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+        self._is_own, self._resources = resources is None, resources or {}
+        self._client = client
+        self._watch = _Watch(client, name, in_process, self._resources)
+        self.num_workers = max(1, len(_able(client.scheduler_info(n_workers=-1), self._resources)))
         self._threads_per_worker = threads_per_worker
 
     def run(
@@ -187,10 +212,7 @@ class Pool:
                     item = next(waiting, None)
                     if item is None:
                         break
-                    future = self._client.submit(
-                        function, WorkerContext(topic, self._threads_per_worker), *item, pure=False
-                    )
-                    results.add(future)
+                    results.add(self._submit(function, topic, item))
                     num_out += 1
                 if num_out == 0:
                     return
@@ -210,6 +232,13 @@ class Pool:
                 self._stop_tasks(topic, results)
             with suppress(ClosedClientError):
                 self._client.unsubscribe_topic(topic)
+
+    def _submit(
+        self, function: Callable[..., Any], topic: str, item: tuple[Any, ...]
+    ) -> distributed.Future:
+        task = WorkerContext(topic, self._threads_per_worker)
+        call = function if self._is_own else functools.partial(run_on_first_gpu, function)
+        return self._client.submit(call, task, *item, pure=False, resources=self._resources)
 
     def _next_of(self, results: distributed.as_completed) -> Any:
         """The next task's result.
@@ -251,6 +280,7 @@ def connect(
     *,
     in_process: bool | None = None,
     environment: Mapping[str, str] | None = None,
+    root: Path = _ROOT,
 ) -> Iterator[Pool]:
     """Open a pool of workers.
 
@@ -262,6 +292,7 @@ def connect(
         gpus: What local worker processes take in turns, by their ids.
         in_process: Whether the one local worker is this process; None for: if there is one.
         environment: Variables of local worker processes, from their start on.
+        root: Where the system's files are; another folder in tests.
 
     Raises:
         ClusterError: The scheduler does not answer, or has no workers.
@@ -275,17 +306,55 @@ def connect(
         # loop is late: that takes the interpreter's lock from decoding.
         "distributed.worker.profile.enabled": False,
         "distributed.admin.tick.interval": "1s",
+        # Nor is it to ask the driver what the GPU does: twice a second, and an error where
+        # `CUDA_VISIBLE_DEVICES` has only the beginning of a UUID.
+        "distributed.diagnostics.nvml": False,
     }
+    if in_process is None:
+        in_process = num_workers == 1
+    if scheduler is None and not in_process:
+        config[_PLACES] = local_places(gpus, num_workers, root)
     with dask.config.set(config):
         if scheduler is not None:
             with _client_of(scheduler) as client:
-                yield Pool(client, None, f"the scheduler {scheduler}")
+                resources = _gpu_share(client, scheduler)
+                yield Pool(client, None, f"the scheduler {scheduler}", resources=resources)
         else:
-            if in_process is None:
-                in_process = num_workers == 1
-            with _local_client(num_workers, in_process, gpus, environment or {}) as client:
-                threads = max(1, num_cores() // num_workers)
+            with _local_client(num_workers, in_process, environment or {}) as client:
+                threads = share_of_cores(num_workers)
                 yield Pool(client, threads, "the local scheduler", in_process)
+
+
+def _able(identity: dict[str, Any], resources: dict[str, float]) -> list[str]:
+    """Addresses of workers that declare to have what a task takes.
+
+    Args:
+        identity: Of the scheduler, with all its workers.
+        resources: What a task takes.
+    """
+    return [
+        address
+        for address, worker in identity["workers"].items()
+        if all(worker["resources"].get(name, 0) >= wanted for name, wanted in resources.items())
+    ]
+
+
+def _gpu_share(client: distributed.Client, scheduler: str) -> dict[str, float]:
+    """What a task takes of its worker: a share of its GPU, if any worker declares to have one.
+
+    It is told which workers get no work then, and which share a GPU.
+    """
+    identity = client.scheduler_info(n_workers=-1)
+    share = {RESOURCE: 1 / _TASKS_PER_WORKER}
+    workers = _able(identity, share)
+    if workers:
+        logger.info(
+            "%d of %d workers declare the resource %s; only they get work",
+            *(len(workers), len(identity["workers"]), RESOURCE),
+        )
+    found = client.run(gpu_of_this_worker, workers=workers or None, on_error="ignore")
+    tell_of_gpus(found, scheduler, expected=bool(workers))
+    return share if workers else {}
 
 
 @contextmanager
@@ -304,12 +373,11 @@ def _no_hang_up() -> Iterator[None]:
 
 @contextmanager
 def _local_client(
-    num_workers: int, in_process: bool, gpus: Sequence[str], environment: Mapping[str, str]
+    num_workers: int, in_process: bool, environment: Mapping[str, str]
 ) -> Iterator[distributed.Client]:
     of_processes: dict[str, Any] = {}
     if not in_process:
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-        of_processes = {"preload": [__name__], "env": {**environment, **visible}}
+        of_processes = {"preload": [__name__], "env": dict(environment)}
     with _no_hang_up(), children_with({} if in_process else environment):
         cluster = distributed.LocalCluster(
             n_workers=num_workers,

@@ -1,7 +1,9 @@
 """Dask: the same code path in this process, in local processes and on a scheduler elsewhere."""
 
+import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,12 +12,16 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import distributed
+import pynvml
 import pytest
+from distributed.diagnostics import nvml
 
 from embedder.errors import ClusterError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.cluster import Pool, WorkerContext, connect
 from embedder.machine import num_cores
+from tests.fake_nvml import Card, functions
 from tests.support import ROOT
 
 
@@ -32,6 +38,16 @@ def process_id(task: WorkerContext, number: int) -> int:
 def gpu(task: WorkerContext, number: int) -> str | None:
     time.sleep(0.05)
     return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def place(task: WorkerContext, number: int) -> tuple[str | None, set[int], int]:
+    """This process's GPUs, its cores, and the threads that it may use."""
+    time.sleep(0.05)
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), os.sched_getaffinity(0), task.num_threads()
+
+
+def state_of_nvml(task: WorkerContext, number: int) -> str:
+    return nvml.NVML_STATE.name
 
 
 def num_threads(task: WorkerContext, number: int) -> int:
@@ -75,11 +91,15 @@ def scheduler_with_workers(*worker_options: str, path: Path = ROOT) -> Iterator[
     """A real Dask scheduler, and a real worker for each string of options.
 
     Args:
-        *worker_options: Of each worker, separated by spaces.
-        path: Where both find the functions of this module.
+        *worker_options: Of each worker, separated by spaces, after variables of its environment
+            such as `NAME=VALUE`.
+        path: Where they start, and where Python looks first for modules.
     """
     log = Path(tempfile.mkdtemp()) / "scheduler.log"
-    environment = os.environ | {"PYTHONPATH": str(path)}
+    environment = os.environ | {
+        "PYTHONPATH": f"{path}:{ROOT}",
+        "DASK_DISTRIBUTED__DIAGNOSTICS__NVML": "False",  # which would ask cards that are not there
+    }
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1"]
     with log.open("wb") as log_file:
         scheduler = subprocess.Popen(
@@ -92,16 +112,40 @@ def scheduler_with_workers(*worker_options: str, path: Path = ROOT) -> Iterator[
         address = lines[0].split()[-1]
         for options in worker_options:
             command = [sys.executable, "-m", "distributed.cli.dask_worker", address]
-            command += ["--no-dashboard", *options.split()]
+            words = options.split()
+            variables = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+            command += ["--no-dashboard", *words[len(variables) :]]
+            own = environment | dict(variable.split("=", 1) for variable in variables)
             processes.append(
-                subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=path, env=environment)
+                subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=path, env=own)
             )
         yield address
     finally:
         for process in reversed(processes):
             process.terminate()
         for process in processes:
-            process.wait()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:  # a worker may wait for its scheduler, which is gone
+                process.kill()
+                process.wait()
+
+
+def wait_for_workers(address: str, num_workers: int) -> None:
+    with distributed.Client(address) as client:
+        client.wait_for_workers(num_workers, timeout=60)
+
+
+@pytest.fixture
+def two_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that gives a Python process that starts there two cards, as this process has."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cards = [Card("GPU-aaaa", bus=0x3B), Card("GPU-bbbb", bus=0xD8)]
+    for name, function in functions(cards).items():
+        monkeypatch.setattr(pynvml, name, function)
+    code = f"from tests.fake_nvml import Card, install; install(*{cards})"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    return tmp_path
 
 
 def test_results_and_reports_arrive_from_this_process() -> None:
@@ -118,13 +162,35 @@ def test_results_and_reports_arrive_from_this_process() -> None:
     assert sum(told) == 10
 
 
-def test_local_workers_are_processes_that_share_the_cores_and_the_gpus() -> None:
-    with connect(None, 2, ["2", "GPU-abc"]) as pool:
+def test_local_workers_are_processes_that_share_the_cores_and_the_gpus(
+    two_cards: Path,
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    near = {"0000:3b:00.0": cores[: len(cores) // 2], "0000:d8:00.0": cores[len(cores) // 2 :]}
+    for pci, of_node in near.items():
+        folder = two_cards / "sys/bus/pci/devices" / pci
+        folder.mkdir(parents=True)
+        (folder / "local_cpulist").write_text(",".join(map(str, of_node)))
+    with connect(None, 2, ["GPU-aaaa", "GPU-bbbb"], root=two_cards) as pool:
         ids = set(results(pool, process_id, list(range(20))))
         assert len(ids) == 2
-        assert set(results(pool, gpu, list(range(20)))) == {"2", "GPU-abc"}
         assert os.getpid() not in ids
-        assert results(pool, num_threads, [0]) == [max(1, num_cores() // 2)]
+        found = {gpu: rest for gpu, *rest in results(pool, place, list(range(20)))}
+        threads = max(1, num_cores() // 2)
+        assert found == {
+            "GPU-aaaa": [set(near["0000:3b:00.0"]), threads],
+            "GPU-bbbb": [set(near["0000:d8:00.0"]), threads],
+        }
+        assert os.sched_getaffinity(0) == set(cores)
+        assert results(pool, state_of_nvml, [0]) == ["DISABLED_CONFIG"]
+
+
+def test_a_single_worker_may_have_a_process_of_its_own() -> None:
+    with connect(None, 1, ["2"], in_process=False) as pool:
+        assert results(pool, process_id, [0]) != [os.getpid()]
+        assert results(pool, place, [0]) == [("2", os.sched_getaffinity(0), num_cores())]
 
 
 def test_work_goes_to_a_scheduler_by_its_address() -> None:
@@ -137,6 +203,59 @@ def test_work_goes_to_a_scheduler_by_its_address() -> None:
         ids = set(results(pool, process_id, list(range(20))))
         assert len(ids) == 2
         assert set(results(pool, num_threads, list(range(20)))) == {1, 3}
+
+
+def test_once_a_worker_declares_a_gpu_work_goes_to_such_workers_only(
+    two_cards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "embedder")
+    monkeypatch.setattr(cluster, "_GONE_SECONDS", 1)
+    options = "--nthreads 4 --no-nanny"
+    workers = [
+        f"CUDA_VISIBLE_DEVICES=0,1 {options} --resources GPU=1",
+        f"CUDA_VISIBLE_DEVICES=1,0 {options} --resources GPU=1",
+        "CUDA_VISIBLE_DEVICES=1 --nthreads 4",
+    ]
+    with scheduler_with_workers(*workers, path=two_cards) as address:
+        wait_for_workers(address, 3)
+        with connect(address, 1) as pool:
+            assert caplog.messages == [
+                "2 of 3 workers declare the resource GPU; only they get work"
+            ]
+            assert pool.num_workers == 2
+            assert len(set(results(pool, process_id, list(range(20))))) == 2
+            assert set(results(pool, gpu, list(range(20)))) == {"0", "1"}
+            with pytest.raises(Unfinished, match="none came back within"):
+                results(pool, die, [0])
+
+
+def test_workers_that_share_a_gpu_or_have_none_are_told(
+    two_cards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = "--nthreads 1 --no-nanny --resources GPU=1"
+    workers = [
+        f"CUDA_VISIBLE_DEVICES=0 {options} --name index",
+        f"CUDA_VISIBLE_DEVICES=GPU-aa {options} --name uuid",
+        f"CUDA_VISIBLE_DEVICES=1 {options} --name other",
+        f"CUDA_VISIBLE_DEVICES=-1 {options} --name none",
+    ]
+    with scheduler_with_workers(*workers, path=two_cards) as address:
+        wait_for_workers(address, 4)
+        with connect(address, 1) as pool:
+            identity = pool._client.scheduler_info(n_workers=-1)
+    name_of = {at: worker["name"] for at, worker in identity["workers"].items()}
+    told = {}
+    for message in caplog.messages:
+        what, _, which = message.partition(": ")
+        told[what] = {name for at, name in name_of.items() if at in which}
+    assert told == {
+        f"Several workers of host {socket.gethostname()} take the same GPU, 0000:3b:00.0": {
+            "index",
+            "uuid",
+        },
+        "No GPU is found by workers that declare the resource GPU": {"none"},
+    }
+    assert f"CUDA_VISIBLE_DEVICES=0 dask worker {address} --nworkers 1" in caplog.text
 
 
 def test_a_scheduler_that_does_not_answer_is_told() -> None:
