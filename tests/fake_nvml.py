@@ -1,6 +1,8 @@
 """Cards that are not there: `pynvml`'s functions answer as if NVIDIA's driver had some."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ class Card:
     whole: "Card | None" = None
 
 
-def functions(cards: list[Card], instances: tuple[Card, ...] = ()) -> dict[str, Any]:
+def functions(cards: Sequence[Card], instances: tuple[Card, ...] = ()) -> dict[str, Any]:
     """Functions of `pynvml` by name, as on a machine with these cards."""
 
     def known(value: Any, error: type[Exception] = pynvml.NVMLError_NotSupported) -> Any:
@@ -57,6 +59,12 @@ def functions(cards: list[Card], instances: tuple[Card, ...] = ()) -> dict[str, 
 
 
 def install(*cards: Card) -> None:
-    """Give the whole process these cards."""
-    for name, function in functions(list(cards)).items():
+    """Give this process cards, as long as it lives."""
+    for name, function in functions(cards).items():
         setattr(pynvml, name, function)
+
+
+def install_in(folder: Path, *cards: Card) -> None:
+    """Give cards to Python processes that look for modules in a folder, and in this project."""
+    code = f"from tests.fake_nvml import Card, install; install(*{cards})"
+    (folder / "sitecustomize.py").write_text(code)

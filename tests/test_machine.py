@@ -83,7 +83,7 @@ def set_cards(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
 
     def set_(*cards: Card, instances: tuple[Card, ...] = ()) -> None:
-        for name, function in functions(list(cards), instances).items():
+        for name, function in functions(cards, instances).items():
             monkeypatch.setattr(pynvml, name, function)
 
     return set_

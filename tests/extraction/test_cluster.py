@@ -21,7 +21,7 @@ from embedder.errors import ClusterError, Unfinished
 from embedder.extraction import cluster
 from embedder.extraction.cluster import Pool, WorkerContext, connect
 from embedder.machine import num_cores
-from tests.fake_nvml import Card, functions
+from tests.fake_nvml import Card, functions, install_in
 from tests.support import ROOT
 
 
@@ -138,13 +138,12 @@ def wait_for_workers(address: str, num_workers: int) -> None:
 
 @pytest.fixture
 def two_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that gives a Python process that starts there two cards, as this process has."""
+    """A folder that gives a Python process that looks there two cards, as this process has."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    cards = [Card("GPU-aaaa", bus=0x3B), Card("GPU-bbbb", bus=0xD8)]
+    cards = (Card("GPU-aaaa", bus=0x3B), Card("GPU-bbbb", bus=0xD8))
     for name, function in functions(cards).items():
         monkeypatch.setattr(pynvml, name, function)
-    code = f"from tests.fake_nvml import Card, install; install(*{cards})"
-    (tmp_path / "sitecustomize.py").write_text(code)
+    install_in(tmp_path, *cards)
     return tmp_path
 
 
