@@ -115,7 +115,8 @@ class _Watch:
                 callback_timeout=_CONNECT_SECONDS,
             )
             some = _able(found, self._resources) if self._resources else found["n_workers"]
-            trouble = "" if some else f"All workers of {self._name} are gone"
+            which = f"workers with a {RESOURCE}" if self._resources else "workers"
+            trouble = "" if some else f"All {which} of {self._name} are gone"
         except OSError:  # a time-out is one too
             trouble = f"There is no answer from {self._name}"
         if not trouble:

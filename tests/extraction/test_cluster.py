@@ -224,7 +224,7 @@ def test_once_a_worker_declares_a_gpu_work_goes_to_such_workers_only(
             assert pool.num_workers == 2
             assert len(set(results(pool, process_id, list(range(20))))) == 2
             assert set(results(pool, gpu, list(range(20)))) == {"0", "1"}
-            with pytest.raises(Unfinished, match="none came back within"):
+            with pytest.raises(Unfinished, match="All workers with a GPU of .* none came back"):
                 results(pool, die, [0])
 
 
