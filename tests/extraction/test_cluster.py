@@ -209,6 +209,7 @@ def test_once_a_worker_declares_a_gpu_work_goes_to_such_workers_only(
 ) -> None:
     caplog.set_level("INFO", "embedder")
     monkeypatch.setattr(cluster, "_GONE_SECONDS", 1)
+    monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.05)
     options = "--nthreads 4 --no-nanny"
     workers = [
         f"CUDA_VISIBLE_DEVICES=0,1 {options} --resources GPU=1",
