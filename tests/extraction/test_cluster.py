@@ -121,14 +121,12 @@ def scheduler_with_workers(*worker_options: str, path: Path = ROOT) -> Iterator[
             )
         yield address
     finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(timeout=5)
-            except subprocess.TimeoutExpired:  # a worker may wait for its scheduler, which is gone
-                process.kill()
-                process.wait()
+        # A worker that ends tells its scheduler so, and may wait long for one that is gone.
+        for ending in (processes[1:], processes[:1]):
+            for process in ending:
+                process.terminate()
+            for process in ending:
+                process.wait(timeout=30)
 
 
 def wait_for_workers(address: str, num_workers: int) -> None:
