@@ -171,15 +171,20 @@ def _num_local_workers(options: RunOptions, runtime: Runtime) -> int:
 
 
 def _is_here(options: RunOptions, runtime: Runtime) -> bool:
-    """Whether this process is the worker, which it can be where Keras runs on what it must."""
-    return _num_local_workers(options, runtime) == 1 and engines.runs_here(runtime.engine)
+    """Whether this process is the worker.
+
+    It cannot be where Keras runs on another backend; nor is it where there are several GPUs and one
+    worker, since a framework would take memory of each.
+    """
+    is_alone = _num_local_workers(options, runtime) == 1 and len(runtime.gpus) <= 1
+    return is_alone and engines.runs_here(runtime.engine)
 
 
 def _local_pool(
     options: RunOptions, runtime: Runtime, is_here: bool
 ) -> AbstractContextManager[Pool]:
     num_workers = _num_local_workers(options, runtime)
-    if num_workers == 1 and not is_here:
+    if num_workers == 1 and not engines.runs_here(runtime.engine):
         logger.info(
             "Keras runs on %s in this process, so %s runs in a process of its own",
             *(keras_backend(), runtime.engine),
