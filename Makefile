@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow check format clean
+.PHONY: demo test slow check format wheelhouse clean
 
 demo: .venv/installed
 	$(BIN)/embedder demo
@@ -25,8 +25,17 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Wheels for a machine without network: Python 3.12 on Linux, x86-64, as benchmarks/README.md says.
+PLATFORMS := manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux_2_5 manylinux1
+wheelhouse: constraints.txt benchmarks/wheelhouse.txt
+	rm -rf $@
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--implementation cp --python-version 3.12 $(PLATFORMS:%=--platform %_x86_64) \
+		--constraint constraints.txt --requirement benchmarks/wheelhouse.txt --dest $@
+	du -sh $@
+
 clean:
-	rm -rf .venv demo-features
+	rm -rf .venv demo-features wheelhouse
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
