@@ -61,10 +61,10 @@ class Section:
         begin = time.monotonic()
         try:
             if begin + self._longest > self.deadline:
-                raise NotMeasured("no time was left")
+                raise NotMeasuredError("no time was left")
             yield row
             self._longest = max(self._longest, time.monotonic() - begin)
-        except NotMeasured as error:
+        except NotMeasuredError as error:
             row["reason"] = str(error)
         except Exception as error:  # noqa: BLE001 - it is told, and does not end the others
             row["reason"] = end_of(f"{traceback.format_exc()}") or repr(error)
@@ -72,7 +72,7 @@ class Section:
         self.tell(**row)
 
 
-class NotMeasured(Exception):
+class NotMeasuredError(Exception):
     """Why there is no figure."""
 
 
@@ -142,6 +142,20 @@ def end_all(process_id: int) -> None:
     for pid in (process_id, *descendants(process_id)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def sweep(settings: dict[str, Any], known: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """What is measured of networks alone, in the order of what matters most.
+
+    Args:
+        settings: Of the benchmark.
+        known: Networks that are there; None for all.
+    """
+    for precision in settings["sweep_precisions"]:
+        for size in settings["batch_sizes"]:
+            for network in settings["networks"]:
+                if known is None or network in known:
+                    yield {"network": network, "precision": precision, "batch_size": size}
 
 
 # The card. ---------------------------------------------------------------------------------------

@@ -1,0 +1,353 @@
+"""The sections of gpu.py that measure this package; see its docstring."""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from reference import NETWORKS, PUBLISHED, cosines, load_reference
+from runs import extract
+from sections import (
+    ROOT,
+    Monitor,
+    NotMeasuredError,
+    Section,
+    is_installed,
+    run_section,
+    serve,
+    sweep,
+)
+from throughput import link_images
+
+import embedder
+from embedder import engines
+from embedder.backbones import make_recipe
+from embedder.columns import EMBEDDING
+from embedder.extraction.buffers import SharedBatches
+from embedder.extraction.decoders import DecoderPool, Feeding
+from embedder.extraction.record import Work
+from embedder.libraries import import_keras
+from embedder.machine import gpus, num_cores
+from embedder.recipe import Recipe
+
+VIT = "vit-b16"  # KerasHub's ViT-B/16 of 224x224 pixels, with random weights
+NUM_BATCHES = 4  # different ones, in memory
+
+
+def recipe_of(network: str, precision: str, section: Section) -> Recipe:
+    """The network with the weights that are there: random ones, but for Lite0."""
+    if network == VIT:
+        folder = vit_folder(Path(section.settings["scratch"]))
+        return make_recipe(f"hub:{folder}", precision=precision)
+    size = section.settings["image_size"]
+    weights = None if network == "efficientnet-lite0" else "random:0"
+    return make_recipe(network, weights, precision=precision, image_size=size and tuple(size))
+
+
+def vit_folder(scratch: Path) -> Path:
+    """The preset of ViT-B/16, made once."""
+    folder = scratch / VIT
+    if folder.exists():
+        return folder
+    if not is_installed("keras_hub"):
+        raise NotMeasuredError("no keras_hub")
+    import_keras()
+    import keras_hub
+
+    network = keras_hub.models.ViTBackbone(
+        image_shape=(224, 224, 3),
+        patch_size=(16, 16),
+        num_layers=12,
+        num_heads=12,
+        hidden_dim=768,
+        mlp_dim=3072,
+    )
+    new = folder.with_suffix(".new")
+    network.save_to_preset(str(new))
+    converter = keras_hub.layers.ViTImageConverter(
+        image_size=(224, 224), scale=1 / 127.5, offset=-1.0
+    )
+    converter.save_to_preset(str(new))
+    new.rename(folder)
+    return folder
+
+
+def load_engine(
+    name: str, recipe: Recipe, batch_size: int, section: Section, cores: int | None = None
+) -> Any:
+    """The engine, on the card where there is one: nothing else may be taken for it."""
+    engine = engines.load(recipe, engines.choose(name, gpus()), batch_size, cores or num_cores())
+    if name != "openvino" and section.settings["card"] and engine.device == "CPU":
+        raise NotMeasuredError(f"{name} does not use the card")
+    return engine
+
+
+# Checks. -----------------------------------------------------------------------------------------
+
+
+def vectors(section: Section) -> None:
+    """Vectors of one engine beside the reference, and of a second call beside the first."""
+    name = section.settings["engine"]
+    images, reference = load_reference()
+    for network, expected in reference.items():
+        for precision in section.settings["precisions"]:
+            with section.part(engine=name, network=network, precision=precision) as row:
+                backbone, weights = NETWORKS[network]
+                if weights == PUBLISHED:
+                    weights = section.settings["mobilenet_weights"]
+                    if weights is None:
+                        raise NotMeasuredError("no file of its weights was given")
+                recipe = make_recipe(backbone, weights, precision=precision)
+                engine = load_engine(name, recipe, len(images), section)
+                found = [engine.embed(images)[EMBEDDING] for _ in range(2)]
+                row["device"] = engine.device
+                row["cosine"] = float(cosines(found[0], expected).min())
+                row["again"] = float(cosines(found[0], found[1]).min())
+                row["again_is_equal"] = bool(np.array_equal(*found))
+
+
+def repeated(section: Section) -> None:
+    """Two runs of the command line beside each other, and one that does not fit into memory.
+
+    XLA gets so little memory that a batch far too large cannot fit: the run must end well all the
+    same, with a smaller batch and the same vectors.
+    """
+    settings = section.settings
+    scratch = Path(settings["scratch"]) / "repeated"
+    images = link_images(settings["photos"], scratch, 64)
+    size, network = settings["large_batch_size"], settings["networks"][0]
+    options = ["--engine", settings["engine"], "--backbone", network]
+    options += [] if network == "efficientnet-lite0" else ["--weights", "random:0"]
+    if settings["image_size"]:
+        options += ["--image-size", "x".join(map(str, settings["image_size"]))]
+    stores: list[Any] = []
+
+    def run(name: str, batch_size: int, limit: dict[str, str] | None = None) -> Any:
+        ran = extract(
+            *(ROOT, images, scratch / name, *options, "--batch-size", batch_size),
+            environment=limit,
+        )
+        stores.append(embedder.open_store(scratch / name))
+        return ran
+
+    with section.part(check="two runs") as row:
+        for name in ("first", "second"):
+            ran = run(name, 64)
+            row[f"{name}_seconds"] = round(ran.record["seconds_total"], 2)
+        row |= difference(*stores)
+    with section.part(check="out of memory") as row:
+        if not settings["card"]:
+            raise NotMeasuredError("no card: XLA limits the memory of cards alone")
+        row["limit_bytes"] = settings["memory_limit_bytes"]
+        share = row["limit_bytes"] / settings["card"]["memory_bytes"]
+        limit = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}"}
+        record = run("limited", size, limit).record
+        row |= {"asked": size, "batch_size": record["batch_size"]}
+        row |= difference(stores[0], stores[-1])
+
+
+def difference(one: Any, other: Any) -> dict[str, Any]:
+    """Of two stores of the same images."""
+    mine, others = ((store.vectors(), store.ids()) for store in (one, other))
+    if list(mine[1]) != list(others[1]):
+        return {"reason": "the stores are not of the same images"}
+    return {
+        "rows": len(mine[1]),
+        "equal": bool(np.array_equal(mine[0], others[0])),
+        "cosine": float(cosines(mine[0], others[0]).min()),
+    }
+
+
+# The network alone. ------------------------------------------------------------------------------
+
+
+def inference(section: Section) -> None:
+    """Images per second of the engine: pixels and vectors in the host's memory, and on the card."""
+    settings = section.settings
+    loaded: dict[tuple[str, str], Any] = {}
+    for what in sweep(settings):
+        network, precision, size = what["network"], what["precision"], what["batch_size"]
+        with section.part(**what) as row:
+            begin = time.perf_counter()
+            recipe = recipe_of(network, precision, section)
+            if (network, precision) in loaded:
+                engine = loaded[network, precision].resized(size)
+            else:
+                engine = load_engine(settings["engine"], recipe, size, section)
+                loaded[network, precision] = engine
+            row["compile_seconds"] = round(time.perf_counter() - begin, 1)
+            row |= {"device": engine.device, "batch_size": engine.batch_size}
+            row["parallel"] = engine.num_parallel
+            batches = random_batches(engine.batch_size, recipe.image_size)
+            row["speed"] = speed_of(engine, batches, settings["seconds"])
+
+
+def random_batches(batch_size: int, image_size: Sequence[int]) -> list[NDArray[np.uint8]]:
+    """In memory of the kind that decoders write into."""
+    batches = SharedBatches(NUM_BATCHES, (batch_size, *image_size, 3)).batches
+    generator = np.random.default_rng(0)
+    for batch in batches:
+        batch[:] = np.frombuffer(generator.bytes(batch.nbytes), np.uint8).reshape(batch.shape)
+    return batches
+
+
+def speed_of(engine: Any, batches: list[NDArray[np.uint8]], seconds: float) -> float:
+    """Images per second of so many threads as the engine takes, for so long and a call each."""
+    num_threads = engine.num_parallel
+    engine.embed(batches[0])
+
+    def repeat(first: int) -> int:
+        number = first
+        while number == first or time.perf_counter() - begin < seconds:
+            engine.embed(batches[number % NUM_BATCHES])
+            number += num_threads
+        return (number - first) // num_threads
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        begin = time.perf_counter()
+        num_calls = sum(threads.map(repeat, range(num_threads)))
+        return round(num_calls * engine.batch_size / (time.perf_counter() - begin), 1)
+
+
+# Decoding alone. ---------------------------------------------------------------------------------
+
+
+def decoding(section: Section) -> None:
+    """Images per second of decoder processes, whose pixels nobody takes."""
+    settings = section.settings
+    recipe = make_recipe()
+    folder = link_images(settings["photos"], Path(settings["scratch"]) / "decoding", 4096)
+    paths = [os.fsencode(path) for path in sorted((folder / "images").iterdir())]
+    for num_decoders in settings["decoders"]:
+        with section.part(decoders=num_decoders, cores=num_cores()) as row:
+            row |= decoding_speed(recipe, paths, num_decoders, settings["seconds"])
+
+
+def decoding_speed(
+    recipe: Recipe, paths: list[bytes], num_decoders: int, seconds: float
+) -> dict[str, Any]:
+    """Images per second, and seconds of the cores an image; a warm-up is not counted."""
+    pool = DecoderPool(recipe.pixels, 64, 8, num_decoders, Feeding())
+    decode(pool, paths[: 32 * num_decoders], Work())
+    work, num_images, begin = Work(), 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        decode(pool, paths, work)
+        num_images += len(paths)
+    speed = num_images / (time.perf_counter() - begin)
+    cpu = work.decode_cpu_seconds / num_images
+    return {"speed": round(speed, 1), "cpu_milliseconds": round(1000 * cpu, 3)}
+
+
+def decode(pool: DecoderPool, paths: list[bytes], work: Work) -> None:
+    """Decode images, and give each batch back as soon as it is full."""
+    num_done: dict[int, int] = {}
+    with contextlib.closing(pool.feed(paths, work)) as feed:
+        for outcomes in feed.outcomes():
+            for outcome in outcomes:
+                if not isinstance(outcome.found, tuple) or isinstance(outcome.found[0], str):
+                    raise RuntimeError(f"a photograph failed: {outcome.found}")
+                for slot in outcome.slots:
+                    batch = slot // pool.batch_size
+                    num_done[batch] = num_done.get(batch, 0) + 1
+                    if num_done[batch] == pool.batch_size:
+                        del num_done[batch]
+                        feed.hand_over(batch)
+                        pool.release(batch)
+
+
+# End to end. -------------------------------------------------------------------------------------
+
+
+def end_to_end(section: Section) -> None:
+    """From JPEG files to a store: a run to warm up, one to see the memory, and measured ones."""
+    settings = section.settings
+    scratch = Path(settings["scratch"]) / "end-to-end"
+    photos = link_images(settings["photos"], scratch / "all", settings["rows"])
+    few = link_images(settings["photos"], scratch / "few", min(settings["rows"], 2048))
+    for network in settings["end_to_end"]:
+        precision = settings["end_to_end_precision"]
+        options = {
+            "backbone": network,
+            "weights": None if network == "efficientnet-lite0" else "random:0",
+            "precision": precision,
+            "engine": settings["engine"],
+            "batch_size": settings["best_batch_sizes"].get(network),
+        }
+        if settings["image_size"]:
+            options["image_size"] = settings["image_size"]
+        with section.part(network=network, precision=precision) as row:
+            run_of(few, scratch, options)
+            with Monitor(with_host_memory=True) as monitor:
+                run_of(photos, scratch, options)
+            row["peak_host_bytes"] = monitor.peak_bytes
+            row["peak_card_bytes"] = monitor.peak_card_bytes
+            row["rounds"] = []
+            while len(row["rounds"]) < settings["rounds"] and section.deadline > time.monotonic():
+                with Monitor() as monitor:
+                    record = run_of(photos, scratch, options)
+                busy = monitor.busy_share(record["begin"], record["end"])
+                kept = ("images_per_second", "seconds_total", "bottleneck", "seconds", "waits")
+                row["rounds"].append({"busy": busy} | {key: record[key] for key in kept})
+                row |= {key: record[key] for key in ("engine", "batch_size", "decoders")}
+            if row["rounds"]:
+                row["speed"] = max(one["images_per_second"] for one in row["rounds"])
+
+
+def run_of(photos: Path, scratch: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run into a new store, and when images went through it."""
+    store = scratch / "store"
+    shutil.rmtree(store, ignore_errors=True)
+    given = {name: value for name, value in options.items() if value is not None}
+    record = embedder.extract(photos, store, quiet=True, **given).runs()[-1]
+    end = time.time()
+    seconds = record["counts"]["embedded"] / record["images_per_second"]
+    return record | {"begin": end - seconds, "end": end}
+
+
+# Cores. ------------------------------------------------------------------------------------------
+
+
+def cores(section: Section) -> None:
+    """The CPU engine and the decoders on some of the cores, each number in a process of its own."""
+    allowed = sorted(os.sched_getaffinity(0))
+    for count in section.settings["decoders"]:
+        if count > len(allowed):
+            section.tell(cores=count, reason=f"there are {len(allowed)} cores")
+            continue
+        with section.part(cores=count) as row:
+            settings = section.settings | {"affinity": allowed[:count]}
+            found = run_section("gpu_ours.py", "some_cores", settings, 60.0)
+            row |= {name: value for one in found["rows"] for name, value in one.items()}
+            if "reason" in found:
+                row["reason"] = found["reason"]
+
+
+def some_cores(section: Section) -> None:
+    settings = section.settings
+    os.sched_setaffinity(0, settings["affinity"])
+    count = num_cores()
+    paths = [os.fsencode(path) for path in sorted(Path(settings["photos"]).rglob("*.jp*g"))]
+    paths = (paths * (512 * count // len(paths) + 1))[: 512 * count]
+    section.tell(decoding=decoding_speed(make_recipe(), paths, count, settings["seconds"] / 2))
+    if not is_installed("openvino"):
+        section.tell(openvino="not measured: no openvino")
+        return
+    for precision in ("float32", "bfloat16"):
+        try:
+            recipe = recipe_of(settings["networks"][0], precision, section)
+            engine = load_engine("openvino", recipe, 4, section, count)
+            batches = random_batches(engine.batch_size, recipe.image_size)
+            speed = speed_of(engine, batches, settings["seconds"] / 2)
+            section.tell(**{f"openvino {precision}": speed})
+        except Exception as error:  # noqa: BLE001 - told, and does not end the others
+            section.tell(**{f"openvino {precision}": f"not measured: {error}"})
+
+
+if __name__ == "__main__":
+    serve([vectors, repeated, inference, decoding, end_to_end, cores, some_cores])

@@ -1,0 +1,258 @@
+"""The sections of gpu.py that measure its peer, timm on PyTorch; see its docstring."""
+
+import itertools
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sections import Monitor, Section, serve, sweep
+
+# The same networks by timm's names; (side of the image, in pixels).
+TIMM = {
+    "efficientnet-lite0": ("tf_efficientnet_lite0", 224),
+    "mobilenet": ("mobilenetv1_100", 224),
+    "resnet50": ("resnet50", 224),
+    "efficientnet-v2-s": ("tf_efficientnetv2_s", 384),
+    "vit-b16": ("vit_base_patch16_224", 224),
+}
+NUM_BATCHES = 4  # different ones, in memory
+NUM_STREAMS = 2  # one batch travels while another is computed
+
+
+class Peer:
+    """A network of timm from uint8 pixels to float32 vectors, compiled.
+
+    Channels last, autocast to bfloat16, frozen: as its users would write it for speed. In float32
+    matrix products may be made in TensorFloat-32, as XLA does.
+    """
+
+    def __init__(self, network: str, precision: str, mode: str, side: int | None = None) -> None:
+        """Make the network with random weights.
+
+        Args:
+            network: One of `TIMM`.
+            precision: float32 or bfloat16.
+            mode: Of `torch.compile`.
+            side: Of the image, in pixels; else the network's own.
+        """
+        import timm
+
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        name, own_side = TIMM[network]
+        self.side = side or own_side
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = timm.create_model(name, num_classes=0, pretrained=False).eval()
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.data = timm.data.resolve_model_data_config(model)
+        self.data["input_size"] = (3, self.side, self.side)
+        self._mean, self._std = (
+            255 * torch.tensor(self.data[name], device=self.device).view(1, 3, 1, 1)
+            for name in ("mean", "std")
+        )
+        self._dtype = getattr(torch, precision)
+        self._compiled = torch.compile(self._forward, mode=mode, dynamic=False)
+        self.streams = [
+            torch.cuda.Stream() if self.device == "cuda" else None for _ in range(NUM_STREAMS)
+        ]
+
+    def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (batch, 3, height, width), of 0 to 255 as uint8, or else normalised already."""
+        enabled = self._dtype != torch.float32
+        if pixels.dtype == torch.uint8:
+            pixels = (pixels.float() - self._mean) / self._std
+        with torch.autocast(self.device, self._dtype, enabled=enabled):
+            return self.model(pixels.contiguous(memory_format=torch.channels_last)).float()
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Vectors on the device, of pixels (batch, 3, height, width) there."""
+        return self._compiled(pixels)
+
+
+def random_batches(peer: Peer, batch_size: int) -> list[torch.Tensor]:
+    """uint8 (batch, height, width, 3) in the host's memory, pinned where there is a card."""
+    generator = np.random.default_rng(0)
+    shape = (batch_size, peer.side, peer.side, 3)
+    batches = []
+    for _ in range(NUM_BATCHES):
+        data = np.frombuffer(generator.bytes(int(np.prod(shape))), np.uint8).reshape(shape)
+        batch = torch.from_numpy(data.copy())
+        batches.append(batch.pin_memory() if peer.device == "cuda" else batch)
+    return batches
+
+
+@torch.inference_mode()
+def speed_from_host(peer: Peer, batches: list[torch.Tensor], seconds: float) -> float:
+    """Images per second, pixels and vectors in the host's memory, two batches in flight."""
+    outputs: list[torch.Tensor | None] = [None] * NUM_STREAMS
+
+    def start(number: int) -> None:
+        place = number % NUM_STREAMS
+        stream = peer.streams[place]
+        if stream is not None:
+            stream.synchronize()  # its batch before is done, and its vectors are here
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            pixels = batches[number % NUM_BATCHES].to(peer.device, non_blocking=True)
+            vectors = peer(pixels.permute(0, 3, 1, 2))
+            if outputs[place] is None:
+                output = torch.empty(vectors.shape, dtype=torch.float32)
+                outputs[place] = output.pin_memory() if stream is not None else output
+            outputs[place].copy_(vectors, non_blocking=True)
+
+    return repeat(start, len(batches[0]), seconds)
+
+
+@torch.inference_mode()
+def speed_on_device(peer: Peer, batches: list[torch.Tensor], seconds: float) -> float:
+    """Images per second, pixels and vectors on the card."""
+    there = [batch.to(peer.device).permute(0, 3, 1, 2) for batch in batches[:2]]
+    wait = torch.cuda.synchronize if peer.device == "cuda" else lambda: None
+
+    def start(number: int) -> None:
+        peer(there[number % 2])
+        if number % 4 == 3:
+            wait()  # or the clock would be ahead of the card
+
+    return repeat(start, len(batches[0]), seconds)
+
+
+def repeat(start: Callable[[int], None], batch_size: int, seconds: float) -> float:
+    """Images per second of batches that are started one after the other, after a warm-up."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for number in range(NUM_BATCHES):
+        start(number)
+    wait()
+    begin, number = time.perf_counter(), 0
+    while number < NUM_BATCHES or time.perf_counter() - begin < seconds:
+        start(number)
+        number += 1
+    wait()
+    return round(number * batch_size / (time.perf_counter() - begin), 1)
+
+
+def inference(section: Section) -> None:
+    """The sweep of `gpu_ours.inference`, in the same order."""
+    settings = section.settings
+    side = settings["image_size"] and settings["image_size"][0]
+    loaded: dict[tuple[str, str], Peer] = {}
+    for mode in settings["compile_modes"]:
+        for what in sweep(settings, list(TIMM)):
+            with section.part(**what, mode=mode) as row:
+                key = (what["network"], what["precision"])
+                # One compiled network keeps no other alive: each size is compiled for itself.
+                torch._dynamo.reset()
+                if key not in loaded or mode != settings["compile_modes"][0]:
+                    loaded[key] = Peer(*key, mode, side)
+                peer = loaded[key]
+                batches = random_batches(peer, what["batch_size"])
+                begin = time.perf_counter()
+                with torch.inference_mode():
+                    peer(batches[0].to(peer.device).permute(0, 3, 1, 2))
+                row["compile_seconds"] = round(time.perf_counter() - begin, 1)
+                row["device"] = peer.device
+                row["speed"] = speed_from_host(peer, batches, settings["seconds"])
+                row["speed_on_device"] = speed_on_device(peer, batches, settings["seconds"] / 2)
+
+
+# End to end. -------------------------------------------------------------------------------------
+
+
+class Images:
+    """The data set of files: `torch.utils.data.Dataset` needs no more than these methods."""
+
+    def __init__(self, paths: list[Path], transform: Any = None) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> Any:
+        from PIL import Image
+
+        with Image.open(self.paths[number]) as image:
+            return self.transform(image.convert("RGB")), 0
+
+
+def data_loader(peer: Peer, paths: list[Path], batch_size: int, workers: int) -> Any:
+    """PyTorch's loader with timm's transform, which normalises on the CPU."""
+    import timm.data
+
+    return torch.utils.data.DataLoader(
+        Images(paths, timm.data.create_transform(**peer.data)),
+        batch_size=batch_size,
+        num_workers=workers,
+        pin_memory=peer.device == "cuda",
+        persistent_workers=workers > 0,
+    )
+
+
+def timm_loader(peer: Peer, paths: list[Path], batch_size: int, workers: int) -> Any:
+    """The loader of timm, whose workers hand on uint8, and which normalises on the card, ahead."""
+    import timm.data
+
+    known = {name: peer.data[name] for name in ("interpolation", "mean", "std", "crop_pct")}
+    return timm.data.create_loader(
+        Images(paths),
+        **(known | {"input_size": peer.data["input_size"], "batch_size": batch_size}),
+        use_prefetcher=peer.device == "cuda",
+        num_workers=workers,
+        pin_memory=peer.device == "cuda",
+        persistent_workers=workers > 0,
+        device=torch.device(peer.device),
+    )
+
+
+LOADERS = {"DataLoader": data_loader, "timm's loader": timm_loader}
+
+
+def end_to_end(section: Section) -> None:
+    """From JPEG files to a .npy file of vectors."""
+    settings = section.settings
+    folder = Path(settings["scratch"]) / "end-to-end" / "all" / "images"
+    paths = sorted(folder.iterdir())
+    side = settings["image_size"] and settings["image_size"][0]
+    for network in settings["end_to_end"]:
+        size = settings["best_peer_batch_sizes"].get(network) or settings["batch_sizes"][0]
+        peer = None
+        for name, make_loader in LOADERS.items():
+            with section.part(
+                network=network, precision=settings["end_to_end_precision"], loader=name
+            ) as row:
+                peer = peer or Peer(network, settings["end_to_end_precision"], "default", side)
+                row |= {"batch_size": size, "workers": settings["loader_workers"]}
+                loader = make_loader(peer, paths, size, settings["loader_workers"])
+                out = Path(settings["scratch"]) / "vectors.npy"
+                embed_all(peer, loader, size, out, 4)  # to compile, and to start the workers
+                with Monitor() as monitor:
+                    begin = time.time()
+                    num_rows = embed_all(peer, loader, size, out)
+                    end = time.time()
+                row |= {"rows": num_rows, "speed": round(num_rows / (end - begin), 1)}
+                row |= {"busy": monitor.busy_share(begin, end), "written": "npy"}
+                row["peak_card_bytes"] = monitor.peak_card_bytes
+
+
+@torch.inference_mode()
+def embed_all(
+    peer: Peer, loader: Any, batch_size: int, out: Path, most_batches: int | None = None
+) -> int:
+    """Embed what a loader gives and write it; the number of vectors."""
+    found: list[Any] = []
+    num_rows = 0
+    for pixels, _ in itertools.islice(loader, most_batches):
+        num_rows += len(pixels)
+        pixels = pixels.to(peer.device, non_blocking=True)
+        if len(pixels) < batch_size:  # else the last batch would be compiled for
+            pixels = torch.cat([pixels, pixels[:1].expand(batch_size - len(pixels), -1, -1, -1)])
+        found.append(peer(pixels.contiguous(memory_format=torch.channels_last)))
+    np.save(out, torch.cat(found)[:num_rows].cpu().numpy())
+    return num_rows
+
+
+if __name__ == "__main__":
+    serve([inference, end_to_end])
