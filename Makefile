@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow check format wheelhouse clean
+.PHONY: demo test slow check format wheelhouse wheelhouse-openvino clean
 
 demo: .venv/installed
 	$(BIN)/embedder demo
@@ -25,17 +25,26 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Wheels for a machine without network: Python 3.12 on Linux, x86-64, as benchmarks/README.md says.
+# Wheels for a machine without network: Python 3.12 on Linux, x86-64; see benchmarks/README.md.
 PLATFORMS := manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux_2_5 manylinux1
-wheelhouse: constraints.txt benchmarks/wheelhouse.txt
+DOWNLOAD = $(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
+	--only-binary=:all: --implementation cp --python-version 3.12 \
+	$(PLATFORMS:%=--platform %_x86_64) --constraint constraints.txt
+
+wheelhouse:
 	rm -rf $@
-	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-		--implementation cp --python-version 3.12 $(PLATFORMS:%=--platform %_x86_64) \
-		--constraint constraints.txt --requirement benchmarks/wheelhouse.txt --dest $@
+	$(DOWNLOAD) --requirement benchmarks/wheelhouse.txt --dest $@
 	du -sh $@
 
+# OpenVINO is as large as all of these, so it is a folder of its own, and cut down to the CPU.
+wheelhouse-openvino:
+	rm -rf $@
+	$(DOWNLOAD) openvino --dest $@/whole
+	$(PYTHON) benchmarks/slim_openvino.py $@/whole/*.whl $@
+	rm -rf $@/whole
+
 clean:
-	rm -rf .venv demo-features wheelhouse
+	rm -rf .venv demo-features wheelhouse wheelhouse-openvino
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

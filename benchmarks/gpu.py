@@ -42,6 +42,8 @@ from sections import card, is_installed, run_section
 
 FULL: dict[str, Any] = {
     "networks": ["resnet50", "vit-b16", "efficientnet-lite0", "mobilenet", "efficientnet-v2-s"],
+    "num_first_networks": 2,  # of them the larger batches are measured before the other networks
+    "cores_network": "efficientnet-lite0",
     "image_size": None,  # each network's own
     "precisions": ["float32", "bfloat16", "float16"],
     "sweep_precisions": ["bfloat16", "float32"],
@@ -59,6 +61,7 @@ FULL: dict[str, Any] = {
 }
 SMALL: dict[str, Any] = FULL | {
     "networks": ["mobilenet"],
+    "cores_network": "mobilenet",
     "image_size": [32, 32],
     "precisions": ["float32"],
     "sweep_precisions": ["float32"],

@@ -340,7 +340,7 @@ def some_cores(section: Section) -> None:
         return
     for precision in ("float32", "bfloat16"):
         try:
-            recipe = recipe_of(settings["networks"][0], precision, section)
+            recipe = recipe_of(settings["cores_network"], precision, section)
             engine = load_engine("openvino", recipe, 4, section, count)
             batches = random_batches(engine.batch_size, recipe.image_size)
             speed = speed_of(engine, batches, settings["seconds"] / 2)

@@ -141,7 +141,7 @@ def inference(section: Section) -> None:
     side = settings["image_size"] and settings["image_size"][0]
     loaded: dict[tuple[str, str], Peer] = {}
     for mode in settings["compile_modes"]:
-        for what in sweep(settings, list(TIMM)):
+        for what in sweep(settings):
             with section.part(**what, mode=mode) as row:
                 key = (what["network"], what["precision"])
                 # One compiled network keeps no other alive: each size is compiled for itself.

@@ -144,18 +144,19 @@ def end_all(process_id: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def sweep(settings: dict[str, Any], known: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """What is measured of networks alone, in the order of what matters most.
+def sweep(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is measured of networks alone: first what comes first in all of the settings' lists."""
+    ranked = [
+        (i + j + (n >= settings["num_first_networks"]), {**of_network, **precision, **size})
+        for i, precision in enumerate(each(settings, "precision", "sweep_precisions"))
+        for j, size in enumerate(each(settings, "batch_size", "batch_sizes"))
+        for n, of_network in enumerate(each(settings, "network", "networks"))
+    ]
+    return [what for _, what in sorted(ranked, key=lambda one: one[0])]
 
-    Args:
-        settings: Of the benchmark.
-        known: Networks that are there; None for all.
-    """
-    for precision in settings["sweep_precisions"]:
-        for size in settings["batch_sizes"]:
-            for network in settings["networks"]:
-                if known is None or network in known:
-                    yield {"network": network, "precision": precision, "batch_size": size}
+
+def each(settings: dict[str, Any], name: str, values: str) -> list[dict[str, Any]]:
+    return [{name: value} for value in settings[values]]
 
 
 # The card. ---------------------------------------------------------------------------------------
