@@ -10,7 +10,7 @@ written after each section, so that what ends the command loses nothing.
   memory which its batch cannot fit.
 - `inference`: images per second of the networks alone, uint8 pixels in and float32 vectors out in
   the host's memory, and on the card; by batch size. Beside it `inference of peers`: the same
-  network of timm under `torch.compile`, channels last, autocast, two batches in flight.
+  network of timm under `torch.compile`, channels last, autocast, as many batches in flight.
 - `decoding`: of decoder processes alone. `cores`: decoders and OpenVINO on some of the CPU's cores.
 - `end to end`: the photographs, linked under other names to `--rows` of them, from JPEG files to a
   store; beside it timm with a `DataLoader` of 16 workers, to a `.npy` file. The bound is the
@@ -37,6 +37,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from reference import NETWORKS
 from runs import machine, print_table
 from sections import card, is_installed, run_section
 
@@ -45,6 +46,7 @@ FULL: dict[str, Any] = {
     "num_first_networks": 2,  # of them the larger batches are measured before the other networks
     "cores_network": "efficientnet-lite0",
     "image_size": None,  # each network's own
+    "reference_networks": list(NETWORKS),
     "precisions": ["float32", "bfloat16", "float16"],
     "sweep_precisions": ["bfloat16", "float32"],
     "batch_sizes": [256, 1024, 64],
@@ -63,6 +65,7 @@ SMALL: dict[str, Any] = FULL | {
     "networks": ["mobilenet"],
     "cores_network": "mobilenet",
     "image_size": [32, 32],
+    "reference_networks": ["mobilenet, random weights"],
     "precisions": ["float32"],
     "sweep_precisions": ["float32"],
     "batch_sizes": [4, 2],
@@ -163,6 +166,7 @@ def run_all(options: argparse.Namespace, scratch: Path, write: Callable[[Any], N
     }
     if options.rows:
         settings["rows"] = options.rows
+    settings["many_photos"] = str(link_photos(photos, scratch / "many", settings["rows"]))
     result: dict[str, Any] = {
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": f"{machine()}, {cpu_name()}",
@@ -204,6 +208,17 @@ def make_photos(folder: Path) -> Path:
     for number in range(8):
         coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
         coarse.resize((348, 348), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
+    return folder
+
+
+def link_photos(photos: Path, folder: Path, count: int) -> Path:
+    """Link to photographs under so many names."""
+    paths = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not paths:
+        raise SystemExit(f"There must be JPEG files. Received: {photos}")
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:06d}.jpg").symlink_to(paths[number % len(paths)])
     return folder
 
 

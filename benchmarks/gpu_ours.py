@@ -23,7 +23,6 @@ from sections import (
     serve,
     sweep,
 )
-from throughput import link_images
 
 import embedder
 from embedder import engines
@@ -95,7 +94,7 @@ def vectors(section: Section) -> None:
     """Vectors of one engine beside the reference, and of a second call beside the first."""
     name = section.settings["engine"]
     images, reference = load_reference()
-    for network, expected in reference.items():
+    for network in section.settings["reference_networks"]:
         for precision in section.settings["precisions"]:
             with section.part(engine=name, network=network, precision=precision) as row:
                 backbone, weights = NETWORKS[network]
@@ -107,7 +106,7 @@ def vectors(section: Section) -> None:
                 engine = load_engine(name, recipe, len(images), section)
                 found = [engine.embed(images)[EMBEDDING] for _ in range(2)]
                 row["device"] = engine.device
-                row["cosine"] = float(cosines(found[0], expected).min())
+                row["cosine"] = float(cosines(found[0], reference[network]).min())
                 row["again"] = float(cosines(found[0], found[1]).min())
                 row["again_is_equal"] = bool(np.array_equal(*found))
 
@@ -120,7 +119,8 @@ def repeated(section: Section) -> None:
     """
     settings = section.settings
     scratch = Path(settings["scratch"]) / "repeated"
-    images = link_images(settings["photos"], scratch, 64)
+    scratch.mkdir()
+    images, count = settings["many_photos"], min(64, settings["rows"])
     size, network = settings["large_batch_size"], settings["networks"][0]
     options = ["--engine", settings["engine"], "--backbone", network]
     options += [] if network == "efficientnet-lite0" else ["--weights", "random:0"]
@@ -130,7 +130,8 @@ def repeated(section: Section) -> None:
 
     def run(name: str, batch_size: int, limit: dict[str, str] | None = None) -> Any:
         ran = extract(
-            *(ROOT, images, scratch / name, *options, "--batch-size", batch_size),
+            *(ROOT, images, scratch / name, *options, "--limit", count),
+            *("--batch-size", batch_size),
             environment=limit,
         )
         stores.append(embedder.open_store(scratch / name))
@@ -138,7 +139,7 @@ def repeated(section: Section) -> None:
 
     with section.part(check="two runs") as row:
         for name in ("first", "second"):
-            ran = run(name, 64)
+            ran = run(name, count)
             row[f"{name}_seconds"] = round(ran.record["seconds_total"], 2)
         row |= difference(*stores)
     with section.part(check="out of memory") as row:
@@ -168,7 +169,7 @@ def difference(one: Any, other: Any) -> dict[str, Any]:
 
 
 def inference(section: Section) -> None:
-    """Images per second of the engine: pixels and vectors in the host's memory, and on the card."""
+    """Images per second of the engine: pixels in the host's memory, and on the card already."""
     settings = section.settings
     loaded: dict[tuple[str, str], Any] = {}
     for what in sweep(settings):
@@ -186,6 +187,9 @@ def inference(section: Section) -> None:
             row["parallel"] = engine.num_parallel
             batches = random_batches(engine.batch_size, recipe.image_size)
             row["speed"] = speed_of(engine, batches, settings["seconds"])
+            if hasattr(engine, "upload"):
+                uploaded = [engine.upload(batch) for batch in batches]
+                row["speed_on_device"] = speed_of(engine, uploaded, settings["seconds"] / 2)
 
 
 def random_batches(batch_size: int, image_size: Sequence[int]) -> list[NDArray[np.uint8]]:
@@ -197,7 +201,7 @@ def random_batches(batch_size: int, image_size: Sequence[int]) -> list[NDArray[n
     return batches
 
 
-def speed_of(engine: Any, batches: list[NDArray[np.uint8]], seconds: float) -> float:
+def speed_of(engine: Any, batches: Sequence[Any], seconds: float) -> float:
     """Images per second of so many threads as the engine takes, for so long and a call each."""
     num_threads = engine.num_parallel
     engine.embed(batches[0])
@@ -222,11 +226,16 @@ def decoding(section: Section) -> None:
     """Images per second of decoder processes, whose pixels nobody takes."""
     settings = section.settings
     recipe = make_recipe()
-    folder = link_images(settings["photos"], Path(settings["scratch"]) / "decoding", 4096)
-    paths = [os.fsencode(path) for path in sorted((folder / "images").iterdir())]
+    paths = photos_of(settings, 4096)
     for num_decoders in settings["decoders"]:
         with section.part(decoders=num_decoders, cores=num_cores()) as row:
             row |= decoding_speed(recipe, paths, num_decoders, settings["seconds"])
+
+
+def photos_of(settings: dict[str, Any], count: int) -> list[bytes]:
+    """So many paths, repeated if need be."""
+    paths = sorted(os.fsencode(path) for path in Path(settings["many_photos"]).iterdir())
+    return (paths * (count // len(paths) + 1))[:count]
 
 
 def decoding_speed(
@@ -267,9 +276,7 @@ def decode(pool: DecoderPool, paths: list[bytes], work: Work) -> None:
 def end_to_end(section: Section) -> None:
     """From JPEG files to a store: a run to warm up, one to see the memory, and measured ones."""
     settings = section.settings
-    scratch = Path(settings["scratch"]) / "end-to-end"
-    photos = link_images(settings["photos"], scratch / "all", settings["rows"])
-    few = link_images(settings["photos"], scratch / "few", min(settings["rows"], 2048))
+    scratch, photos = Path(settings["scratch"]), Path(settings["many_photos"])
     for network in settings["end_to_end"]:
         precision = settings["end_to_end_precision"]
         options = {
@@ -282,7 +289,7 @@ def end_to_end(section: Section) -> None:
         if settings["image_size"]:
             options["image_size"] = settings["image_size"]
         with section.part(network=network, precision=precision) as row:
-            run_of(few, scratch, options)
+            run_of(photos, scratch, options | {"limit": 2048})
             with Monitor(with_host_memory=True) as monitor:
                 run_of(photos, scratch, options)
             row["peak_host_bytes"] = monitor.peak_bytes
@@ -332,8 +339,7 @@ def some_cores(section: Section) -> None:
     settings = section.settings
     os.sched_setaffinity(0, settings["affinity"])
     count = num_cores()
-    paths = [os.fsencode(path) for path in sorted(Path(settings["photos"]).rglob("*.jp*g"))]
-    paths = (paths * (512 * count // len(paths) + 1))[: 512 * count]
+    paths = photos_of(settings, 512 * count)
     section.tell(decoding=decoding_speed(make_recipe(), paths, count, settings["seconds"] / 2))
     if not is_installed("openvino"):
         section.tell(openvino="not measured: no openvino")

@@ -20,14 +20,14 @@ TIMM = {
     "vit-b16": ("vit_base_patch16_224", 224),
 }
 NUM_BATCHES = 4  # different ones, in memory
-NUM_STREAMS = 2  # one batch travels while another is computed
+NUM_STREAMS = 3  # one batch on its way there, one in work, one on its way back
 
 
 class Peer:
     """A network of timm from uint8 pixels to float32 vectors, compiled.
 
-    Channels last, autocast to bfloat16, frozen: as its users would write it for speed. In float32
-    matrix products may be made in TensorFloat-32, as XLA does.
+    Channels last, autocast to bfloat16, frozen: as its users would write it for speed. Float32 is
+    float32 throughout, as it is in this package, and not TensorFloat-32.
     """
 
     def __init__(self, network: str, precision: str, mode: str, side: int | None = None) -> None:
@@ -41,8 +41,8 @@ class Peer:
         """
         import timm
 
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
         name, own_side = TIMM[network]
         self.side = side or own_side
@@ -87,8 +87,14 @@ def random_batches(peer: Peer, batch_size: int) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def speed_from_host(peer: Peer, batches: list[torch.Tensor], seconds: float) -> float:
-    """Images per second, pixels and vectors in the host's memory, two batches in flight."""
+def speed_of(peer: Peer, batches: list[torch.Tensor], seconds: float) -> float:
+    """Images per second, vectors into the host's memory, several batches in flight.
+
+    Args:
+        peer: The network.
+        batches: uint8 (batch, height, width, 3), in the host's memory or on the card.
+        seconds: How long.
+    """
     outputs: list[torch.Tensor | None] = [None] * NUM_STREAMS
 
     def start(number: int) -> None:
@@ -103,20 +109,6 @@ def speed_from_host(peer: Peer, batches: list[torch.Tensor], seconds: float) -> 
                 output = torch.empty(vectors.shape, dtype=torch.float32)
                 outputs[place] = output.pin_memory() if stream is not None else output
             outputs[place].copy_(vectors, non_blocking=True)
-
-    return repeat(start, len(batches[0]), seconds)
-
-
-@torch.inference_mode()
-def speed_on_device(peer: Peer, batches: list[torch.Tensor], seconds: float) -> float:
-    """Images per second, pixels and vectors on the card."""
-    there = [batch.to(peer.device).permute(0, 3, 1, 2) for batch in batches[:2]]
-    wait = torch.cuda.synchronize if peer.device == "cuda" else lambda: None
-
-    def start(number: int) -> None:
-        peer(there[number % 2])
-        if number % 4 == 3:
-            wait()  # or the clock would be ahead of the card
 
     return repeat(start, len(batches[0]), seconds)
 
@@ -155,8 +147,10 @@ def inference(section: Section) -> None:
                     peer(batches[0].to(peer.device).permute(0, 3, 1, 2))
                 row["compile_seconds"] = round(time.perf_counter() - begin, 1)
                 row["device"] = peer.device
-                row["speed"] = speed_from_host(peer, batches, settings["seconds"])
-                row["speed_on_device"] = speed_on_device(peer, batches, settings["seconds"] / 2)
+                row["parallel"] = NUM_STREAMS
+                row["speed"] = speed_of(peer, batches, settings["seconds"])
+                there = [batch.to(peer.device) for batch in batches]
+                row["speed_on_device"] = speed_of(peer, there, settings["seconds"] / 2)
 
 
 # End to end. -------------------------------------------------------------------------------------
@@ -213,8 +207,7 @@ LOADERS = {"DataLoader": data_loader, "timm's loader": timm_loader}
 def end_to_end(section: Section) -> None:
     """From JPEG files to a .npy file of vectors."""
     settings = section.settings
-    folder = Path(settings["scratch"]) / "end-to-end" / "all" / "images"
-    paths = sorted(folder.iterdir())
+    paths = sorted(Path(settings["many_photos"]).iterdir())
     side = settings["image_size"] and settings["image_size"][0]
     for network in settings["end_to_end"]:
         size = settings["best_peer_batch_sizes"].get(network) or settings["batch_sizes"][0]

@@ -110,9 +110,9 @@ def extract(
 
 def environment_of(package: Path, more: dict[str, str] | None = None) -> dict[str, str]:
     """The environment in which a checkout is imported before the installed package."""
-    more = more or {}
-    paths = filter(None, (str(package), more.get("PYTHONPATH")))
-    return os.environ | more | {"PYTHONPATH": os.pathsep.join(paths)}
+    found = os.environ | (more or {})
+    paths = filter(None, (str(package), found.get("PYTHONPATH")))
+    return found | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 @cache
