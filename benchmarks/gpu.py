@@ -44,7 +44,7 @@ from sections import card, is_installed, run_section
 FULL: dict[str, Any] = {
     "networks": ["resnet50", "vit-b16", "efficientnet-lite0", "mobilenet", "efficientnet-v2-s"],
     "num_first_networks": 2,  # of them the larger batches are measured before the other networks
-    "cores_network": "efficientnet-lite0",
+    "light_network": "efficientnet-lite0",
     "image_size": None,  # each network's own
     "reference_networks": list(NETWORKS),
     "precisions": ["float32", "bfloat16", "float16"],
@@ -53,17 +53,19 @@ FULL: dict[str, Any] = {
     "seconds": 1.0,  # of each measurement
     "decoders": [1, 2, 4, 8, 16],
     "loader_workers": 16,
+    "loader_batch_size": 256,  # so that each worker has several of them to load
     "rows": 20_000,
-    "rounds": 3,
+    "rounds": 2,
     "end_to_end": ["resnet50", "efficientnet-lite0"],
     "end_to_end_precision": "bfloat16",
+    "shard_sizes": [None, 8192],  # the package's own, and one of several large batches
     "compile_modes": ["default", "max-autotune"],
     "large_batch_size": 1024,
     "memory_limit_bytes": 4 * 2**30,
 }
 SMALL: dict[str, Any] = FULL | {
     "networks": ["mobilenet"],
-    "cores_network": "mobilenet",
+    "light_network": "mobilenet",
     "image_size": [32, 32],
     "reference_networks": ["mobilenet, random weights"],
     "precisions": ["float32"],
@@ -72,10 +74,12 @@ SMALL: dict[str, Any] = FULL | {
     "seconds": 0.1,
     "decoders": [1, 2],
     "loader_workers": 1,
+    "loader_batch_size": 4,
     "rows": 48,
     "rounds": 1,
     "end_to_end": ["mobilenet"],
     "end_to_end_precision": "float32",
+    "shard_sizes": [None],
     "compile_modes": ["default"],
 }
 PACKAGES = (
@@ -88,6 +92,9 @@ PACKAGES = (
     "numpy",
 )
 PACKAGES += ("pillow", "pyarrow", "tensorflow", "openvino", "torch", "torchvision", "timm")
+
+
+IN_FILE_ALONE = ("rounds", "traceback")
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
     yield Part("inference", OURS, "inference", 110, needs, needs_card=True)
     yield Part("inference of peers", PEERS, "inference", 120, PEER_NEEDS, needs_card=True)
     yield Part("decoding", OURS, "decoding", 20)
-    yield Part("end to end", OURS, "end_to_end", 45, needs, needs_card=True)
+    yield Part("end to end", OURS, "end_to_end", 60, needs, needs_card=True)
     yield Part("end to end of peers", PEERS, "end_to_end", 60, PEER_NEEDS, needs_card=True)
     yield Part("repeated", OURS, "repeated", 45, needs, needs_card=True)
     yield Part("cores", OURS, "cores", 35)
@@ -162,7 +169,6 @@ def run_all(options: argparse.Namespace, scratch: Path, write: Callable[[Any], N
         "scratch": str(scratch),
         "mobilenet_weights": options.mobilenet_weights and str(options.mobilenet_weights.resolve()),
         "best_batch_sizes": {},
-        "best_peer_batch_sizes": {},
     }
     if options.rows:
         settings["rows"] = options.rows
@@ -177,7 +183,7 @@ def run_all(options: argparse.Namespace, scratch: Path, write: Callable[[Any], N
     }
     environment = {"EMBEDDER_CACHE": os.environ.get("EMBEDDER_CACHE") or str(scratch / "cache")}
     end = time.monotonic() + options.budget
-    to_do = list(parts(options))
+    to_do = [part for part in parts(options) if part.name in (options.sections or [part.name])]
     for number, part in enumerate(to_do):
         reason = why_not(part, settings)
         if reason is None:
@@ -193,9 +199,7 @@ def run_all(options: argparse.Namespace, scratch: Path, write: Callable[[Any], N
             print(f"{part.name}: {reason}", flush=True)
         result["sections"][part.name] = found
         if part.name == "inference":
-            settings["best_batch_sizes"] = best_sizes(found, "speed")
-        if part.name == "inference of peers":
-            settings["best_peer_batch_sizes"] = best_sizes(found, "speed")
+            settings["best_batch_sizes"] = best_sizes(found)
         result["summary"] = summary(result)
         write(result)
     return result
@@ -249,12 +253,12 @@ def rows_of(result: dict[str, Any], section: str) -> list[dict[str, Any]]:
     return [row for row in found["rows"] if "speed" in row]
 
 
-def best_sizes(found: dict[str, Any], key: str) -> dict[str, int]:
+def best_sizes(found: dict[str, Any]) -> dict[str, int]:
     """The fastest batch size of each network, in the precision that is measured end to end."""
     best: dict[str, dict[str, Any]] = {}
     for row in found["rows"]:
-        before = best.get(row["network"], {}).get(key, 0.0)
-        if row["precision"] == found["rows"][0]["precision"] and row.get(key, 0.0) > before:
+        before = best.get(row["network"], {}).get("speed", 0.0)
+        if row["precision"] == found["rows"][0]["precision"] and row.get("speed", 0.0) > before:
             best[row["network"]] = row
     return {network: row["batch_size"] for network, row in best.items()}
 
@@ -341,8 +345,7 @@ def print_result(result: dict[str, Any]) -> None:
     print(", ".join(f"{package} {version}" for package, version in result["versions"].items()))
     for section, content in result["sections"].items():
         print(f"\n{section}: {content.get('reason') or ''}")
-        rows = [{k: v for k, v in row.items() if k != "rounds"} for row in content["rows"]]
-        print_rows(rows)
+        print_rows(content["rows"])
     for title in ("inference", "end to end"):
         print(f"\nIn short, {title}:")
         print_rows(result["summary"][title])
@@ -350,7 +353,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    heads = list(dict.fromkeys(key for row in rows for key in row))
+    heads = list(dict.fromkeys(key for row in rows for key in row if key not in IN_FILE_ALONE))
     if rows:
         print_table(heads, ([cell(row.get(head)) for head in heads] for row in rows))
 
@@ -368,6 +371,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of JPEG files; if not given, made ones")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for gpu.json")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds for all of it")
+    parser.add_argument("--sections", nargs="+", metavar="NAME", help="only these, in their order")
     parser.add_argument("--engine", default="jax", help="that is measured on the card")
     parser.add_argument("--rows", type=int, help="images of a run from end to end")
     parser.add_argument("--mobilenet-weights", type=Path, help="its published weights, a file")

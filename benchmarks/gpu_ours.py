@@ -19,6 +19,7 @@ from sections import (
     NotMeasuredError,
     Section,
     is_installed,
+    random_pixels,
     run_section,
     serve,
     sweep,
@@ -121,7 +122,7 @@ def repeated(section: Section) -> None:
     scratch = Path(settings["scratch"]) / "repeated"
     scratch.mkdir()
     images, count = settings["many_photos"], min(64, settings["rows"])
-    size, network = settings["large_batch_size"], settings["networks"][0]
+    size, network = settings["large_batch_size"], settings["light_network"]
     options = ["--engine", settings["engine"], "--backbone", network]
     options += [] if network == "efficientnet-lite0" else ["--weights", "random:0"]
     if settings["image_size"]:
@@ -147,7 +148,10 @@ def repeated(section: Section) -> None:
             raise NotMeasuredError("no card: XLA limits the memory of cards alone")
         row["limit_bytes"] = settings["memory_limit_bytes"]
         share = row["limit_bytes"] / settings["card"]["memory_bytes"]
-        limit = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}"}
+        limit = {
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
+        }
         record = run("limited", size, limit).record
         row |= {"asked": size, "batch_size": record["batch_size"]}
         row |= difference(stores[0], stores[-1])
@@ -195,9 +199,8 @@ def inference(section: Section) -> None:
 def random_batches(batch_size: int, image_size: Sequence[int]) -> list[NDArray[np.uint8]]:
     """In memory of the kind that decoders write into."""
     batches = SharedBatches(NUM_BATCHES, (batch_size, *image_size, 3)).batches
-    generator = np.random.default_rng(0)
-    for batch in batches:
-        batch[:] = np.frombuffer(generator.bytes(batch.nbytes), np.uint8).reshape(batch.shape)
+    for number, batch in enumerate(batches):
+        batch[:] = random_pixels(batch.shape, number)
     return batches
 
 
@@ -277,33 +280,38 @@ def end_to_end(section: Section) -> None:
     """From JPEG files to a store: a run to warm up, one to see the memory, and measured ones."""
     settings = section.settings
     scratch, photos = Path(settings["scratch"]), Path(settings["many_photos"])
-    for network in settings["end_to_end"]:
-        precision = settings["end_to_end_precision"]
-        options = {
-            "backbone": network,
-            "weights": None if network == "efficientnet-lite0" else "random:0",
-            "precision": precision,
-            "engine": settings["engine"],
-            "batch_size": settings["best_batch_sizes"].get(network),
-        }
-        if settings["image_size"]:
-            options["image_size"] = settings["image_size"]
-        with section.part(network=network, precision=precision) as row:
-            run_of(photos, scratch, options | {"limit": 2048})
-            with Monitor(with_host_memory=True) as monitor:
-                run_of(photos, scratch, options)
-            row["peak_host_bytes"] = monitor.peak_bytes
-            row["peak_card_bytes"] = monitor.peak_card_bytes
-            row["rounds"] = []
-            while len(row["rounds"]) < settings["rounds"] and section.deadline > time.monotonic():
-                with Monitor() as monitor:
-                    record = run_of(photos, scratch, options)
-                busy = monitor.busy_share(record["begin"], record["end"])
-                kept = ("images_per_second", "seconds_total", "bottleneck", "seconds", "waits")
-                row["rounds"].append({"busy": busy} | {key: record[key] for key in kept})
-                row |= {key: record[key] for key in ("engine", "batch_size", "decoders")}
-            if row["rounds"]:
-                row["speed"] = max(one["images_per_second"] for one in row["rounds"])
+    for shard_size in settings["shard_sizes"]:
+        for network in settings["end_to_end"]:
+            precision = settings["end_to_end_precision"]
+            options = {
+                "backbone": network,
+                "weights": None if network == "efficientnet-lite0" else "random:0",
+                "precision": precision,
+                "image_size": settings["image_size"],
+                "engine": settings["engine"],
+                "batch_size": settings["best_batch_sizes"].get(network),
+                "shard_size": shard_size,
+            }
+            with section.part(network=network, precision=precision, shard_size=shard_size) as row:
+                run_of(photos, scratch, options | {"limit": 2048})
+                with Monitor(with_host_memory=True) as monitor:
+                    run_of(photos, scratch, options)
+                row["peak_host_bytes"] = monitor.peak_bytes
+                row["peak_card_bytes"] = monitor.peak_card_bytes
+                rounds = [round_of(photos, scratch, options) for _ in range(settings["rounds"])]
+                best = max(rounds, key=lambda one: one["images_per_second"])
+                row |= {"speed": best["images_per_second"], "busy": best["busy"]}
+                row |= {key: best[key] for key in ("engine", "batch_size", "decoders")}
+                row |= {"rounds": rounds}
+
+
+def round_of(photos: Path, scratch: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run, without what is not of its speed, and how busy the card was."""
+    with Monitor() as monitor:
+        record = run_of(photos, scratch, options)
+    left_out = ("source", "versions", "options", "failures", "skipped_files")
+    kept = {name: value for name, value in record.items() if name not in left_out}
+    return kept | {"busy": monitor.busy_share(record["begin"], record["end"])}
 
 
 def run_of(photos: Path, scratch: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -340,13 +348,14 @@ def some_cores(section: Section) -> None:
     os.sched_setaffinity(0, settings["affinity"])
     count = num_cores()
     paths = photos_of(settings, 512 * count)
-    section.tell(decoding=decoding_speed(make_recipe(), paths, count, settings["seconds"] / 2))
+    found = decoding_speed(make_recipe(), paths, count, settings["seconds"] / 2)
+    section.tell(**{f"decoding {name}": value for name, value in found.items()})
     if not is_installed("openvino"):
         section.tell(openvino="not measured: no openvino")
         return
     for precision in ("float32", "bfloat16"):
         try:
-            recipe = recipe_of(settings["cores_network"], precision, section)
+            recipe = recipe_of(settings["light_network"], precision, section)
             engine = load_engine("openvino", recipe, 4, section, count)
             batches = random_batches(engine.batch_size, recipe.image_size)
             speed = speed_of(engine, batches, settings["seconds"] / 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sections import Monitor, Section, serve, sweep
+from sections import Monitor, Section, random_pixels, serve, sweep
 
 # The same networks by timm's names; (side of the image, in pixels).
 TIMM = {
@@ -76,14 +76,9 @@ class Peer:
 
 def random_batches(peer: Peer, batch_size: int) -> list[torch.Tensor]:
     """uint8 (batch, height, width, 3) in the host's memory, pinned where there is a card."""
-    generator = np.random.default_rng(0)
     shape = (batch_size, peer.side, peer.side, 3)
-    batches = []
-    for _ in range(NUM_BATCHES):
-        data = np.frombuffer(generator.bytes(int(np.prod(shape))), np.uint8).reshape(shape)
-        batch = torch.from_numpy(data.copy())
-        batches.append(batch.pin_memory() if peer.device == "cuda" else batch)
-    return batches
+    batches = [torch.from_numpy(random_pixels(shape, number)) for number in range(NUM_BATCHES)]
+    return [batch.pin_memory() for batch in batches] if peer.device == "cuda" else batches
 
 
 @torch.inference_mode()
@@ -210,8 +205,7 @@ def end_to_end(section: Section) -> None:
     paths = sorted(Path(settings["many_photos"]).iterdir())
     side = settings["image_size"] and settings["image_size"][0]
     for network in settings["end_to_end"]:
-        size = settings["best_peer_batch_sizes"].get(network) or settings["batch_sizes"][0]
-        peer = None
+        size, peer = settings["loader_batch_size"], None
         for name, make_loader in LOADERS.items():
             with section.part(
                 network=network, precision=settings["end_to_end_precision"], loader=name
