@@ -52,6 +52,7 @@ FULL: dict[str, Any] = {
     "batch_sizes": [256, 1024, 64],
     "seconds": 1.0,  # of each measurement
     "decoders": [1, 2, 4, 8, 16],
+    "decoded": 4096,  # photographs, again and again
     "loader_workers": 16,
     "loader_batch_size": 256,  # so that each worker has several of them to load
     "rows": 20_000,
@@ -73,6 +74,7 @@ SMALL: dict[str, Any] = FULL | {
     "batch_sizes": [4, 2],
     "seconds": 0.1,
     "decoders": [1, 2],
+    "decoded": 64,
     "loader_workers": 1,
     "loader_batch_size": 4,
     "rows": 48,

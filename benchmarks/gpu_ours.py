@@ -229,7 +229,7 @@ def decoding(section: Section) -> None:
     """Images per second of decoder processes, whose pixels nobody takes."""
     settings = section.settings
     recipe = make_recipe()
-    paths = photos_of(settings, 4096)
+    paths = photos_of(settings, settings["decoded"])
     for num_decoders in settings["decoders"]:
         with section.part(decoders=num_decoders, cores=num_cores()) as row:
             row |= decoding_speed(recipe, paths, num_decoders, settings["seconds"])
@@ -347,7 +347,7 @@ def some_cores(section: Section) -> None:
     settings = section.settings
     os.sched_setaffinity(0, settings["affinity"])
     count = num_cores()
-    paths = photos_of(settings, 512 * count)
+    paths = photos_of(settings, settings["decoded"])
     found = decoding_speed(make_recipe(), paths, count, settings["seconds"] / 2)
     section.tell(**{f"decoding {name}": value for name, value in found.items()})
     if not is_installed("openvino"):

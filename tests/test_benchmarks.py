@@ -1,12 +1,17 @@
 """Each benchmark runs, at a size that says nothing about speed, and prints what it promises."""
 
+import base64
+import hashlib
 import http.client
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -41,7 +46,8 @@ def figures(pattern: str, output: str) -> list[list[float]]:
 def test_every_benchmark_is_run_here() -> None:
     text = Path(__file__).read_text()
     scripts = {path.name for path in FOLDER.glob("*.py")}
-    scripts -= {"grocery_probe.py", "servers.py"}  # the one needs Grocery, the other is imported
+    scripts -= {"grocery_probe.py"}  # it needs Grocery
+    scripts -= {"servers.py", "sections.py", "gpu_ours.py", "gpu_peers.py"}  # used by others
     assert {script for script in scripts if f'"{script}"' not in text} == set()
 
 
@@ -378,3 +384,82 @@ def test_house(tmp_path: Path) -> None:
         "| `from embedder.decode import decode_rgb`": "sklearn",
         "| `embedder --help`": "none of them",
     }
+
+
+def test_reference(tmp_path: Path) -> None:
+    run("reference.py", "--out", tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz") as new, np.load(FOLDER / "reference.npz") as stored:
+        assert set(new) == {"sha256", "efficientnet-lite0", "mobilenet, random weights"}
+        assert set(stored) == {*new, "mobilenet"}
+        assert new["sha256"] == stored["sha256"]
+        for name in set(new) - {"sha256"}:
+            np.testing.assert_allclose(new[name], stored[name], rtol=1e-3, atol=1e-3)
+
+
+def test_gpu(photos: Path, tmp_path: Path) -> None:
+    output = run("gpu.py", "--small", "--photos", photos, "--out", tmp_path)
+    result = json.loads((tmp_path / "gpu.json").read_bytes())
+    sections = result["sections"]
+    assert list(sections) == [
+        *("vectors jax", "inference", "inference of peers", "decoding", "end to end"),
+        *("end to end of peers", "repeated", "cores"),
+    ]
+    for name, section in sections.items():
+        assert f"\n{name}: " in output
+        if importlib.util.find_spec("timm") is None and "peers" in name:
+            assert section["reason"] == "not measured: no torch and no timm and no torchvision"
+        else:
+            assert "reason" not in section
+    (vectors,) = sections["vectors jax"]["rows"]
+    assert vectors["cosine"] > 0.9999
+    assert vectors["again_is_equal"]
+    assert [row["batch_size"] for row in sections["inference"]["rows"]] == [4, 2]
+    assert [row["decoders"] for row in sections["decoding"]["rows"]] == [1, 2]
+    same, limited = sections["repeated"]["rows"]
+    assert same["equal"]
+    assert (same["rows"], same["cosine"]) == (48, pytest.approx(1))
+    for row in sections["cores"]["rows"]:
+        assert row["decoding speed"] > 0
+        assert row["openvino float32"] > 0
+    if result["card"] is None:
+        assert limited["reason"] == "no card: XLA limits the memory of cards alone"
+        assert "would fill it" not in output
+    (alone,) = result["summary"]["inference"]
+    (whole,) = result["summary"]["end to end"]
+    assert whole["bound"] == min(whole["decoding"], alone["speed"]) > 0
+    assert whole["share of bound"] == pytest.approx(whole["speed"] / whole["bound"], abs=1e-3)
+
+
+def test_gpu_keeps_to_its_time_and_says_what_it_left_out(photos: Path, tmp_path: Path) -> None:
+    parts = ("--sections", "inference", "decoding")
+    run("gpu.py", "--small", "--photos", photos, "--out", tmp_path, "--budget", 2, *parts)
+    sections = json.loads((tmp_path / "gpu.json").read_bytes())["sections"]
+    assert list(sections) == ["inference", "decoding"]
+    for section in sections.values():
+        assert section["seconds"] < 5
+        assert section.get("reason", "").startswith("took longer than its ") or all(
+            row["reason"] == "no time was left" for row in section["rows"]
+        )
+
+
+def test_slim_openvino(tmp_path: Path) -> None:
+    kept = ("openvino/__init__.py", "openvino/libs/libopenvino.so.1")
+    kept += ("openvino/libs/libopenvino_intel_cpu_plugin.so", "openvino/frontend/onnx/__init__.py")
+    left_out = ("openvino/libs/libopenvino_intel_gpu_plugin.so", "openvino/include/a.hpp")
+    left_out += ("openvino/frontend/onnx/py_onnx_frontend.so", "openvino/libs/cache.json")
+    wheel = tmp_path / "openvino-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name in (*kept, *left_out, "openvino-1.dist-info/RECORD"):
+            file.writestr(name, f"{name},,\n")
+    run("slim_openvino.py", wheel, tmp_path / "slim")
+    with zipfile.ZipFile(tmp_path / "slim" / wheel.name) as file:
+        assert set(file.namelist()) == {*kept, "openvino-1.dist-info/RECORD"}
+        record = file.read("openvino-1.dist-info/RECORD").decode().splitlines()
+    assert [line.split(",")[0] for line in record] == [*kept, "openvino-1.dist-info/RECORD"]
+    assert record[0].split(",")[1:] == [
+        "sha256="
+        + base64.urlsafe_b64encode(hashlib.sha256(b"openvino/__init__.py,,\n").digest())
+        .decode()
+        .rstrip("="),
+        "23",
+    ]
