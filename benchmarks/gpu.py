@@ -83,6 +83,7 @@ SMALL: dict[str, Any] = FULL | {
     "end_to_end_precision": "float32",
     "shard_sizes": [None],
     "compile_modes": ["default"],
+    "large_batch_size": 65_536,
 }
 PACKAGES = (
     "jax",
@@ -203,6 +204,7 @@ def run_all(options: argparse.Namespace, scratch: Path, write: Callable[[Any], N
         if part.name == "inference":
             settings["best_batch_sizes"] = best_sizes(found)
         result["summary"] = summary(result)
+        result["seconds"] = round(time.monotonic() - end + options.budget, 1)
         write(result)
     return result
 
@@ -304,7 +306,8 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     inference = rows_of(result, "inference")
     for row in rows_of(result, "end to end"):
         alone = [r["speed"] for r in inference if is_of(r, row["network"], row["precision"])]
-        one = {"network": row["network"], "precision": row["precision"], "speed": row["speed"]}
+        kept = ("network", "precision", "shard_size", "batch_size", "speed", "busy")
+        one = {key: row[key] for key in kept}
         if decoding and alone:
             one |= {"decoding": decoding["speed"], "inference": max(alone)}
             one["bound"] = min(decoding["speed"], max(alone))
@@ -352,6 +355,8 @@ def print_result(result: dict[str, Any]) -> None:
         print(f"\nIn short, {title}:")
         print_rows(result["summary"][title])
     print("", *result["summary"]["in words"], sep="\n")
+    if found is None:
+        print("There is no card here: none of these figures is of one.")
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
