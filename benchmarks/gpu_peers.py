@@ -26,7 +26,7 @@ NUM_STREAMS = 3  # one batch on its way there, one in work, one on its way back
 class Peer:
     """A network of timm from uint8 pixels to float32 vectors, compiled.
 
-    Channels last, autocast to bfloat16, frozen: as its users would write it for speed. Float32 is
+    Channels last, autocast to bfloat16: as its users would write it for speed. Float32 is
     float32 throughout, as it is in this package, and not TensorFloat-32.
     """
 
