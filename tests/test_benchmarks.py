@@ -393,7 +393,8 @@ def test_reference(tmp_path: Path) -> None:
         assert set(stored) == {*new, "mobilenet"}
         assert new["sha256"] == stored["sha256"]
         for name in set(new) - {"sha256"}:
-            np.testing.assert_allclose(new[name], stored[name], rtol=1e-3, atol=1e-3)
+            scale = float(stored[name].max())
+            np.testing.assert_allclose(new[name] / scale, stored[name] / scale, atol=1e-4)
 
 
 def test_gpu(photos: Path, tmp_path: Path) -> None:
