@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from reference import NETWORKS, PUBLISHED, cosines, load_reference
-from runs import extract
+from runs import Run, extract
 from sections import (
     ROOT,
     Monitor,
@@ -93,75 +93,90 @@ def load_engine(
 
 def vectors(section: Section) -> None:
     """Vectors of one engine beside the reference, and of a second call beside the first."""
-    name = section.settings["engine"]
+    settings = section.settings
+    for network in settings["reference_networks"]:
+        for precision in settings["precisions"]:
+            section.measure(
+                check_vectors, engine=settings["engine"], network=network, precision=precision
+            )
+
+
+def check_vectors(section: Section, engine: str, network: str, precision: str) -> dict[str, Any]:
     images, reference = load_reference()
-    for network in section.settings["reference_networks"]:
-        for precision in section.settings["precisions"]:
-            with section.part(engine=name, network=network, precision=precision) as row:
-                backbone, weights = NETWORKS[network]
-                if weights == PUBLISHED:
-                    weights = section.settings["mobilenet_weights"]
-                    if weights is None:
-                        raise NotMeasuredError("no file of its weights was given")
-                recipe = make_recipe(backbone, weights, precision=precision)
-                engine = load_engine(name, recipe, len(images), section)
-                found = [engine.embed(images)[EMBEDDING] for _ in range(2)]
-                row["device"] = engine.device
-                row["cosine"] = float(cosines(found[0], reference[network]).min())
-                row["again"] = float(cosines(found[0], found[1]).min())
-                row["again_is_equal"] = bool(np.array_equal(*found))
+    backbone, weights = NETWORKS[network]
+    if weights == PUBLISHED:
+        weights = section.settings["mobilenet_weights"]
+        if weights is None:
+            raise NotMeasuredError("no file of its weights was given")
+    recipe = make_recipe(backbone, weights, precision=precision)
+    loaded = load_engine(engine, recipe, len(images), section)
+    found = [loaded.embed(images)[EMBEDDING] for _ in range(2)]
+    return {
+        "device": loaded.device,
+        "cosine": float(cosines(found[0], reference[network]).min()),
+        "again": float(cosines(found[0], found[1]).min()),
+        "again_is_equal": bool(np.array_equal(*found)),
+    }
 
 
 def repeated(section: Section) -> None:
-    """Two runs of the command line beside each other, and one that does not fit into memory.
+    """Two runs of the command line beside each other, and one that does not fit into memory."""
+    (Path(section.settings["scratch"]) / "repeated").mkdir()
+    section.measure(two_runs, check="two runs")
+    section.measure(run_out_of_memory, check="out of memory")
 
-    XLA gets so little memory that a batch far too large cannot fit: the run must end well all the
-    same, with a smaller batch and the same vectors.
+
+def two_runs(section: Section, check: str) -> dict[str, Any]:  # noqa: ARG001
+    names = ("first", "second")
+    ran = [run_command(section, name, num_repeated(section)) for name in names]
+    seconds = [round(run.record["seconds_total"], 2) for run in ran]
+    return {"seconds": seconds, **difference(section, *names)}
+
+
+def run_out_of_memory(section: Section, check: str) -> dict[str, Any]:  # noqa: ARG001
+    """XLA gets so little memory that a batch far too large cannot fit.
+
+    The run must end well all the same, with a smaller batch and the same vectors.
     """
     settings = section.settings
-    scratch = Path(settings["scratch"]) / "repeated"
-    scratch.mkdir()
-    images, count = settings["many_photos"], min(64, settings["rows"])
-    size, network = settings["large_batch_size"], settings["light_network"]
+    if not settings["card"]:
+        raise NotMeasuredError("no card: XLA limits the memory of cards alone")
+    asked, limit = settings["large_batch_size"], settings["memory_limit_bytes"]
+    environment = {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{limit / settings['card']['memory_bytes']:.4f}",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
+    }
+    found = run_command(section, "limited", asked, environment).record["batch_size"]
+    row = {"limit_bytes": limit, "asked": asked, "batch_size": found}
+    return row | difference(section, "first", "limited")
+
+
+def num_repeated(section: Section) -> int:
+    return int(min(64, section.settings["rows"]))
+
+
+def run_command(
+    section: Section, name: str, batch_size: int, environment: dict[str, str] | None = None
+) -> Run:
+    """One run of the command line over some photographs, into a store of this name."""
+    settings = section.settings
+    network = settings["light_network"]
     options = ["--engine", settings["engine"], "--backbone", network]
     options += [] if network == "efficientnet-lite0" else ["--weights", "random:0"]
     if settings["image_size"]:
         options += ["--image-size", "x".join(map(str, settings["image_size"]))]
-    stores: list[Any] = []
-
-    def run(name: str, batch_size: int, limit: dict[str, str] | None = None) -> Any:
-        ran = extract(
-            *(ROOT, images, scratch / name, *options, "--limit", count),
-            *("--batch-size", batch_size),
-            environment=limit,
-        )
-        stores.append(embedder.open_store(scratch / name))
-        return ran
-
-    with section.part(check="two runs") as row:
-        for name in ("first", "second"):
-            ran = run(name, count)
-            row[f"{name}_seconds"] = round(ran.record["seconds_total"], 2)
-        row |= difference(*stores)
-    with section.part(check="out of memory") as row:
-        if not settings["card"]:
-            raise NotMeasuredError("no card: XLA limits the memory of cards alone")
-        row["limit_bytes"] = settings["memory_limit_bytes"]
-        share = row["limit_bytes"] / settings["card"]["memory_bytes"]
-        limit = {
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.4f}",
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
-        }
-        record = run("limited", size, limit).record
-        row |= {"asked": size, "batch_size": record["batch_size"]}
-        row |= difference(stores[0], stores[-1])
+    options += ["--limit", str(num_repeated(section)), "--batch-size", str(batch_size)]
+    store = Path(settings["scratch"]) / "repeated" / name
+    return extract(ROOT, settings["many_photos"], store, *options, environment=environment)
 
 
-def difference(one: Any, other: Any) -> dict[str, Any]:
+def difference(section: Section, *names: str) -> dict[str, Any]:
     """Of two stores of the same images."""
-    mine, others = ((store.vectors(), store.ids()) for store in (one, other))
+    folder = Path(section.settings["scratch"]) / "repeated"
+    stores = [embedder.open_store(folder / name) for name in names]
+    mine, others = ((store.vectors(), store.ids()) for store in stores)
     if list(mine[1]) != list(others[1]):
-        return {"reason": "the stores are not of the same images"}
+        raise ValueError("the stores are not of the same images")
     return {
         "rows": len(mine[1]),
         "equal": bool(np.array_equal(mine[0], others[0])),
@@ -174,26 +189,32 @@ def difference(one: Any, other: Any) -> dict[str, Any]:
 
 def inference(section: Section) -> None:
     """Images per second of the engine: pixels in the host's memory, and on the card already."""
+    for what in sweep(section.settings):
+        section.measure(network_speed, **what)
+
+
+def network_speed(
+    section: Section, network: str, precision: str, batch_size: int
+) -> dict[str, Any]:
     settings = section.settings
-    loaded: dict[tuple[str, str], Any] = {}
-    for what in sweep(settings):
-        network, precision, size = what["network"], what["precision"], what["batch_size"]
-        with section.part(**what) as row:
-            begin = time.perf_counter()
-            recipe = recipe_of(network, precision, section)
-            if (network, precision) in loaded:
-                engine = loaded[network, precision].resized(size)
-            else:
-                engine = load_engine(settings["engine"], recipe, size, section)
-                loaded[network, precision] = engine
-            row["compile_seconds"] = round(time.perf_counter() - begin, 1)
-            row |= {"device": engine.device, "batch_size": engine.batch_size}
-            row["parallel"] = engine.num_parallel
-            batches = random_batches(engine.batch_size, recipe.image_size)
-            row["speed"] = speed_of(engine, batches, settings["seconds"])
-            if hasattr(engine, "upload"):
-                uploaded = [engine.upload(batch) for batch in batches]
-                row["speed_on_device"] = speed_of(engine, uploaded, settings["seconds"] / 2)
+    begin = time.perf_counter()
+    recipe = recipe_of(network, precision, section)
+    if recipe in loaded_engines:
+        engine = loaded_engines[recipe].resized(batch_size)
+    else:
+        engine = load_engine(settings["engine"], recipe, batch_size, section)
+        loaded_engines[recipe] = engine
+    row = {"compile_seconds": round(time.perf_counter() - begin, 1), "device": engine.device}
+    row |= {"batch_size": engine.batch_size, "parallel": engine.num_parallel}
+    batches = random_batches(engine.batch_size, recipe.image_size)
+    row["speed"] = speed_of(engine, batches, settings["seconds"])
+    if hasattr(engine, "upload"):
+        uploaded = [engine.upload(batch) for batch in batches]
+        row["speed_on_device"] = speed_of(engine, uploaded, settings["seconds"] / 2)
+    return row
+
+
+loaded_engines: dict[Recipe, Any] = {}  # a network is built once for all batch sizes
 
 
 def random_batches(batch_size: int, image_size: Sequence[int]) -> list[NDArray[np.uint8]]:
@@ -227,25 +248,25 @@ def speed_of(engine: Any, batches: Sequence[Any], seconds: float) -> float:
 
 def decoding(section: Section) -> None:
     """Images per second of decoder processes, whose pixels nobody takes."""
+    for num_decoders in section.settings["decoders"]:
+        section.measure(pool_speed, decoders=num_decoders, cores=num_cores())
+
+
+def pool_speed(section: Section, decoders: int, cores: int) -> dict[str, Any]:  # noqa: ARG001
     settings = section.settings
-    recipe = make_recipe()
-    paths = photos_of(settings, settings["decoded"])
-    for num_decoders in settings["decoders"]:
-        with section.part(decoders=num_decoders, cores=num_cores()) as row:
-            row |= decoding_speed(recipe, paths, num_decoders, settings["seconds"])
+    return decoding_speed(photos_of(settings), decoders, settings["seconds"])
 
 
-def photos_of(settings: dict[str, Any], count: int) -> list[bytes]:
-    """So many paths, repeated if need be."""
+def photos_of(settings: dict[str, Any]) -> list[bytes]:
+    """Paths of those that decoding alone is measured by, repeated if need be."""
+    count = settings["decoded"]
     paths = sorted(os.fsencode(path) for path in Path(settings["many_photos"]).iterdir())
     return (paths * (count // len(paths) + 1))[:count]
 
 
-def decoding_speed(
-    recipe: Recipe, paths: list[bytes], num_decoders: int, seconds: float
-) -> dict[str, Any]:
-    """Images per second, and seconds of the cores an image; a warm-up is not counted."""
-    pool = DecoderPool(recipe.pixels, 64, 8, num_decoders, Feeding())
+def decoding_speed(paths: list[bytes], num_decoders: int, seconds: float) -> dict[str, Any]:
+    """Images per second, and what one takes of the cores; a warm-up is not counted."""
+    pool = DecoderPool(make_recipe().pixels, 64, 8, num_decoders, Feeding())
     decode(pool, paths[: 32 * num_decoders], Work())
     work, num_images, begin = Work(), 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
@@ -277,32 +298,42 @@ def decode(pool: DecoderPool, paths: list[bytes], work: Work) -> None:
 
 
 def end_to_end(section: Section) -> None:
-    """From JPEG files to a store: a run to warm up, one to see the memory, and measured ones."""
+    """From JPEG files to a store."""
     settings = section.settings
-    scratch, photos = Path(settings["scratch"]), Path(settings["many_photos"])
     for shard_size in settings["shard_sizes"]:
         for network in settings["end_to_end"]:
-            precision = settings["end_to_end_precision"]
-            options = {
-                "backbone": network,
-                "weights": None if network == "efficientnet-lite0" else "random:0",
-                "precision": precision,
-                "image_size": settings["image_size"],
-                "engine": settings["engine"],
-                "batch_size": settings["best_batch_sizes"].get(network),
-                "shard_size": shard_size,
-            }
-            with section.part(network=network, precision=precision, shard_size=shard_size) as row:
-                run_of(photos, scratch, options | {"limit": 2048})
-                with Monitor(with_host_memory=True) as monitor:
-                    run_of(photos, scratch, options)
-                row["peak_host_bytes"] = monitor.peak_bytes
-                row["peak_card_bytes"] = monitor.peak_card_bytes
-                rounds = [round_of(photos, scratch, options) for _ in range(settings["rounds"])]
-                best = max(rounds, key=lambda one: one["images_per_second"])
-                row |= {"speed": best["images_per_second"], "busy": best["busy"]}
-                row |= {key: best[key] for key in ("engine", "batch_size", "decoders")}
-                row |= {"rounds": rounds}
+            what = {"precision": settings["end_to_end_precision"], "shard_size": shard_size}
+            section.measure(folder_speed, network=network, **what)
+
+
+def folder_speed(
+    section: Section, network: str, precision: str, shard_size: int | None
+) -> dict[str, Any]:
+    """A run to warm up, one to see the memory, and measured ones."""
+    settings = section.settings
+    scratch, photos = Path(settings["scratch"]), Path(settings["many_photos"])
+    options = {
+        "backbone": network,
+        "weights": None if network == "efficientnet-lite0" else "random:0",
+        "precision": precision,
+        "image_size": settings["image_size"],
+        "engine": settings["engine"],
+        "batch_size": settings["best_batch_sizes"].get(network),
+        "shard_size": shard_size,
+    }
+    run_of(photos, scratch, options | {"limit": 2048})
+    with Monitor(with_host_memory=True) as monitor:
+        run_of(photos, scratch, options)
+    rounds = [round_of(photos, scratch, options) for _ in range(settings["rounds"])]
+    best = max(rounds, key=lambda one: one["images_per_second"])
+    kept = ("busy", "engine", "batch_size", "decoders", "bottleneck")
+    return {
+        "speed": best["images_per_second"],
+        **{name: best[name] for name in kept},
+        "peak_host_bytes": monitor.peak_bytes,
+        "peak_card_bytes": monitor.peak_card_bytes,
+        "rounds": rounds,
+    }
 
 
 def round_of(photos: Path, scratch: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -330,25 +361,25 @@ def run_of(photos: Path, scratch: Path, options: dict[str, Any]) -> dict[str, An
 
 def cores(section: Section) -> None:
     """The CPU engine and the decoders on some of the cores, each number in a process of its own."""
-    allowed = sorted(os.sched_getaffinity(0))
     for count in section.settings["decoders"]:
-        if count > len(allowed):
-            section.tell(cores=count, reason=f"there are {len(allowed)} cores")
-            continue
-        with section.part(cores=count) as row:
-            settings = section.settings | {"affinity": allowed[:count]}
-            found = run_section("gpu_ours.py", "some_cores", settings, 60.0)
-            row |= {name: value for one in found["rows"] for name, value in one.items()}
-            if "reason" in found:
-                row["reason"] = found["reason"]
+        section.measure(speeds_on, cores=count)
+
+
+def speeds_on(section: Section, cores: int) -> dict[str, Any]:
+    allowed = sorted(os.sched_getaffinity(0))
+    if cores > len(allowed):
+        raise NotMeasuredError(f"there are {len(allowed)} cores")
+    settings = section.settings | {"affinity": allowed[:cores]}
+    found = run_section("gpu_ours.py", "some_cores", settings, 60.0)
+    row = {name: value for one in found["rows"] for name, value in one.items()}
+    return row | {name: found[name] for name in ("reason",) if name in found}
 
 
 def some_cores(section: Section) -> None:
     settings = section.settings
     os.sched_setaffinity(0, settings["affinity"])
     count = num_cores()
-    paths = photos_of(settings, settings["decoded"])
-    found = decoding_speed(make_recipe(), paths, count, settings["seconds"] / 2)
+    found = decoding_speed(photos_of(settings), count, settings["seconds"] / 2)
     section.tell(**{f"decoding {name}": value for name, value in found.items()})
     if not is_installed("openvino"):
         section.tell(openvino="not measured: no openvino")

@@ -1,5 +1,6 @@
 """The sections of gpu.py that measure its peer, timm on PyTorch; see its docstring."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -124,28 +125,26 @@ def repeat(start: Callable[[int], None], batch_size: int, seconds: float) -> flo
 
 def inference(section: Section) -> None:
     """The sweep of `gpu_ours.inference`, in the same order."""
+    for mode in section.settings["compile_modes"]:
+        for what in sweep(section.settings):
+            section.measure(network_speed, **what, mode=mode)
+
+
+def network_speed(
+    section: Section, network: str, precision: str, batch_size: int, mode: str
+) -> dict[str, Any]:
     settings = section.settings
-    side = settings["image_size"] and settings["image_size"][0]
-    loaded: dict[tuple[str, str], Peer] = {}
-    for mode in settings["compile_modes"]:
-        for what in sweep(settings):
-            with section.part(**what, mode=mode) as row:
-                key = (what["network"], what["precision"])
-                # One compiled network keeps no other alive: each size is compiled for itself.
-                torch._dynamo.reset()
-                if key not in loaded or mode != settings["compile_modes"][0]:
-                    loaded[key] = Peer(*key, mode, side)
-                peer = loaded[key]
-                batches = random_batches(peer, what["batch_size"])
-                begin = time.perf_counter()
-                with torch.inference_mode():
-                    peer(batches[0].to(peer.device).permute(0, 3, 1, 2))
-                row["compile_seconds"] = round(time.perf_counter() - begin, 1)
-                row["device"] = peer.device
-                row["parallel"] = NUM_STREAMS
-                row["speed"] = speed_of(peer, batches, settings["seconds"])
-                there = [batch.to(peer.device) for batch in batches]
-                row["speed_on_device"] = speed_of(peer, there, settings["seconds"] / 2)
+    # Each size is compiled for itself, and not for any, as it would be after a few.
+    torch._dynamo.reset()
+    peer = Peer(network, precision, mode, settings["image_size"] and settings["image_size"][0])
+    batches = random_batches(peer, batch_size)
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        peer(batches[0].to(peer.device).permute(0, 3, 1, 2))
+    row = {"compile_seconds": round(time.perf_counter() - begin, 1), "device": peer.device}
+    row |= {"parallel": NUM_STREAMS, "speed": speed_of(peer, batches, settings["seconds"])}
+    there = [batch.to(peer.device) for batch in batches]
+    return row | {"speed_on_device": speed_of(peer, there, settings["seconds"] / 2)}
 
 
 # End to end. -------------------------------------------------------------------------------------
@@ -201,27 +200,39 @@ LOADERS = {"DataLoader": data_loader, "timm's loader": timm_loader}
 
 def end_to_end(section: Section) -> None:
     """From JPEG files to a .npy file of vectors."""
+    precision = section.settings["end_to_end_precision"]
+    for network in section.settings["end_to_end"]:
+        for loader in LOADERS:
+            section.measure(folder_speed, network=network, precision=precision, loader=loader)
+
+
+def folder_speed(section: Section, network: str, precision: str, loader: str) -> dict[str, Any]:
     settings = section.settings
+    peer = compiled_peer(network, precision, settings["image_size"] and settings["image_size"][0])
+    size, workers = settings["loader_batch_size"], settings["loader_workers"]
     paths = sorted(Path(settings["many_photos"]).iterdir())
-    side = settings["image_size"] and settings["image_size"][0]
-    for network in settings["end_to_end"]:
-        size, peer = settings["loader_batch_size"], None
-        for name, make_loader in LOADERS.items():
-            with section.part(
-                network=network, precision=settings["end_to_end_precision"], loader=name
-            ) as row:
-                peer = peer or Peer(network, settings["end_to_end_precision"], "default", side)
-                row |= {"batch_size": size, "workers": settings["loader_workers"]}
-                loader = make_loader(peer, paths, size, settings["loader_workers"])
-                out = Path(settings["scratch"]) / "vectors.npy"
-                embed_all(peer, loader, size, out, 4)  # to compile, and to start the workers
-                with Monitor() as monitor:
-                    begin = time.time()
-                    num_rows = embed_all(peer, loader, size, out)
-                    end = time.time()
-                row |= {"rows": num_rows, "speed": round(num_rows / (end - begin), 1)}
-                row |= {"busy": monitor.busy_share(begin, end), "written": "npy"}
-                row["peak_card_bytes"] = monitor.peak_card_bytes
+    images = LOADERS[loader](peer, paths, size, workers)
+    out = Path(settings["scratch"]) / "vectors.npy"
+    embed_all(peer, images, size, out, 4)  # to compile, and to start the workers
+    with Monitor() as monitor:
+        begin = time.time()
+        num_rows = embed_all(peer, images, size, out)
+        end = time.time()
+    return {
+        "batch_size": size,
+        "workers": workers,
+        "rows": num_rows,
+        "speed": round(num_rows / (end - begin), 1),
+        "busy": monitor.busy_share(begin, end),
+        "peak_card_bytes": monitor.peak_card_bytes,
+        "written": "npy",
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_peer(network: str, precision: str, side: int | None) -> Peer:
+    """The same for both loaders, so that it is compiled once."""
+    return Peer(network, precision, "default", side)
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,21 @@ class Section:
         with self.file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
 
-    @contextlib.contextmanager
-    def part(self, **what: Any) -> Iterator[dict[str, Any]]:
-        """One measurement, which fills in its row: left out where one more would take too long.
+    def measure(self, call: Callable[..., dict[str, Any]], **what: Any) -> None:
+        """Tell a row of one measurement: left out where one more would take too long.
 
         An error, or that there is no time left, becomes the row's `reason`; others go on.
+
+        Args:
+            call: Is given the section and `what`; returns the rest of the row.
+            **what: Is measured; the row begins with it.
         """
         row = dict(what)
         begin = time.monotonic()
         try:
             if begin + sum(self._took) / max(1, len(self._took)) > self.deadline:
                 raise NotMeasuredError("no time was left")
-            yield row
+            row |= call(self, **what)
             self._took.append(time.monotonic() - begin)
         except NotMeasuredError as error:
             row["reason"] = str(error)
