@@ -320,8 +320,10 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         if peers:
             one["ratio"] = round(row["speed"] / max(peer["speed"] for peer in peers), 2)
         found["end to end"].append(one)
-    if decoding:
-        found["in words"] = [*cores_in_words(found["inference"], decoding, result["card"])]
+    rows = rows_of(result, "decoding")
+    if whole := [row for row in rows if row["decoders"] >= row["cores"]] or rows:
+        most = max(whole, key=lambda row: row["speed"])
+        found["in words"] = [*cores_in_words(found["inference"], most, result["card"])]
     return found
 
 
