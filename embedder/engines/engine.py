@@ -5,7 +5,9 @@ size: a new shape would cost a compilation, so a smaller last batch is padded by
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -83,11 +85,22 @@ def check_precision(precision: str, runtime: Runtime) -> None:
             "`precision` float16 needs a GPU. Received: precision=float16 on CPU; "
             "use float32, or bfloat16 where the CPU has it"
         )
-    if "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if not _cpu_has_bfloat16():
         raise EngineError(
             "`precision` bfloat16 needs a GPU, or a CPU with AVX-512 BF16 or AMX. "
             "Received: precision=bfloat16 on a CPU with neither; use float32"
         )
+
+
+def _cpu_has_bfloat16() -> bool:
+    if importlib.util.find_spec("openvino") is None:
+        with contextlib.suppress(OSError):  # not Linux
+            return not {"avx512_bf16", "amx_bf16"}.isdisjoint(
+                Path("/proc/cpuinfo").read_text().split()
+            )
+        return False
+    capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in capabilities
 
 
 @contextlib.contextmanager

@@ -101,6 +101,23 @@ def needs_precision(precision: str) -> None:
         pytest.skip(str(error))
 
 
+def test_a_processor_says_itself_whether_it_has_bfloat16_where_openvino_is_missing() -> None:
+    code = """
+import sys
+sys.modules["openvino"] = None
+from embedder.engines import Runtime, check_precision
+check_precision("bfloat16", Runtime("jax"))
+"""
+    with_openvino = True
+    try:
+        check_precision("bfloat16", Runtime("openvino"))
+    except EngineError:
+        with_openvino = False
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode == 0) == with_openvino
+    assert ("needs a GPU, or a CPU with AVX-512 BF16" in done.stderr) != with_openvino
+
+
 def test_bfloat16_is_close_to_float32_and_not_the_same(
     lite0: Recipe, pixels: NDArray[np.uint8]
 ) -> None:
