@@ -89,8 +89,7 @@ def check_features(recipe: Recipe, gpus: Sequence[Gpu]) -> list[Check]:
     checks, alone = [], {}
     for name in available_engines(gpus):
         runtime = choose(name, gpus)
-        alone[name] = embed(recipe, runtime, card[None])[0]
-        in_batch = embed(recipe, runtime, batch)[1]
+        (alone[name],), (_, in_batch, _) = embed(recipe, runtime, card[None], batch)
         difference = float(np.abs(in_batch - alone[name]).max() / np.abs(alone[name]).max())
         checks += [
             _check_alike(f"{name}: as plain Keras", alone[name], expected),
@@ -181,26 +180,31 @@ def _filter(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     return np.sinc(x) * np.sinc(x / 3.0)
 
 
-def embed(recipe: Recipe, runtime: Runtime, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Embed images in one batch, on a fresh engine.
+def embed(
+    recipe: Recipe, runtime: Runtime, *batches: NDArray[np.uint8]
+) -> list[NDArray[np.float32]]:
+    """Embed batches of images, each on a fresh engine.
 
     Args:
         recipe: Of one feature.
         runtime: As `engines.choose` gives it.
-        pixels: uint8 (n, height, width, 3).
+        *batches: uint8 (n, height, width, 3), each of its own n.
 
     Returns:
-        float32 (n, dim).
+        For each float32 (n, dim).
     """
     if not runs_here(runtime.engine):
-        return call_apart(runtime.engine, _embed, recipe, runtime, pixels, with_gpus=True)
-    return _embed(recipe, runtime, pixels)
+        return call_apart(runtime.engine, _embed, recipe, runtime, batches, with_gpus=True)
+    return _embed(recipe, runtime, batches)
 
 
-def _embed(recipe: Recipe, runtime: Runtime, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    engine = load(recipe, runtime, len(pixels), num_cores())
-    vectors: NDArray[np.float32] = engine.embed(pixels)[EMBEDDING]
-    return vectors
+def _embed(
+    recipe: Recipe, runtime: Runtime, batches: Sequence[NDArray[np.uint8]]
+) -> list[NDArray[np.float32]]:
+    return [
+        load(recipe, runtime, len(pixels), num_cores()).embed(pixels)[EMBEDDING]
+        for pixels in batches
+    ]
 
 
 def cosine(vector: NDArray[Any], other: NDArray[Any]) -> float:

@@ -87,13 +87,14 @@ def _check_precisions(recipe: Recipe, runtime: Runtime) -> list[Check]:
     except SourceError:
         encoded, what = [_encode(conformance.colour_bars(_CARD_SIZE), 1)], "the test card"
     pixels = np.stack([decode_rgb(file, recipe).pixels for file in encoded])
-    exact = conformance.embed(recipe, runtime, pixels)
+    (exact,) = conformance.embed(recipe, runtime, pixels)
     checks = []
     for precision in precisions(runtime):
         if precision == "float32":
             continue
         other = recipe.model_copy(update={"precision": precision})
-        found = list(map(conformance.cosine, exact, conformance.embed(other, runtime, pixels)))
+        (rounded,) = conformance.embed(other, runtime, pixels)
+        found = list(map(conformance.cosine, exact, rounded))
         median, lowest = float(np.median(found)), min(found)
         checks.append(
             Check(

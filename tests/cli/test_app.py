@@ -112,16 +112,16 @@ def test_the_doctor_finds_this_machine_well() -> None:
     done = run("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     # Rotation, two ways of decoding, the input stage; each engine as plain Keras and alone as in a
-    # batch, the two together; then each further precision.
+    # batch, the three together; then each further precision.
     others = [
         precision
         for precision in doctor.precisions(choose("auto", gpus()))
         if precision != "float32"
     ]
-    assert done.stdout.count("pass") == 9 + len(others)
+    assert done.stdout.count("pass") == 11 + len(others)
     for precision in others:
         assert f"{precision} as float32" in done.stdout
-    assert "openvino and tensorflow agree" in " ".join(done.stdout.split())
+    assert "openvino and tensorflow and jax agree" in " ".join(done.stdout.split())
     assert done.stderr == ""
 
 
