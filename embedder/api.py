@@ -8,12 +8,13 @@ from dataclasses import asdict
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
-from embedder import analysis, checks, finetuning, heads, inference, training
+from embedder import analysis, checks, engines, finetuning, heads, inference, training
 from embedder.backbones import BACKBONES, RecipeOptions, make_recipe
 from embedder.errors import RequestError
 from embedder.extraction import OnProgress, Progress, RunOptions, run_extraction
 from embedder.finetuning import TuneOptions
 from embedder.inference import ExportFormat
+from embedder.machine import gpus
 from embedder.options import described, options_of
 from embedder.store import Store
 from embedder.training import HeadName, TrainOptions
@@ -103,6 +104,7 @@ def extract(
         Unfinished: Too many images failed, or the disk is full; what is done is kept.
     """
     with _watching(quiet, on_progress) as watch:
+        engines.ready_keras(run.engine, recipe.backbone, gpus())
         run_extraction(source, {os.fspath(store): make_recipe(**asdict(recipe))}, run, watch)
     return Store(store)
 

@@ -98,6 +98,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files hold anything, in any locale
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # For the user's own scripts; here `--engine` tells what Keras runs on.
+    os.environ.pop("KERAS_BACKEND", None)
     shell, _, instruction = os.environ.get(_COMPLETION, "").partition("_")
     if instruction == "source":  # the order that click has; Typer's is the other
         os.environ[_COMPLETION] = f"source_{shell}"

@@ -43,8 +43,12 @@ def extract(
     quiet: Quiet = False,
 ) -> None:
     """Embed the images of SOURCE into STORE; what is there already is not done again."""
+    from embedder import engines
     from embedder.extraction import run_extraction
+    from embedder.machine import gpus
 
+    for name in parts_of(backbone):
+        engines.ready_keras(run.engine, name, gpus())
     recipes = make_recipes(store, parts_of(backbone), parts_of(weights), recipe)
     with console.progress(quiet) as on_progress:
         summaries = run_extraction(source, recipes, run, on_progress, console.started())

@@ -15,6 +15,11 @@ from .engine import (
     Runtime as Runtime,
     check_precision as check_precision,
 )
-from .loading import fastest as fastest, load as load, prepare as prepare
+from .loading import (
+    fastest as fastest,
+    load as load,
+    prepare as prepare,
+    ready_keras as ready_keras,
+)
 from .own_process import call_apart as call_apart, runs_here as runs_here
 from .tensorflow import best_training_precision as best_training_precision

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from embedder.backbones import is_preset
 from embedder.engines import jax, tensorflow
 from embedder.engines.batch_size import find_batch_size, remembered_batch_size, remembered_speed
 from embedder.engines.choice import usable_engines
@@ -10,7 +11,7 @@ from embedder.engines.model_cache import exported_model
 from embedder.engines.openvino import OpenVinoEngine
 from embedder.engines.own_process import call_apart, runs_here
 from embedder.errors import EngineError, OutOfMemory
-from embedder.libraries import logger
+from embedder.libraries import keras_backend, logger
 from embedder.machine import Gpu
 from embedder.recipe import Recipe
 
@@ -84,6 +85,26 @@ def prepare(recipe: Recipe, runtime: Runtime, is_here: bool) -> None:
         jax.prepare_model(recipe)
     else:
         call_apart("jax", jax.check_model, recipe)
+
+
+def ready_keras(engine: str, backbone: str, gpus: Sequence[Gpu]) -> None:
+    """Have Keras run on JAX where that will compute, before the recipe of a preset imports it.
+
+    Keras has one backend in a process, for good: on another, the run would need a second process.
+    Does nothing for networks whose recipes need no Keras, and where it has a backend already.
+
+    Args:
+        engine: One of `ENGINES`, or `auto`.
+        backbone: As `backbones.make_recipe` takes it.
+        gpus: Those there are.
+
+    Raises:
+        EngineError: JAX is asked for, and not installed.
+    """
+    if not is_preset(backbone) or keras_backend() is not None:
+        return
+    if engine == "jax" or (engine == "auto" and gpus and usable_engines(gpus)[:1] == ["jax"]):
+        jax.import_jax()
 
 
 def fastest(

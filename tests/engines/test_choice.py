@@ -1,7 +1,10 @@
 """Which engine is taken, by what the cards are and what is installed."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -127,3 +130,27 @@ def test_what_is_not_installed_is_told(install: pytest.MonkeyPatch) -> None:
     reason = why_not("jax", VOLTA)
     assert reason is not None
     assert reason.startswith("it is not installed; pip install 'image-embedder[jax-cuda12]'")
+
+
+def test_keras_gets_ready_for_jax_only_where_a_preset_is_embedded_by_it() -> None:
+    """In a process of its own, as Keras has one backend in a process."""
+    code = """
+from embedder.engines import choice, ready_keras
+from embedder.libraries import keras_backend
+from embedder.machine import Gpu
+gpu = Gpu("GPU-1", "NVIDIA H100", (9, 0), 80 * 2**30, "580.159.04")
+wheels = ["nvidia-cudnn-cu12"]
+choice.installed = lambda asked: {name: "1.0" for name in asked if name in wheels}
+ready_keras("jax", "resnet50", [])
+ready_keras("openvino", "hub:a", [gpu])
+ready_keras("auto", "hub:a", [])
+ready_keras("auto", "hub:a", [gpu])
+print(keras_backend())
+wheels = ["jax-cuda12-plugin"]
+ready_keras("auto", "hub:a", [gpu])
+print(keras_backend())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["None", "jax"]
