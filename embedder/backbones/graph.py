@@ -44,6 +44,9 @@ def build(recipe: Recipe) -> "keras.Model":
     pixels = keras.Input((*recipe.image_size, 3), dtype="uint8", name="pixels")
     with dtype_policy(recipe.precision):
         network = load_network(recipe)
+        if recipe.weights_source.endswith(".keras"):  # it says what its layers computed in before
+            for layer in network._flatten_layers():
+                layer.dtype_policy = keras.config.dtype_policy()
         _check_finite(recipe, network)
         tapped = keras.Model(network.inputs, tapped_tensors(network, recipe))
         maps = tapped(row.preprocess(keras.ops.cast(pixels, "float32")))
