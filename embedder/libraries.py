@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from embedder import __version__
@@ -28,10 +28,28 @@ def import_keras() -> Any:
             has_tensorflow = importlib.util.find_spec("tensorflow") is not None
             os.environ["KERAS_BACKEND"] = "tensorflow" if has_tensorflow else "jax"
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        with _silent_standard_error():
+        runs_on_tensorflow = os.environ.get("KERAS_BACKEND") == "tensorflow"
+        with silent_standard_error() if runs_on_tensorflow else nullcontext():
             import keras
 
     return keras
+
+
+@contextmanager
+def silent_standard_error() -> Iterator[None]:
+    """Discard what is written there as TensorFlow is imported, whatever the level of its log."""
+    if "tensorflow" in sys.modules:
+        yield
+        return
+    kept = os.dup(2)
+    discard = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(discard, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(discard)
 
 
 def keras_backend() -> str | None:
@@ -112,20 +130,3 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 _import_lock = threading.Lock()
 _environment_lock = threading.Lock()
-
-
-@contextmanager
-def _silent_standard_error() -> Iterator[None]:
-    """Discard what native code writes to standard error: the log level does not stop all of it."""
-    if "tensorflow" in sys.modules or os.environ.get("KERAS_BACKEND") != "tensorflow":
-        yield
-        return
-    kept = os.dup(2)
-    discard = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(discard, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(discard)

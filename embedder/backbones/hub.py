@@ -14,12 +14,14 @@ from embedder.backbones.declared import read_json
 from embedder.backbones.table import Backbone
 from embedder.backbones.weight_files import check_configuration
 from embedder.errors import RecipeError, WeightsError
-from embedder.libraries import DISTRIBUTION, import_keras
+from embedder.libraries import DISTRIBUTION, import_keras, silent_standard_error
 
 if TYPE_CHECKING:
     import keras
 
 PREFIX = "hub:"
+# Made from other arrays when a network is loaded, with the rounding of whatever makes them.
+_DERIVED = {"interpolated_position_embeddings"}  # of DINOv2
 
 
 def is_preset(backbone: str) -> bool:
@@ -36,7 +38,7 @@ class Preset:
             tokens (batch, tokens, channels), or for CLIP and SigLIP the image's embedding
             (batch, channels).
         converter: KerasHub's own preprocessing: gives size, crop, filter, scale and offset.
-        sha256: Of all arrays, in the network's order.
+        sha256: Of all arrays that are not made from others.
     """
 
     network: "keras.Model"
@@ -76,7 +78,10 @@ def open_preset(name: str, dtype_policy: str = "float32") -> Preset:
     if Path(name).is_dir():
         _check_folder(Path(name))
     import_keras()
-    import keras_hub
+    with (
+        silent_standard_error()
+    ):  # it imports TensorFlow where there is one, whatever Keras runs on
+        import keras_hub
 
     try:
         backbone = keras_hub.models.Backbone.from_preset(name, dtype=dtype_policy)
@@ -89,11 +94,20 @@ def open_preset(name: str, dtype_policy: str = "float32") -> Preset:
     network = _image_network(backbone, name)
     if converter.image_size is None:
         converter.image_size = network.input_shape[1:3]
+    return Preset(network, converter, _digest_of(network))
+
+
+def _digest_of(network: "keras.Model") -> str:
+    """Of all arrays in the network's order: the same on each of Keras's backends, and anywhere."""
     digest = hashlib.sha256()
     for variable in network.weights:
+        if variable.name in _DERIVED:
+            continue
         array: NDArray[Any] = np.ascontiguousarray(variable.numpy())
+        if array.dtype.kind == "i":  # JAX has 32 bits where TensorFlow has 64
+            array = array.astype(np.int64)
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-    return Preset(network, converter, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _check_folder(folder: Path) -> None:
@@ -109,7 +123,10 @@ def _image_network(backbone: Any, name: str) -> "keras.Model":
     """The part from images to features; towers for text are left out."""
     keras = import_keras()
     inputs = backbone.input
-    images = inputs.get("images") if isinstance(inputs, dict) else inputs
+    if isinstance(inputs, dict):  # of networks of images alone, the one input has several names
+        images = next(iter(inputs.values())) if len(inputs) == 1 else inputs.get("images")
+    else:
+        images = inputs
     if not isinstance(images, keras.KerasTensor) or len(images.shape) != 4:
         raise RecipeError(f"`backbone` must be a network of images. Received: {PREFIX}{name}")
     if hasattr(backbone, "get_vision_embeddings"):  # CLIP, SigLIP

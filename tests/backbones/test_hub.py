@@ -1,6 +1,9 @@
 """Image networks of KerasHub: small ones with random weights, since presets must be downloaded."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,16 @@ import pytest
 from embedder import extract
 from embedder.backbones.graph import build, load_network
 from embedder.backbones.resolve import find_backbone, make_recipe
-from embedder.checks.conformance import check_features, check_input_stage
+from embedder.checks.conformance import check_input_stage
 from embedder.checks.verify import verify
+from embedder.engines import call_apart
 from embedder.errors import RecipeError, RecipeMismatch, WeightsError
 from embedder.extraction.extract import run_extraction
 from embedder.extraction.options import RunOptions
-from embedder.machine import gpus
+from embedder.store import Store
+from tests.engines.each_network import Embedded, embed_each, pictures
+from tests.engines.test_engine import cosines, needs_precision
+from tests.engines.test_jax import run_without_tensorflow
 from tests.support import assert_same_vectors
 
 keras_hub = pytest.importorskip(
@@ -35,6 +42,10 @@ def vit() -> Any:
 
 def dinov2() -> Any:
     return keras_hub.models.DINOV2Backbone(patch_size=16, image_shape=(64, 64, 3), **TOWER)
+
+
+def dinov3() -> Any:
+    return keras_hub.models.DINOV3Backbone(patch_size=16, image_shape=(64, 64, 3), **TOWER)
 
 
 def clip() -> Any:
@@ -76,17 +87,79 @@ def _quiet_keras_hub() -> Any:
         yield
 
 
-@pytest.mark.parametrize(
-    ("make", "dim"), [(vit, 16), (dinov2, 16), (clip, 12), (siglip, 16), (resnet, 32)]
-)
-def test_a_network_gets_its_own_pixels_on_both_engines(make: Any, dim: int, tmp_path: Path) -> None:
-    scale, offset = [0.0175, 0.0172, 0.017], [-2.1, -2.0, -1.8]
-    name = save_preset(make(), tmp_path / "preset", scale=scale, offset=offset)
-    recipe = make_recipe(name)
-    assert find_backbone(name)[1].dim == dim
+FAMILIES = {vit: 16, dinov2: 16, dinov3: 16, clip: 12, siglip: 16, resnet: 32}
+
+
+@pytest.fixture(scope="module")
+def presets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A backbone's name for each family."""
+    folder = tmp_path_factory.mktemp("presets")
+    options = {"scale": [0.0175, 0.0172, 0.017], "offset": [-2.1, -2.0, -1.8]}
+    return {
+        make.__name__: save_preset(make(), folder / make.__name__, **options) for make in FAMILIES
+    }
+
+
+@pytest.fixture(scope="module")
+def on_jax(presets: dict[str, str]) -> Embedded:
+    networks = {family: {"backbone": name} for family, name in presets.items()}
+    rounded = networks["vit"] | {"precision": "bfloat16"}
+    needs_precision("bfloat16")
+    return call_apart("jax", embed_each, "jax", networks | {"bfloat16": rounded})
+
+
+@pytest.mark.parametrize(("make", "dim"), FAMILIES.items())
+def test_a_network_gets_its_own_pixels_on_each_engine(
+    make: Any, dim: int, presets: dict[str, str], on_jax: Embedded
+) -> None:
+    name, family = presets[make.__name__], make.__name__
+    recipe, row = make_recipe(name), find_backbone(name)[1]
+    assert row.dim == dim
     assert recipe.image_size == (64, 64)
-    checks = [check_input_stage(recipe), *check_features(recipe, gpus())]
-    assert [check for check in checks if not check.passed] == []
+    assert check_input_stage(recipe).passed
+    found = {"jax": on_jax[family]}
+    for engine in ("openvino", "tensorflow"):
+        found |= {engine: embed_each(engine, {family: {"backbone": name}})[family]}
+    pixels = row.preprocess(pictures(recipe.image_size).astype(np.float32))
+    maps = load_network(recipe).predict(pixels, verbose=0)
+    plain = maps.reshape(len(maps), -1, dim).mean(axis=1)
+    for engine, (same_recipe, vectors) in found.items():
+        assert same_recipe.fingerprint == recipe.fingerprint, engine
+        assert cosines(vectors, plain).min() >= 0.9999, engine
+        assert cosines(vectors[:1] - vectors[1:], plain[:1] - plain[1:]).min() >= 0.999, engine
+
+
+def test_bfloat16_on_jax_is_close_to_float32_and_not_the_same(on_jax: Embedded) -> None:
+    (_, exact), (_, rounded) = on_jax["vit"], on_jax["bfloat16"]
+    assert cosines(exact, rounded).min() > 0.99
+    assert np.abs(exact - rounded).max() > 1e-4 * np.abs(exact).max()
+
+
+def test_a_preset_is_extracted_on_jax_where_there_is_no_tensorflow(
+    presets: dict[str, str], archive: Path, tmp_path: Path
+) -> None:
+    command = ["extract", archive, tmp_path / "s", "--backbone", presets["dinov3"]]
+    done = run_without_tensorflow(*command, "--engine", "jax")
+    assert done.returncode == 0, done.stderr
+    assert "20 in the store, 20 new" in done.stdout
+    (run,) = Store(str(tmp_path / "s")).runs()
+    assert run["engine"] == "jax on CPU"
+
+
+def test_a_preset_is_opened_on_what_computes_whatever_keras_backend_says(
+    presets: dict[str, str], archive: Path, tmp_path: Path
+) -> None:
+    command = ["extract", archive, tmp_path / "s", "--backbone", presets["vit"], "--engine", "jax"]
+    done = subprocess.run(
+        [sys.executable, "-m", "embedder", *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"KERAS_BACKEND": "torch"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "20 in the store, 20 new" in done.stdout
+    assert "a process of its own" not in done.stderr  # as where Keras runs on something else
+    assert "absl" not in done.stderr  # nor what TensorFlow says, which KerasHub imports
 
 
 def test_the_image_tower_of_clip_gives_the_embedding_that_texts_are_compared_with(

@@ -96,7 +96,7 @@ def run_without_tensorflow(*arguments: str | Path) -> subprocess.CompletedProces
     """Run the command where TensorFlow cannot be imported, in this process or in its children."""
     code = """
 import sys
-sys.modules["tensorflow"] = None
+sys.modules["tensorflow"] = sys.modules["tensorflow_text"] = None
 from embedder.cli import main
 sys.argv = ["embedder", *sys.argv[1:]]
 main()
