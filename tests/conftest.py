@@ -13,6 +13,9 @@ from embedder.recipe import Recipe
 from embedder.store.store import Store
 from tests.support import SHARED, WebServer, add_rows, animal_vectors, make_archive
 
+# JAX, which Keras imports, sets another level, also for the commands that tests start.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
