@@ -12,13 +12,12 @@ it uses each value nine times: a network of such convolutions exceeds the GEMM a
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from speed import images_per_second_on_jax, per_second
 
 from embedder import engines
 from embedder.backbones import build, make_recipe
@@ -38,22 +37,6 @@ NETWORKS = {
     "resnet50": 2 * 3.86e9,
     "vgg16": 2 * 15.3e9,
 }
-
-
-def per_second(call: Callable[[], Any], num_parallel: int, seconds: float) -> float:
-    """Calls per second in so many threads at the same time."""
-
-    def repeat(_: int) -> int:
-        num_calls = 0
-        while time.perf_counter() - begin < seconds:
-            call()
-            num_calls += 1
-        return num_calls
-
-    with ThreadPoolExecutor(num_parallel) as threads:
-        begin = time.perf_counter()
-        num_calls = sum(threads.map(repeat, range(num_parallel)))
-        return num_calls / (time.perf_counter() - begin)
 
 
 def openvino_call(model: Any, inputs: list[Any], precision: str) -> Callable[[], Any]:
@@ -130,15 +113,6 @@ def network_calls(name: str, precisions: list[str]) -> dict[tuple[str, str], Cal
     return calls
 
 
-def jax_images_per_second(name: str, seconds: float) -> float:
-    """Images per second on JAX; for a process in which Keras runs on it."""
-    recipe = make_recipe(name, None if name == DEFAULT_BACKBONE else "random")
-    engine = engines.load(recipe, engines.Runtime("jax"), BATCH_SIZES["jax"], num_cores())
-    generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (engine.batch_size, 224, 224, 3), dtype=np.uint8)
-    return per_second(lambda: engine.embed(pixels), 1, seconds) * engine.batch_size
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
@@ -168,7 +142,9 @@ def main() -> None:
                 num_parallel = num_cores() if engine == "openvino" else 1
                 rate = per_second(call, num_parallel, options.seconds)
                 speeds.setdefault((name, engine, precision), []).append(rate * BATCH_SIZES[engine])
-            rate = engines.call_apart("jax", jax_images_per_second, name, options.seconds)
+            rate = engines.call_apart(
+                "jax", images_per_second_on_jax, name, BATCH_SIZES["jax"], options.seconds
+            )
             speeds.setdefault((name, "jax", "float32"), []).append(rate)
     peaks = dict.fromkeys(precisions, 0.0)
     for (precision, name), values in rates.items():

@@ -23,7 +23,7 @@ def import_keras() -> Any:
 
     Where nothing has been chosen that is TensorFlow, or JAX where there is no TensorFlow.
     """
-    with _import_lock:
+    with _keras_lock:
         if "keras" not in sys.modules and "KERAS_BACKEND" not in os.environ:
             has_tensorflow = importlib.util.find_spec("tensorflow") is not None
             os.environ["KERAS_BACKEND"] = "tensorflow" if has_tensorflow else "jax"
@@ -54,10 +54,18 @@ def silent_standard_error() -> Iterator[None]:
 
 def keras_backend() -> str | None:
     """What Keras runs on in this process, for good; None as long as nothing has been chosen."""
-    if "keras" in sys.modules:
-        backend: str = sys.modules["keras"].config.backend()
-        return backend
-    return os.environ.get("KERAS_BACKEND")
+    with _keras_lock:
+        config = getattr(sys.modules.get("keras"), "config", None)
+        return config.backend() if config else os.environ.get("KERAS_BACKEND")
+
+
+def claim_keras_backend(name: str) -> bool:
+    """Have Keras run on `tensorflow` or `jax` in this process, unless it runs on another."""
+    with _keras_lock:
+        is_free = keras_backend() in (None, name)
+        if is_free:
+            os.environ["KERAS_BACKEND"] = name
+        return is_free
 
 
 def choose_keras_backend(name: str) -> None:
@@ -66,12 +74,12 @@ def choose_keras_backend(name: str) -> None:
     Raises:
         EngineError: It runs on another.
     """
-    if (now := keras_backend()) not in (None, name):
+    if not claim_keras_backend(name):
         raise EngineError(
-            f"Keras has one backend in a process, and this needs {name}. Received: a process in "
-            f"which it runs on {now}; start another, without KERAS_BACKEND={now}"
+            f"Keras has one backend in a process, for good, and here it must be {name}. Received: "
+            f"a process in which it runs on {keras_backend()}. Start another one; a worker of a "
+            f"scheduler that has served another engine must be started again"
         )
-    os.environ["KERAS_BACKEND"] = name
 
 
 @contextmanager
@@ -81,7 +89,7 @@ def children_with(variables: Mapping[str, str]) -> Iterator[None]:
     In the process itself it would be too late: it first imports what the user's script imports,
     which may be Keras.
     """
-    with _environment_lock:
+    with _keras_lock:  # nobody chooses a backend meanwhile
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
         try:
@@ -128,5 +136,4 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-_import_lock = threading.Lock()
-_environment_lock = threading.Lock()
+_keras_lock = threading.RLock()

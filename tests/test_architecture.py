@@ -64,7 +64,7 @@ DOORS = {
         "heads",
         "training",
     },
-    "pickle": {"backbones"},
+    "pickle": {"backbones", "engines"},
     "pynvml": {"machine"},
     "rich": {"cli", "progress"},
     "skops": {"heads"},

@@ -194,7 +194,7 @@ def embed(
         For each float32 (n, dim).
     """
     if not runs_here(runtime.engine):
-        return call_apart(runtime.engine, _embed, recipe, runtime, batches, with_gpus=True)
+        return call_apart(runtime.engine, _embed, recipe, runtime, batches, gpus=runtime.gpus[:1])
     return _embed(recipe, runtime, batches)
 
 

@@ -17,9 +17,14 @@ from .engine import (
 )
 from .loading import (
     fastest as fastest,
+    forget_prepared as forget_prepared,
     load as load,
     prepare as prepare,
     ready_keras as ready_keras,
 )
-from .own_process import call_apart as call_apart, runs_here as runs_here
+from .own_process import (
+    call_apart as call_apart,
+    claim_process as claim_process,
+    runs_here as runs_here,
+)
 from .tensorflow import best_training_precision as best_training_precision

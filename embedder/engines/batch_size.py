@@ -15,7 +15,7 @@ from embedder.engines.engine import Engine, Runtime
 from embedder.errors import OutOfMemory
 from embedder.files import whole_file
 from embedder.libraries import installed
-from embedder.machine import cache_folder
+from embedder.machine import cache_folder, gpus
 from embedder.recipe import Recipe
 
 # What is tried. On a GPU each is compiled, which can take half a minute, and a small one leaves
@@ -26,6 +26,12 @@ _BATCH_SIZES = {
     ("tensorflow", "GPU"): (32, 64, 128, 256, 512, 1024),
     ("jax", "CPU"): (4, 8, 16, 32, 64),
     ("jax", "GPU"): (32, 64, 128, 256, 512, 1024),
+}
+# Whose versions decide how fast an engine is, and whether it knows a card.
+_PACKAGES = {
+    "openvino": ["openvino"],
+    "tensorflow": ["tensorflow", "tensorflow-cpu", "nvidia-cudnn-cu12", "nvidia-curand-cu12"],
+    "jax": ["jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin"],
 }
 _KNEE = 1.03  # a larger batch must be faster by so much: it costs memory and idle time at the end
 _KNEE_SECONDS = 0.5  # of measuring, at each batch size
@@ -60,13 +66,30 @@ def find_batch_size(engine: Engine, recipe: Recipe, runtime: Runtime, num_thread
             best, best_speed, num_worse = candidate, speed, 0
         elif (num_worse := num_worse + 1) == 2:
             break
+    _remember(recipe, runtime, num_threads, best.batch_size, speeds)
+    return best
+
+
+def remember_failure(recipe: Recipe, runtime: Runtime, num_threads: int) -> None:
+    """Remember that an engine cannot compute here, until other parts of it are installed.
+
+    Args:
+        recipe: Of the network.
+        runtime: Engine and devices.
+        num_threads: That it was tried with.
+    """
+    _remember(recipe, runtime, num_threads, 1, {1: 0.0})
+
+
+def _remember(
+    recipe: Recipe, runtime: Runtime, num_threads: int, batch_size: int, speeds: dict[int, float]
+) -> None:
     file = _batch_size_file(recipe, runtime, num_threads)
-    content = {"batch_size": best.batch_size, "images_per_second": speeds}
+    content = {"batch_size": batch_size, "images_per_second": speeds}
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as new:
             new.write(json.dumps(content).encode())
-    return best
 
 
 def images_per_second(engine: Engine, recipe: Recipe) -> float:
@@ -95,11 +118,13 @@ def remembered_batch_size(recipe: Recipe, runtime: Runtime, num_threads: int) ->
         num_threads: That it was found with.
     """
     found = _remembered(recipe, runtime, num_threads)
-    return None if found is None else found[0]
+    return found[0] if found and found[1] else None
 
 
 def remembered_speed(recipe: Recipe, runtime: Runtime, num_threads: int) -> float | None:
     """Images/s of the network alone at what `find_batch_size` found; None if it was never here.
+
+    0 where the engine cannot compute here.
 
     Args:
         recipe: Of the network.
@@ -122,8 +147,11 @@ def _remembered(recipe: Recipe, runtime: Runtime, num_threads: int) -> tuple[int
 
 
 def _batch_size_file(recipe: Recipe, runtime: Runtime, num_threads: int) -> Path:
-    device = "GPU" if runtime.gpus else platform.processor() or "CPU"
-    name, version = runtime.engine, installed([runtime.engine]).items()
+    device = platform.processor() or "CPU"
+    if runtime.gpus:
+        card = next(iter(gpus()), None)
+        device = f"{card} {card.memory_bytes}" if card else "GPU"
+    name, version = runtime.engine, installed(_PACKAGES[runtime.engine]).items()
     parts = [recipe.fingerprint, name, *version, device, platform.node(), num_threads]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return cache_folder() / "batch-sizes" / f"{recipe.label}-{key}.json"

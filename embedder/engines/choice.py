@@ -18,14 +18,14 @@ class _Wheels(NamedTuple):
     """NVIDIA cards that the published wheels of a framework have code for.
 
     Attributes:
-        package: By which they are known to be installed.
+        packages: By which they are known to be installed.
         extra: Of this package, that installs them.
         lowest: Compute capability of the oldest card.
         below: Compute capability of the first card that is too new; None if none is known.
         driver: Major version of the oldest driver.
     """
 
-    package: str
+    packages: tuple[str, ...]
     extra: str
     lowest: Capability
     below: Capability | None
@@ -35,10 +35,12 @@ class _Wheels(NamedTuple):
 # As of TensorFlow 2.21 and JAX 0.10, by their pages on installation and NVIDIA's on CUDA 12 and 13.
 # TensorFlow fails on Blackwell cards: tensorflow#89272 and #111958.
 _WHEELS = {
-    "tensorflow": [_Wheels("nvidia-cudnn-cu12", "gpu", (6, 0), (10, 0), 525)],
+    "tensorflow": [
+        _Wheels(("nvidia-cudnn-cu12", "nvidia-curand-cu12"), "gpu", (6, 0), (10, 0), 525)
+    ],
     "jax": [
-        _Wheels("jax-cuda13-plugin", "jax-cuda13", (7, 5), None, 580),
-        _Wheels("jax-cuda12-plugin", "jax-cuda12", (5, 2), None, 525),
+        _Wheels(("jax-cuda13-plugin",), "jax-cuda13", (7, 5), None, 580),
+        _Wheels(("jax-cuda12-plugin",), "jax-cuda12", (5, 2), None, 525),
     ],
 }
 
@@ -63,8 +65,10 @@ def choose(name: str, gpus: Sequence[Gpu], is_here: bool = False) -> Runtime:
     if name not in (*ENGINES, "auto"):
         raise EngineError(f"`engine` must be auto or one of {', '.join(ENGINES)}. Received: {name}")
     ids = tuple(gpu.id for gpu in gpus)
-    if name == "openvino" or (name == "auto" and not gpus):
-        return Runtime("openvino")
+    if name == "openvino":
+        return Runtime(name)
+    if name == "auto" and not gpus:
+        return _on_cpu(is_here)
     if name != "auto":
         for gpu in gpus:
             if reason := why_not(name, gpu):
@@ -76,12 +80,19 @@ def choose(name: str, gpus: Sequence[Gpu], is_here: bool = False) -> Runtime:
     usable = usable_engines(gpus)
     if is_here:
         usable = [name for name in usable if runs_here(name)]
-        return Runtime(usable[0], ids) if usable else Runtime("openvino")
+        return Runtime(usable[0], ids) if usable else _on_cpu(is_here)
     if usable:
         return Runtime(usable[0], ids)
     reasons = "; ".join(f"{name}: {why_not(name, gpus[0])}" for name in _WHEELS)
     logger.warning("%s is not used, and the CPU computes. %s", gpus[0], reasons)
-    return Runtime("openvino")
+    return _on_cpu(is_here)
+
+
+def _on_cpu(is_here: bool) -> Runtime:
+    """OpenVINO; JAX where there is no TensorFlow, by which networks are exported for OpenVINO."""
+    has_both = all(map(importlib.util.find_spec, ("openvino", "tensorflow")))
+    takes_jax = not has_both and importlib.util.find_spec("jax") is not None
+    return Runtime("jax" if takes_jax and (not is_here or runs_here("jax")) else "openvino")
 
 
 def available_engines(gpus: Sequence[Gpu]) -> list[str]:
@@ -140,7 +151,7 @@ def _does_not_fit(wheels: _Wheels, gpu: Gpu) -> str | None:
 
 
 def _is_installed(wheels: _Wheels) -> bool:
-    if installed([wheels.package]):
+    if len(installed(wheels.packages)) == len(wheels.packages):
         return True
     # TensorFlow also takes the system's CUDA.
     return wheels is _WHEELS["tensorflow"][0] and ctypes.util.find_library("cudnn") is not None

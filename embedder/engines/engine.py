@@ -114,10 +114,9 @@ def out_of_memory(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         text = str(error).lower()
-        is_memory = isinstance(error, MemoryError) or any(
-            words in text
-            for words in ("memory", "bad_alloc", "oom when allocating", "resource_exhausted")
-        )
+        words = "memory", "bad_alloc", "oom when allocating", "resource_exhausted"
+        is_memory = isinstance(error, MemoryError) or any(word in text for word in words)
+        is_memory &= "illegal memory access" not in text  # a fault of a card
         if not is_memory:
             raise
         raise OutOfMemory(f"The batch does not fit into memory: {error}") from error

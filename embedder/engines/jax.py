@@ -5,7 +5,10 @@ import importlib.util
 import os
 import platform
 import re
-from contextlib import AbstractContextManager, nullcontext, suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,17 @@ from numpy.typing import NDArray
 from embedder import backbones
 from embedder.engines.engine import Features, out_of_memory
 from embedder.errors import EngineError
-from embedder.libraries import DISTRIBUTION, choose_keras_backend, import_keras
+from embedder.libraries import DISTRIBUTION, choose_keras_backend, import_keras, logger
 from embedder.machine import cache_folder
 from embedder.recipe import Recipe
 
 _RANDOM_INITIALIZERS = (  # of Keras, each known by this name and in lower case with underscores
     *("GlorotNormal", "GlorotUniform", "HeNormal", "HeUniform", "LecunNormal", "LecunUniform"),
     *("Orthogonal", "RandomNormal", "RandomUniform", "TruncatedNormal", "VarianceScaling"),
+)
+_NOT_KEPT = (
+    "What JAX compiles cannot be kept in %s, and the next run compiles it again. "
+    "Set EMBEDDER_CACHE to a folder that can be written"
 )
 _IN_FLIGHT = 3  # batches on a GPU: one on its way there, one in work, one on its way back
 
@@ -46,7 +53,7 @@ class JaxEngine:
         """
         jax = import_jax()
         model = _prepared.pop(recipe, None) or build_on_host(recipe)
-        device = jax.local_devices()[0]
+        device = _first_device()
         variables = model.trainable_variables, model.non_trainable_variables
         arrays = [[variable.value for variable in of_kind] for of_kind in variables]
         with out_of_memory(jax.errors.JaxRuntimeError):
@@ -68,19 +75,23 @@ class JaxEngine:
         self.device = "CPU" if device.platform == "cpu" else "GPU"
         self.num_parallel = 1 if self.device == "CPU" else _IN_FLIGHT
         # Pixels are not donated: bytes are of no use for vectors, and several networks share them.
-        self._compiled = jax.jit(self._run)
+        # Another function for each size, so that what is compiled goes with the engine.
+        self._compiled = jax.jit(partial(self._run))
         # The first call compiles: better here than while others wait.
-        self.embed(np.zeros((batch_size, *image_size, 3), np.uint8))
+        with _kept_compilations():
+            self.embed(np.zeros((batch_size, *image_size, 3), np.uint8))
 
     def upload(self, pixels: NDArray[np.uint8]) -> Any:
         """Bring a batch to the device, in the background; `pixels` must not change meanwhile."""
-        jax = import_jax()
+        import jax
+
         with out_of_memory(jax.errors.JaxRuntimeError):
             return jax.device_put(pixels, self._device)
 
     def embed(self, pixels: Any) -> Features:
         """Embed one batch, (batch_size, height, width, 3), or what `upload` made of it."""
-        jax = import_jax()
+        import jax
+
         with out_of_memory(jax.errors.JaxRuntimeError):
             features = self._compiled(self._arrays, jax.device_put(pixels, self._device))
             for array in features.values():
@@ -105,20 +116,59 @@ def prepare_model(recipe: Recipe) -> None:
         _prepared[recipe] = build_on_host(recipe)
 
 
-def check_model(recipe: Recipe) -> None:
-    """Build the model to see that it can be."""
-    build_on_host(recipe)
+def forget_model(recipe: Recipe) -> None:
+    """Let go of a model that no engine has taken."""
+    _prepared.pop(recipe, None)
 
 
 def build_on_host(recipe: Recipe) -> Any:
     """Build the model in the host's memory, where its first weights, soon replaced, cost least."""
     jax = import_jax()
     place: AbstractContextManager[Any] = nullcontext()
-    if jax.local_devices()[0].platform != "cpu":
+    if _first_device().platform != "cpu":
         with suppress(RuntimeError):  # JAX_PLATFORMS names the GPU alone
             place = jax.default_device(jax.local_devices(backend="cpu")[0])
-    with place, _no_random_values():
+    with place, _no_random_values(), _kept_compilations():
         return backbones.build(recipe)
+
+
+def _first_device() -> Any:
+    """The device that computes.
+
+    Raises:
+        EngineError: JAX finds none.
+    """
+    jax = import_jax()
+    try:
+        return jax.local_devices()[0]
+    except Exception as error:  # JAX fails in many ways, also by an assertion
+        raise EngineError(
+            f"JAX must find a device. Received: none, with JAX_PLATFORMS="
+            f"{os.environ.get('JAX_PLATFORMS', '')} ({error or type(error).__name__})"
+        ) from error
+
+
+@contextmanager
+def _kept_compilations() -> Iterator[None]:
+    """Tell if what JAX compiles cannot be kept; what cannot be read is dropped, and made again."""
+    import jax
+
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    folder = _cache_of_jax()
+    is_ours = str(folder) == jax.config.jax_compilation_cache_dir
+    for warning in caught:
+        text = str(warning.message)
+        if "Error reading persistent compilation cache" in text and is_ours:
+            with suppress(OSError):
+                for file in folder.iterdir():  # JAX would never write over it
+                    file.unlink()
+        elif "Error writing persistent compilation cache" in text and is_ours:
+            logger.warning(_NOT_KEPT, folder)
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
 
 
 def _no_random_values() -> AbstractContextManager[Any]:
@@ -159,14 +209,29 @@ def import_jax() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(_compilation_cache()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _keep_compilations()
     return jax
 
 
-def _compilation_cache() -> Path:
+@cache
+def _keep_compilations() -> None:
+    """Have JAX keep what it compiles, unless the process has chosen a folder of its own."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = _cache_of_jax()
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        logger.warning(_NOT_KEPT, folder)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _cache_of_jax() -> Path:
     """Folder of what JAX has compiled, for processors that have what this one has."""
     features = platform.processor()
     try:

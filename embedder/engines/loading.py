@@ -4,12 +4,17 @@ from collections.abc import Callable, Sequence
 
 from embedder.backbones import is_preset
 from embedder.engines import jax, tensorflow
-from embedder.engines.batch_size import find_batch_size, remembered_batch_size, remembered_speed
-from embedder.engines.choice import usable_engines
+from embedder.engines.batch_size import (
+    find_batch_size,
+    remember_failure,
+    remembered_batch_size,
+    remembered_speed,
+)
+from embedder.engines.choice import choose, usable_engines
 from embedder.engines.engine import Engine, Runtime, check_precision
 from embedder.engines.model_cache import exported_model
 from embedder.engines.openvino import OpenVinoEngine
-from embedder.engines.own_process import call_apart, runs_here
+from embedder.engines.own_process import call_apart
 from embedder.errors import EngineError, OutOfMemory
 from embedder.libraries import keras_backend, logger
 from embedder.machine import Gpu
@@ -77,14 +82,24 @@ def prepare(recipe: Recipe, runtime: Runtime, is_here: bool) -> None:
     """
     if runtime.engine == "openvino":
         exported_model(recipe)
-    elif runtime.engine == "tensorflow" and runs_here("tensorflow"):
-        tensorflow.build_on_cpu(recipe)  # the GPUs are the workers'
-    elif runtime.engine == "tensorflow":
-        call_apart("tensorflow", tensorflow.build_on_cpu, recipe)
-    elif is_here:
+    elif not is_here:
+        call_apart(runtime.engine, _build_on_cpu, recipe, runtime.engine)
+    elif runtime.engine == "jax":
         jax.prepare_model(recipe)
     else:
-        call_apart("jax", jax.check_model, recipe)
+        tensorflow.build_on_cpu(recipe)
+
+
+def _build_on_cpu(recipe: Recipe, engine: str) -> None:
+    if engine == "jax":
+        jax.build_on_host(recipe)
+    else:
+        tensorflow.build_on_cpu(recipe)
+
+
+def forget_prepared(recipe: Recipe) -> None:
+    """Let go of a model that was prepared for an engine which was not loaded."""
+    jax.forget_model(recipe)
 
 
 def ready_keras(engine: str, backbone: str, gpus: Sequence[Gpu]) -> None:
@@ -132,17 +147,19 @@ def fastest(
         if speed is None:
             return runtime
         speeds[each] = speed
-    return max(speeds, key=lambda each: speeds[each])
+    best = max(speeds, key=lambda each: speeds[each])
+    return best if speeds[best] else choose("auto", [])
 
 
 def _measured_speed(recipe: Recipe, runtime: Runtime, num_threads: int) -> float:
     """Images/s of an engine at its best batch size; 0 where it cannot compute here."""
     logger.info("measuring how fast %s is here, once", runtime.engine)
+    one = runtime._replace(gpus=runtime.gpus[:1])
     try:
-        call_apart(runtime.engine, _measure, recipe, runtime, num_threads, with_gpus=True)
-    except EngineError as error:
+        call_apart(one.engine, _measure, recipe, one, num_threads, gpus=one.gpus)
+    except Exception as error:  # noqa: BLE001 - a framework that does not know a card may raise any
         logger.warning("%s cannot be used: %s", runtime.engine, error)
-        return 0.0
+        remember_failure(recipe, runtime, num_threads)
     return remembered_speed(recipe, runtime, num_threads) or 0.0
 
 

@@ -8,10 +8,10 @@ import threading
 from pathlib import Path
 
 from embedder import backbones
-from embedder.engines.own_process import call_apart, runs_here
+from embedder.engines.own_process import call_apart, claim_process
 from embedder.errors import EngineError
 from embedder.files import whole_folder
-from embedder.libraries import choose_keras_backend, import_openvino
+from embedder.libraries import import_openvino
 from embedder.machine import cache_folder
 from embedder.recipe import Recipe
 
@@ -58,14 +58,13 @@ def _export(recipe: Recipe, folder: Path) -> None:
             f"`engine` openvino needs TensorFlow to export {recipe.backbone}, and it is not "
             f"installed. Install it, or take `--engine jax`"
         )
-    if runs_here("tensorflow"):
+    if claim_process("tensorflow"):
         _export_here(recipe, folder)
     else:
         call_apart("tensorflow", _export_here, recipe, folder)
 
 
 def _export_here(recipe: Recipe, folder: Path) -> None:
-    choose_keras_backend("tensorflow")
     import_openvino()
     # OpenVINO chooses the precision when it compiles: one export serves all.
     model = backbones.build(recipe.model_copy(update={"precision": "float32"}))

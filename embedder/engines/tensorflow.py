@@ -32,8 +32,7 @@ class TensorFlowEngine:
         with contextlib.suppress(RuntimeError):  # already set, by an earlier engine
             tf.config.threading.set_intra_op_parallelism_threads(num_threads)
         _let_gpu_memory_grow()
-        # In float32 a GPU would round the factors of products to 10 bits, unless told not to.
-        tf.config.experimental.enable_tensor_float_32_execution(recipe.precision != "float32")
+        self._is_exact = recipe.precision == "float32"
         self._compile(backbones.build(recipe), recipe.image_size, batch_size)
 
     def _compile(self, model: Any, image_size: tuple[int, int], batch_size: int) -> None:
@@ -50,8 +49,14 @@ class TensorFlowEngine:
             # XLA is ten times slower on CPU for depthwise convolutions, so never there.
             jit_compile=self.device == "GPU",
         )
-        # The first call compiles: better here than while others wait.
-        self.embed(np.zeros((batch_size, *image_size, 3), np.uint8))
+        # The first call compiles: better here than while others wait. In float32 a GPU would round
+        # the factors of products to 10 bits, unless told not to; that is for the whole process.
+        before = tf.config.experimental.tensor_float_32_execution_enabled()
+        tf.config.experimental.enable_tensor_float_32_execution(before and not self._is_exact)
+        try:
+            self.embed(np.zeros((batch_size, *image_size, 3), np.uint8))
+        finally:
+            tf.config.experimental.enable_tensor_float_32_execution(before)
 
     def upload(self, pixels: NDArray[np.uint8]) -> Any:
         """Bring a batch to the device."""
@@ -71,6 +76,7 @@ class TensorFlowEngine:
     def resized(self, batch_size: int) -> "TensorFlowEngine":
         """Trace the same model again, for another batch size."""
         engine = TensorFlowEngine.__new__(TensorFlowEngine)
+        engine._is_exact = self._is_exact
         engine._compile(self._model, self._image_size, batch_size)
         return engine
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embedder.extraction.record import Summary
 
+_ENGINE_BUSY = 0.1  # share of the run that an engine idles; below it, nothing else matters
 _ENGINE_IDLE = 0.5  # share of the run; above it, no network holds it back
 _SHARE = 0.3  # of the run, that what decoders without images wait for must take
 _FEW_SHARDS = 2  # of a worker, of which the start and the end weigh more than what is between
@@ -36,6 +37,9 @@ def bottleneck_of(run: "Summary") -> str:
 
 def _slowest_stage(run: "Summary") -> str:
     num_workers, elapsed = run.num_workers, run.elapsed
+    # Decoders of a short run may fill all batches and end before they have to wait.
+    if run.engine_idle < _ENGINE_BUSY:
+        return "embed"
     of_decoders = {
         "embed": run.waits["room"],
         "decode": run.seconds["decode"],

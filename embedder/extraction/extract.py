@@ -97,9 +97,11 @@ def run_extraction(
         is_here = _is_here(options, runtime)
         if is_here and not all(map(os.path.exists, recipes)):  # a new store, so there is work
             _start_decoders(options)
-        for recipe in recipes.values():
+        for path, recipe in recipes.items():
             _check_columns(listing.refs, recipe)
-            engines.prepare(recipe.of_features, runtime, is_here)
+            if is_here or not os.path.exists(path):  # a process apart takes seconds to start
+                stack.callback(engines.forget_prepared, recipe.of_features)
+                engines.prepare(recipe.of_features, runtime, is_here)
         for path in sorted(recipes):  # in one order, so that two runs cannot wait for each other
             check_place(path)
             stack.enter_context(lease(path, part=part, wait=options.wait))
@@ -177,7 +179,7 @@ def _is_here(options: RunOptions, runtime: Runtime) -> bool:
     worker, since a framework would take memory of each.
     """
     is_alone = _num_local_workers(options, runtime) == 1 and len(runtime.gpus) <= 1
-    return is_alone and engines.runs_here(runtime.engine)
+    return is_alone and engines.claim_process(runtime.engine)
 
 
 def _local_pool(

@@ -75,23 +75,24 @@ class WorkerState:
             EngineError: Not even one image fits into memory.
         """
         size, height, width, _ = batch.pixels.shape
+        wanted = self.engine.batch_size
         while True:
             engine = self.engine
             try:
                 # An engine for larger batches than decoders fill would compute padding.
-                if engine.batch_size <= size:
+                wanted = min(wanted, engine.batch_size, size)
+                if wanted == engine.batch_size:
                     return _embed_in_parts(engine, batch)
-                smaller = size
+                with self._resizing:
+                    if self.engine is engine:  # no other thread has made it smaller meanwhile
+                        self.engine = engine.resized(wanted)
             except OutOfMemory as error:
-                if engine.batch_size == 1:
+                if wanted == 1:
                     raise EngineError(
                         f"Not even one image of {height}x{width} pixels fits into the memory of "
                         f"{engine.device}: {error}"
                     ) from error
-                smaller = engine.batch_size // 2
-            with self._resizing:
-                if self.engine is engine:  # no other thread has made it smaller meanwhile
-                    self.engine = engine.resized(smaller)
+                wanted //= 2
 
 
 class Batch:
@@ -148,7 +149,7 @@ _states_lock = threading.Lock()
 
 def worker_state_of(job: Job, num_threads: int) -> WorkerState:
     """This process's state for a job: made by its first shard, shared by all others."""
-    runtime = job.runtime or engines.choose(job.engine, gpus())
+    runtime = job.runtime or engines.choose(job.engine, gpus(), is_here=True)
     key = (job.recipe, runtime, job.batch_size, num_threads, job.feeding)
     with _states_lock:
         if key not in _states:

@@ -1,7 +1,9 @@
 """What the tests ask of the JAX engine, in a process of its own."""
 
+import os
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,28 @@ def facts(recipe: Recipe, pixels: NDArray[np.uint8]) -> dict[str, Any]:
     }
     other = load(recipe.model_copy(update={"precision": "bfloat16"}), JAX, 6, 2)
     return found | {"bfloat16": other.embed(pixels)["embedding"]}
+
+
+def vectors(recipe: Recipe, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Vectors of six images."""
+    return load(recipe, JAX, 6, 2).embed(pixels)["embedding"]
+
+
+def with_damaged_cache(
+    recipe: Recipe, pixels: NDArray[np.uint8], folder: Path
+) -> tuple[list[int], list[NDArray[np.float32]]]:
+    """Vectors before the cache is cut off, then and later; and the sizes of its files then."""
+    found = [vectors(recipe, pixels)]
+    for file in folder.rglob("jit_*-cache"):
+        file.write_bytes(file.read_bytes()[:100])
+    found += [vectors(recipe, pixels), vectors(recipe, pixels)]
+    return [file.stat().st_size for file in folder.rglob("jit_*-cache")], found
+
+
+def sleep(file: str) -> None:
+    """Say which process this is, and stay for a while."""
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(60)
 
 
 def embed_in(recipe: Recipe, gibibytes: float, batch_size: int) -> Any:

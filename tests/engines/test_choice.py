@@ -18,7 +18,7 @@ VOLTA = Gpu("GPU-3", "V100", (7, 0), 16 * 2**30, "535.10")
 KEPLER = Gpu("GPU-4", "K80", (3, 7), 12 * 2**30, "470.10")
 UNKNOWN = Gpu("0")
 
-CUDA_FOR_TENSORFLOW = "nvidia-cudnn-cu12"
+CUDA_FOR_TENSORFLOW = "nvidia-curand-cu12"  # which nothing else needs
 CUDA_12, CUDA_13 = "jax-cuda12-plugin", "jax-cuda13-plugin"
 
 
@@ -30,8 +30,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    there = {*packages, "nvidia-cudnn-cu12"}  # which JAX for CUDA 12 needs too
     monkeypatch.setattr(
-        choice, "installed", lambda asked: {name: "1.0" for name in asked if name in packages}
+        choice, "installed", lambda asked: {name: "1.0" for name in asked if name in there}
     )
 
 
@@ -40,6 +41,17 @@ def test_without_a_gpu_openvino_computes() -> None:
     assert choose("openvino", [HOPPER]) == Runtime("openvino")  # it computes on the CPU
     assert choose("tensorflow", []) == Runtime("tensorflow")
     assert choose("jax", []) == Runtime("jax")
+
+
+@pytest.mark.parametrize("missing", ["tensorflow", "openvino"])
+def test_without_tensorflow_or_openvino_jax_computes(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    found = choice.importlib.util.find_spec
+    monkeypatch.setattr(
+        choice.importlib.util, "find_spec", lambda name: None if name == missing else found(name)
+    )
+    assert choose("auto", []) == Runtime("jax")
 
 
 def test_an_unknown_engine_is_refused() -> None:

@@ -169,11 +169,12 @@ def test_running_out_of_memory_is_told_from_other_errors(words: str) -> None:
         raise RuntimeError(f"CPU: {words}")
     with pytest.raises(OutOfMemory), out_of_memory(RuntimeError, MemoryError):
         raise MemoryError
-    with (
-        pytest.raises(RuntimeError, match="^shapes differ$"),
-        out_of_memory(RuntimeError, MemoryError),
-    ):
-        raise RuntimeError("shapes differ")
+    for other in ("shapes differ", "CUDA_ERROR: an illegal memory access was encountered"):
+        with (
+            pytest.raises(RuntimeError, match=f"^{other}$"),
+            out_of_memory(RuntimeError, MemoryError),
+        ):
+            raise RuntimeError(other)
 
 
 @pytest.mark.parametrize("engine", HERE)

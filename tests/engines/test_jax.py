@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 
@@ -16,6 +17,7 @@ from embedder.recipe import Recipe
 from embedder.store import Store
 from tests.engines import in_jax
 from tests.engines.test_engine import cosines, embed_all, needs_precision
+from tests.support import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_a_process_in_which_keras_runs_on_another_backend_is_refused(
     lite0: Recipe, pixels: NDArray[np.uint8]
 ) -> None:
     embed_all(lite0, "tensorflow", 3, pixels)
-    with pytest.raises(EngineError, match=r"needs jax. Received: .* runs on tensorflow; start"):
+    with pytest.raises(EngineError, match=r"must be jax. Received: .* runs on tensorflow. Start"):
         load(lite0, Runtime("jax"), 1, 1)
 
 
@@ -87,9 +89,62 @@ def test_what_goes_wrong_in_a_process_apart_is_raised_here(lite0: Recipe) -> Non
 
 
 def test_a_process_apart_that_dies_is_told() -> None:
-    with pytest.raises(EngineError, match="in which Keras runs on jax died"):
+    with pytest.raises(EngineError, match="in which Keras runs on jax died, with status 3"):
         call_apart("jax", os._exit, 3)
     assert os.environ.get("KERAS_BACKEND") != "jax"
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_process_apart_ends_with_the_one_that_asks(tmp_path: Path) -> None:
+    """Also where that one is killed while it waits."""
+    code = """
+import sys
+from embedder.engines import call_apart
+from tests.engines import in_jax
+call_apart("jax", in_jax.sleep, sys.argv[1])
+"""
+    file = tmp_path / "pid"
+    with subprocess.Popen([sys.executable, "-c", code, str(file)]) as process:
+        wait_until(lambda: file.is_file() and file.read_text() != "")
+        process.kill()
+    pid = int(file.read_text())
+    wait_until(lambda: not is_running(pid))
+
+
+def test_a_damaged_compilation_cache_is_made_again(
+    lite0: Recipe,
+    pixels: NDArray[np.uint8],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path))
+    sizes, vectors = call_apart("jax", in_jax.with_damaged_cache, lite0, pixels, tmp_path)
+    assert min(sizes) > 100
+    for again in vectors[1:]:
+        np.testing.assert_array_equal(again, vectors[0])
+    assert capfd.readouterr().err == ""
+
+
+def test_a_compilation_cache_that_cannot_be_written_is_told(
+    lite0: Recipe,
+    pixels: NDArray[np.uint8],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EMBEDDER_CACHE", str(tmp_path / "file"))
+    assert call_apart("jax", in_jax.vectors, lite0, pixels).shape == (6, 1280)
+    told = capfd.readouterr().err
+    assert "What JAX compiles cannot be kept in" in told
+    assert "UserWarning" not in told
 
 
 def run_without_tensorflow(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

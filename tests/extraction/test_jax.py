@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from embedder.api import extract
+from embedder.errors import EngineError
 from embedder.libraries import import_keras
 from embedder.store import Store
+from tests.extraction.test_cluster import scheduler_with_workers
 from tests.support import assert_same_vectors, make_archive
 
 
@@ -63,3 +65,18 @@ if __name__ == "__main__":
         ("jax on CPU", 4),
         ("openvino on CPU", 16),
     ]
+
+
+def test_a_worker_of_a_scheduler_serves_one_engine_after_the_other(
+    archive: Path, tmp_path: Path
+) -> None:
+    """On JAX it exports for OpenVINO, which needs a process; for TensorFlow it is to be told."""
+    options = {"image_size": (64, 84), "limit": 4}
+    cache = f"EMBEDDER_CACHE={tmp_path / 'cache'}"
+    with scheduler_with_workers(f"{cache} --nworkers 1 --nthreads 2") as address:
+        for engine in ("jax", "openvino", "auto"):
+            store = extract(archive, tmp_path / engine, engine=engine, scheduler=address, **options)
+            assert len(store) == 4
+        with pytest.raises(EngineError, match=r"must be tensorflow. .* must be started again"):
+            extract(archive, tmp_path / "x", engine="tensorflow", scheduler=address, **options)
+    assert (tmp_path / "cache" / "jax").is_dir()

@@ -24,7 +24,7 @@ from embedder.extraction.worker import Job, WorkerState
 from embedder.recipe import Recipe
 from embedder.sources.listing import list_images
 from embedder.store.store import Store
-from tests.support import MeanColour, make_archive, picture
+from tests.support import MeanColour, make_archive, picture, wait_until
 
 
 def run(
@@ -353,13 +353,6 @@ def test_a_shard_that_is_given_up_returns_its_batches(
     store, _ = run(mean_colour_recipe, archive, out, state)
     assert len(store) == 20
     assert_all_batches_come_back(state)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_decoding_waits_for_the_network_and_goes_on_in_bursts(
