@@ -1,3 +1,7 @@
 from .check import Check as Check
-from .doctor import machine as machine, self_test as self_test
+from .doctor import (
+    Examination as Examination,
+    machine as machine,
+    self_test as self_test,
+)
 from .verify import verify as verify

@@ -4,6 +4,7 @@ The references are written for reading and take no path through the rest of the 
 crop and resize, the network's own `preprocess_input` on a NumPy array, and Keras's `predict`.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,31 +13,17 @@ from numpy.typing import NDArray
 
 from embedder.backbones import load_network, row_of
 from embedder.checks.check import Check
-from embedder.columns import EMBEDDING
+from embedder.checks.trial import Trial, colour_bars
 from embedder.decode import decode_rgb
-from embedder.engines import Runtime, available_engines, call_apart, choose, load, runs_here
 from embedder.libraries import import_keras
-from embedder.machine import Gpu, num_cores
 from embedder.recipe import Recipe
 
 MIN_COSINE = 0.9999  # between engines, to plain Keras, and of a stored vector to one made again
+_MIN_COSINE_OF_PRECISION = 0.99  # median, to float32; bfloat16 has 8 bits of mantissa
 _MAX_BATCH_DIFFERENCE = 1e-5  # alone and in a batch, as a share of the largest value
 _MAX_STAGE_DIFFERENCE = 1e-5  # of the preprocessed pixels, as a share of the largest value
 _MAX_PIXEL_DIFFERENCE = 1  # of 255, for the rounding
 _SUPPORT = {"nearest": 0.5, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
-
-
-def colour_bars(image_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Colour bars, extremes and gradients: uint8 (height, width, 3), with no symmetry."""
-    height, width = image_size
-    card = np.zeros((height, width, 3), np.uint8)
-    bars = np.array(
-        [[255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [0, 0, 0], [255, 0, 255]]
-    )
-    card[: height // 2] = bars[np.arange(width) * len(bars) // width]
-    card[height // 2 :, :, 0] = np.linspace(0, 255, width)
-    card[height // 2 :, :, 2] = np.linspace(0, 255, height - height // 2)[:, None]
-    return card
 
 
 def check_input_stage(recipe: Recipe) -> Check:
@@ -74,36 +61,39 @@ def _channel_order(preprocessed: NDArray[np.float32], card: NDArray[np.uint8]) -
     return ("RGB", "GRB", "BGR")[int(np.argmax(follows))]
 
 
-def check_features(recipe: Recipe, gpus: Sequence[Gpu]) -> list[Check]:
-    """Compare each engine that is at hand with plain Keras on a test card, alone and in a batch.
+def check_features(recipe: Recipe, trials: Sequence[Trial]) -> list[Check]:
+    """Compare what engines made of the test card, alone and in a batch, with plain Keras.
 
     Plain Keras is the network's own `preprocess_input`, `predict`, and the mean over positions.
-    Engines take one of `gpus` where they can.
+
+    Args:
+        recipe: Of one feature.
+        trials: Of the engines, with this recipe.
     """
-    row = row_of(recipe)
-    card = colour_bars(recipe.image_size)
-    batch = np.stack([card[:, ::-1], card, 255 - card])
+    card = colour_bars(recipe.image_size)[None].astype(np.float32)
     network = load_network(recipe)
-    maps = network.predict(np.asarray(row.preprocess(card[None].astype(np.float32))), verbose=0)
+    maps = network.predict(np.asarray(row_of(recipe).preprocess(card)), verbose=0)
     expected = maps[0].reshape(-1, maps.shape[-1]).mean(axis=0)
-    checks, alone = [], {}
-    for name in available_engines(gpus):
-        runtime = choose(name, gpus)
-        (alone[name],), (_, in_batch, _) = embed(recipe, runtime, card[None], batch)
-        difference = float(np.abs(in_batch - alone[name]).max() / np.abs(alone[name]).max())
+    checks = []
+    for trial in trials:
+        difference = np.abs(trial.in_batch - trial.alone).max() / np.abs(trial.alone).max()
         checks += [
-            _check_alike(f"{name}: as plain Keras", alone[name], expected),
+            _check_alike(f"{trial.engine}: as plain Keras", trial.alone, expected),
             Check(
-                f"{name}: alone as in a batch",
-                difference <= _MAX_BATCH_DIFFERENCE,
+                f"{trial.engine}: alone as in a batch",
+                bool(difference <= _MAX_BATCH_DIFFERENCE),
                 f"difference {difference:.1e}, at most {_MAX_BATCH_DIFFERENCE:.0e}",
             ),
         ]
-    return [*checks, _check_alike(f"{' and '.join(alone)} agree", *alone.values())]
+    if len(trials) > 1:
+        *names, last = (trial.engine for trial in trials)
+        name = f"{', '.join(names)} and {last} agree"
+        checks.append(_check_alike(name, *(trial.alone for trial in trials)))
+    return checks
 
 
 def _check_alike(name: str, *vectors: NDArray[np.float32]) -> Check:
-    found = min(cosine(vector, vectors[0]) for vector in vectors)
+    found = min(cosine(*pair) for pair in itertools.combinations(vectors, 2))
     return Check(name, found >= MIN_COSINE, f"cosine {found:.7f}, at least {MIN_COSINE}")
 
 
@@ -180,31 +170,28 @@ def _filter(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     return np.sinc(x) * np.sinc(x / 3.0)
 
 
-def embed(
-    recipe: Recipe, runtime: Runtime, *batches: NDArray[np.uint8]
-) -> list[NDArray[np.float32]]:
-    """Embed batches of images, each on a fresh engine.
+def check_precisions(trial: Trial, what: str) -> list[Check]:
+    """How far an engine's vectors in other precisions are from those in float32.
 
     Args:
-        recipe: Of one feature.
-        runtime: As `engines.choose` gives it.
-        *batches: uint8 (n, height, width, 3), each of its own n.
-
-    Returns:
-        For each float32 (n, dim).
+        trial: With vectors of float32 and of others.
+        what: The images are.
     """
-    if not runs_here(runtime.engine):
-        return call_apart(runtime.engine, _embed, recipe, runtime, batches, gpus=runtime.gpus[:1])
-    return _embed(recipe, runtime, batches)
-
-
-def _embed(
-    recipe: Recipe, runtime: Runtime, batches: Sequence[NDArray[np.uint8]]
-) -> list[NDArray[np.float32]]:
-    return [
-        load(recipe, runtime, len(pixels), num_cores()).embed(pixels)[EMBEDDING]
-        for pixels in batches
-    ]
+    exact, checks = trial.vectors["float32"], []
+    for precision, vectors in trial.vectors.items():
+        if precision == "float32":
+            continue
+        found = list(map(cosine, exact, vectors))
+        median, lowest = float(np.median(found)), min(found)
+        checks.append(
+            Check(
+                f"{trial.engine}: {precision} as float32",
+                median >= _MIN_COSINE_OF_PRECISION,
+                f"cosine on {what}: median {median:.5f}, lowest {lowest:.5f}, "
+                f"median at least {_MIN_COSINE_OF_PRECISION}",
+            )
+        )
+    return checks
 
 
 def cosine(vector: NDArray[Any], other: NDArray[Any]) -> float:

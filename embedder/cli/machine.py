@@ -78,9 +78,15 @@ def doctor(
         str | None, typer.Option(help="As in extract; random where none are at hand.")
     ] = None,
 ) -> None:
-    """Show this machine and its engines, and test BACKBONE's pixels and vectors."""
+    """Show this machine, its GPUs and engines, and test BACKBONE's pixels, vectors and speed."""
     from embedder.checks import machine, self_test
+    from embedder.machine import gpus
 
-    console.print_facts(machine())
+    found = gpus()
+    console.print_facts(machine(found))
     console.out.print()
-    console.print_checks(self_test(backbone, weights))
+    examination = self_test(backbone, weights, found)
+    if examination.feeding:
+        console.print_facts(examination.feeding)
+        console.out.print()
+    console.print_checks(examination.checks)

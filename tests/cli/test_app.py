@@ -14,7 +14,7 @@ import pytest
 import embedder
 from embedder.backbones.table import BACKBONES
 from embedder.checks import doctor
-from embedder.engines import choose
+from embedder.engines import available_engines, choose
 from embedder.machine import gpus
 from embedder.store.store import Store
 
@@ -111,17 +111,21 @@ def test_backbones_are_listed() -> None:
 def test_the_doctor_finds_this_machine_well() -> None:
     done = run("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
-    # Rotation, two ways of decoding, the input stage; each engine as plain Keras and alone as in a
-    # batch, the three together; then each further precision.
-    others = [
-        precision
-        for precision in doctor.precisions(choose("auto", gpus()))
+    words = " ".join(done.stdout.split())
+    names = available_engines(gpus())
+    further = [
+        f"{name}: {precision} as float32"
+        for name in names
+        for precision in doctor.precisions(choose(name, gpus()))
         if precision != "float32"
     ]
-    assert done.stdout.count("pass") == 11 + len(others)
-    for precision in others:
-        assert f"{precision} as float32" in done.stdout
-    assert "openvino and tensorflow and jax agree" in " ".join(done.stdout.split())
+    # Rotation, two ways of decoding, the input stage; each engine as plain Keras and alone as in a
+    # batch, all of them together; then each further precision.
+    assert done.stdout.count("pass ") == 4 + 2 * len(names) + 1 + len(further)
+    assert all(check in words for check in further)
+    assert f"{', '.join(names[:-1])} and {names[-1]} agree" in words
+    for text in ("images/s alone, on black images", "images/s on one core", "hold a run back"):
+        assert text in words
     assert done.stderr == ""
 
 
