@@ -72,8 +72,10 @@ def choose_keras_backend(name: str) -> None:
     """Have Keras run on a backend in this process: `tensorflow` or `jax`.
 
     Raises:
-        EngineError: It runs on another.
+        EngineError: It runs on another, or the backend is not installed.
     """
+    if importlib.util.find_spec(name) is None:
+        raise EngineError(f"This needs {name}, which is not installed: pip install {name}")
     if not claim_keras_backend(name):
         raise EngineError(
             f"Keras has one backend in a process, for good, and here it must be {name}. Received: "

@@ -6,6 +6,7 @@ from .batch_size import (
 from .choice import (
     available_engines as available_engines,
     choose as choose,
+    supports as supports,
     why_not as why_not,
 )
 from .engine import (

@@ -135,6 +135,16 @@ def why_not(engine: str, gpu: Gpu) -> str | None:
     return f"what it needs of CUDA is not installed; {advice}"
 
 
+def supports(engine: str, gpu: Gpu) -> bool:
+    """Whether the published wheels of an engine have code for a GPU, installed or not.
+
+    Args:
+        engine: One of `ENGINES`.
+        gpu: The card; what is not known of it counts as fitting.
+    """
+    return any(_does_not_fit(which, gpu) is None for which in _WHEELS.get(engine, []))
+
+
 def _does_not_fit(wheels: _Wheels, gpu: Gpu) -> str | None:
     capability = gpu.compute_capability
     if capability is not None:

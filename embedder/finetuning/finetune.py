@@ -21,6 +21,7 @@ from embedder.files import local_path
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.blocks import find_cut
+from embedder.finetuning.device import prepare_device
 from embedder.finetuning.initial_head import check_start, starting_model, with_head_features
 from embedder.finetuning.inputs import Examples, decode_pixels, examples_of, read_activations
 from embedder.finetuning.labelled_images import find_paths, read_labelled
@@ -40,6 +41,7 @@ from embedder.finetuning.tuned_model import (
 )
 from embedder.heads import BACKBONE_FILES, Model, ModelFolder, as_keras_layers, classifier_layers
 from embedder.libraries import import_keras
+from embedder.machine import gpus
 from embedder.sources import Listing, list_images
 from embedder.store import Store
 from embedder.training import Stopwatch, TrainedHead
@@ -122,8 +124,10 @@ def finetune(
         RequestError: The request makes no sense.
         ModelError: The model cannot be read, or OUT holds something else.
         SourceError: The source cannot be listed.
+        EngineError: TensorFlow, which trains, cannot use the GPU or is not what Keras runs on.
         Unfinished: Training diverged, or images are no longer what they were.
     """
+    prepare_device(gpus())
     options = options or TuneOptions()
     # However many images could not be embedded, those with a label could, and are looked for.
     run_options = replace(run_options or RunOptions(), max_failures=1.0)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from embedder.backbones import load_keras_model, save_network
 from embedder.errors import RequestError, Unfinished
-from embedder.libraries import DISTRIBUTION, import_openvino
+from embedder.libraries import DISTRIBUTION, choose_keras_backend, import_openvino
 
 if TYPE_CHECKING:
     import keras
@@ -121,10 +121,11 @@ FORMATS = {
 
 
 def find_format(name: str) -> Format:
-    """The row of `FORMATS` by its name.
+    """The row of `FORMATS` by its name; for all but Keras's own, Keras runs on TensorFlow.
 
     Raises:
         RequestError: There is none, or a package that it needs is not installed.
+        EngineError: TensorFlow is not installed, or Keras runs on something else in this process.
     """
     if name not in FORMATS:
         raise RequestError(f"The format must be one of {', '.join(FORMATS)}. Received: {name}")
@@ -134,6 +135,9 @@ def find_format(name: str) -> Format:
             f"The format {name} needs {' and '.join(absent)}. Install with: "
             f"pip install '{DISTRIBUTION}[{name}]'"
         )
+    if row.keras_name is not None:
+        # From JAX, Keras 3.15 exports a SavedModel alone, of operations that need XLA.
+        choose_keras_backend("tensorflow")
     return row
 
 

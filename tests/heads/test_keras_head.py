@@ -20,9 +20,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
+from embedder.engines import call_apart
 from embedder.errors import RequestError, StoreError, WeightsError
 from embedder.heads.keras_head import KerasHead, _held_out
 from embedder.libraries import import_keras
+from tests.heads.in_jax import fit_and_save, logits_of
 
 DIM = 6
 ANIMALS = np.array(["cat", "dog", "owl"])
@@ -374,3 +376,17 @@ def test_a_description_that_is_none_is_refused(
 ) -> None:
     with pytest.raises(WeightsError, match="description must be what `to_json` gave"):
         KerasHead.load(tmp_path / "head.keras", head.to_json() | change)
+
+
+def test_a_head_is_trained_on_jax_and_read_on_tensorflow_and_the_other_way(
+    head: KerasHead, tmp_path: Path
+) -> None:
+    features, labels = clusters(90)
+    path = tmp_path / "head.keras"
+    description, logits = call_apart("jax", fit_and_save, FAST, features, labels, path)
+    received = KerasHead.load(path, description)
+    np.testing.assert_allclose(received.decision_function(features), logits, atol=1e-4)
+    assert received.score(*clusters(90, seed=1)) > 0.9
+    head.save(path)
+    logits = call_apart("jax", logits_of, path, head.to_json(), features)
+    np.testing.assert_allclose(head.decision_function(features), logits, atol=1e-4)

@@ -20,6 +20,7 @@ import embedder
 from embedder.backbones.table import BACKBONES
 from embedder.cli import heads as cli_heads
 from embedder.decode.decode import decode_rgb
+from embedder.engines import call_apart
 from embedder.errors import ModelError, RequestError, Unfinished
 from embedder.heads.model import Model
 from embedder.heads.model_folder import Record
@@ -29,6 +30,7 @@ from embedder.inference.formats import FORMATS, write_and_run
 from embedder.libraries import import_keras
 from embedder.recipe import Recipe
 from embedder.store.store import Store
+from tests.inference.in_jax import export_all
 from tests.support import TESTS, make_archive, make_record
 
 SIZE = (48, 64)  # unlike sides, so that swapped axes show
@@ -306,3 +308,14 @@ def test_the_command_tells_what_it_wrote_and_how_much_it_differs(
     refused = CliRunner().invoke(app, [*arguments[:-1], "coreml"])
     assert refused.exit_code == 2
     assert "Received: coreml" in refused.stderr
+
+
+def test_from_jax_only_the_format_of_keras_can_be_written(world: World, tmp_path: Path) -> None:
+    found = call_apart("jax", export_all, world.model, tmp_path)
+    differences = found.pop("keras")
+    assert isinstance(differences, dict)
+    assert max(differences.values()) < 1e-5
+    assert names_in(tmp_path) == ["keras"]
+    assert len(found) == len(FORMATS) - 1
+    for refused in found.values():
+        assert "needs tensorflow. Received: a process in which it runs on jax" in str(refused)
