@@ -363,6 +363,7 @@ def finetune(
         RequestError: The request makes no sense.
         ModelError: The model cannot be read, or `out` holds something else.
         SourceError: The source cannot be listed.
+        EngineError: Neither TensorFlow nor JAX can train here.
         Unfinished: Training diverged, or images are no longer what they were.
     """
 

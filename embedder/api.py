@@ -232,7 +232,7 @@ def finetune(
         RequestError: The request makes no sense.
         ModelError: The model cannot be read, or `out` holds something else.
         SourceError: The source cannot be listed.
-        EngineError: TensorFlow, which trains, cannot use the GPU or is not what Keras runs on.
+        EngineError: Neither TensorFlow nor JAX can train here.
         Unfinished: Training diverged, or images are no longer what they were.
     """
     with _watching(quiet, on_progress) as watch:

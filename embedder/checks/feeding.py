@@ -55,7 +55,8 @@ def feeding(
         f"{where}, batches of {speed.batch_size:,} ({size})",
         "decoder": f"{decoding.images_per_second:,.0f} images/s on one core, read and decoded: "
         f"{decoding.images}",
-        "feeding": _verdict(speed.images_per_second, decoding.images_per_second, cores, num_gpus),
+        "feeding": "with such images, "
+        + _verdict(speed.images_per_second, decoding.images_per_second, cores, num_gpus),
     }
 
 

@@ -16,6 +16,7 @@ from .engine import (
     Runtime as Runtime,
     check_precision as check_precision,
 )
+from .jax import import_jax as import_jax
 from .loading import (
     fastest as fastest,
     forget_prepared as forget_prepared,
@@ -28,4 +29,3 @@ from .own_process import (
     claim_process as claim_process,
     runs_here as runs_here,
 )
-from .tensorflow import best_training_precision as best_training_precision

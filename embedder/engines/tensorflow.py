@@ -98,20 +98,3 @@ def _let_gpu_memory_grow() -> None:
     with contextlib.suppress(RuntimeError):  # already set, by an earlier engine
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
-
-
-def best_training_precision() -> str:
-    """What networks are trained in on this device: bfloat16 on a GPU that computes in it.
-
-    On a CPU TensorFlow trains in bfloat16 at half the speed of float32.
-    """
-    import_keras()
-    import tensorflow as tf
-
-    details = [
-        tf.config.experimental.get_device_details(gpu)
-        for gpu in tf.config.list_physical_devices("GPU")
-    ]
-    # NVIDIA's of compute capability 8.0 and above have it.
-    has_it = [found.get("compute_capability", (0, 0)) >= (8, 0) for found in details]
-    return "bfloat16" if has_it and all(has_it) else "float32"

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedder.backbones import leaf_layers
 from embedder.errors import RequestError
+from embedder.finetuning.gradients import gradients_of
 from embedder.finetuning.inputs import Examples
-from embedder.finetuning.network import TrainableNetwork
+from embedder.finetuning.network import FEATURES, TrainableNetwork
 from embedder.finetuning.options import TuneOptions
 from embedder.finetuning.schedule import Group
-from embedder.finetuning.trainer import compiled
 from embedder.libraries import import_keras
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def channel_group(
     kernels = [(layer, kernel) for layer in layers if (kernel := _kernel_of(layer)) is not None]
     if not kernels:
         raise RequestError("The blocks must have layers with channels. Received: none that has any")
+    _check_reach(tunable, [layer for layer, _ in kernels])
     scores = _scores(tunable, kernels, examples, options)
     group = Group("channels", [])
     for (layer, kernel), score in zip(kernels, scores, strict=True):
@@ -59,6 +61,19 @@ def channel_group(
             group.variables.append(layer.bias)
             group.masks.append(chosen)
     return group
+
+
+def _check_reach(tunable: TrainableNetwork, layers: "list[keras.Layer]") -> None:
+    """Refuse layers that the features, as they are trained, do not depend on."""
+    upper = tunable.upper
+    whole = import_keras().Model(upper.inputs, upper.output[FEATURES])
+    reached = {id(layer) for layer in leaf_layers(whole)}
+    for layer in layers:
+        if id(layer) not in reached:
+            raise RequestError(
+                f"Channels can be chosen in layers that the features are made of. "
+                f"Received: {layer.name}"
+            )
 
 
 def _kernel_of(layer: "keras.Layer") -> "keras.Variable | None":
@@ -83,35 +98,24 @@ def _scores(
     options: TuneOptions,
 ) -> list[NDArray[np.float64]]:
     """Importance of the output channels of each kernel, (n_channels,)."""
-    import tensorflow as tf
-
-    variables = [kernel for _, kernel in kernels]
+    variables, ops = [kernel for _, kernel in kernels], import_keras().ops
     entropy = examples.cross_entropy()
 
-    def gradients(inputs: Any, targets: Any) -> Any:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([variable.value for variable in variables])
-            # As in inference: what matters to the network as it is.
-            logits = tunable.predicted(inputs, examples.are_pixels)
-            loss = tf.reduce_mean(entropy(targets, logits))
-        return tape.gradient(loss, [variable.value for variable in variables])
+    def loss_of(inputs: Any, targets: Any) -> Any:
+        # As in inference: what matters to the network as it is.
+        return ops.mean(entropy(targets, tunable.predicted(inputs, examples.are_pixels)))
 
-    gradients_of = compiled(gradients)
+    gradients = gradients_of(loss_of, variables, tunable.variables)
     batch_size = options.batch_size
     order = np.random.default_rng(options.seed).permutation(examples.train)
     rows = order[: _NUM_BATCHES * batch_size]
     totals: list[Any] = [0.0] * len(kernels)
     for batch in np.split(rows, range(batch_size, len(rows), batch_size)):
-        found = gradients_of(examples.inputs[batch, 0], examples.targets[batch])
+        found = gradients(examples.inputs[batch, 0], examples.targets[batch])
         for i, ((layer, kernel), gradient) in enumerate(zip(kernels, found, strict=True)):
-            if gradient is None:
-                raise RequestError(
-                    f"Channels can be chosen in layers that the features are made of. "
-                    f"Received: {layer.name}"
-                )
             values = np.asarray(gradient, np.float64)
             if options.importance == "taylor":
-                totals[i] += _sum_of(layer, values * kernel.numpy()) ** 2
+                totals[i] += _sum_of(layer, values * np.asarray(kernel.value)) ** 2
             else:
                 totals[i] += _sum_of(layer, values**2)
     return totals

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from embedder.backbones import dtype_policy, is_preset, load_network, tapped_tensors
 from embedder.columns import EMBEDDING
 from embedder.datasets import TrainingSet
-from embedder.engines import best_training_precision
 from embedder.errors import RequestError
 from embedder.evaluation import accuracy_in_words
 from embedder.extraction import OnProgress, RunOptions, run_extraction
@@ -21,7 +20,7 @@ from embedder.files import local_path
 from embedder.finetuning import scratch_network as scratch
 from embedder.finetuning.augmentation import Augmenter
 from embedder.finetuning.blocks import find_cut
-from embedder.finetuning.device import prepare_device
+from embedder.finetuning.device import prepare_device, training_precision
 from embedder.finetuning.initial_head import check_start, starting_model, with_head_features
 from embedder.finetuning.inputs import Examples, decode_pixels, examples_of, read_activations
 from embedder.finetuning.labelled_images import find_paths, read_labelled
@@ -124,7 +123,7 @@ def finetune(
         RequestError: The request makes no sense.
         ModelError: The model cannot be read, or OUT holds something else.
         SourceError: The source cannot be listed.
-        EngineError: TensorFlow, which trains, cannot use the GPU or is not what Keras runs on.
+        EngineError: Neither TensorFlow nor JAX can train here.
         Unfinished: Training diverged, or images are no longer what they were.
     """
     prepare_device(gpus())
@@ -320,7 +319,7 @@ class _Job:
                 )
             precision = "float32"
         if precision == "auto":
-            precision = best_training_precision()
+            precision = training_precision(gpus())
         with dtype_policy(precision):
             if is_scratch:
                 return scratch.make_network(self.recipe.image_size, options.seed)

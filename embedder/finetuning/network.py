@@ -50,6 +50,11 @@ class TrainableNetwork:
         """The head and, where there is one, the auxiliary head."""
         return [self.head] if self.auxiliary_head is None else [self.head, self.auxiliary_head]
 
+    @property
+    def variables(self) -> "list[keras.Variable]":
+        """All weights, of heads too, and the states of random layers."""
+        return [v for model in (self.network, *self.heads) for v in model.variables]
+
     def below_the_cut(self, pixels: Any) -> Any:
         """Activations at the cut, of RGB (batch, height, width, 3) of 0 to 255."""
         x = self.preprocess(import_keras().ops.cast(pixels, "float32"))

@@ -14,11 +14,12 @@ from pydantic import ConfigDict, dataclasses
 from embedder.errors import Unfinished
 from embedder.files import os_errors_as, whole_file
 from embedder.finetuning.augmentation import Augmenter
+from embedder.finetuning.gradients import compiled, training_step
 from embedder.finetuning.inputs import Examples
 from embedder.finetuning.network import TrainableNetwork
 from embedder.finetuning.schedule import Group, Schedule, make_optimizer
 from embedder.heads import calibrate
-from embedder.libraries import import_keras
+from embedder.libraries import import_keras, keras_backend
 
 if TYPE_CHECKING:
     import keras
@@ -121,7 +122,9 @@ class _Trainer:
         self._averages = [] if schedule.ema is None else [_copy_of(v) for v in trained]
         self._trained = trained
         self._best: list[NDArray[Any]] = []
-        self._logits = compiled(lambda inputs: tunable.predicted(inputs, examples.are_pixels))
+        self._logits = compiled(
+            lambda inputs: tunable.predicted(inputs, examples.are_pixels), tunable.variables
+        )
         self._step: Any = None
         self._active = 0
         self.epochs: list[Epoch] = []
@@ -174,9 +177,7 @@ class _Trainer:
             yield examples.inputs[rows, views[part]], examples.targets[rows], examples.weights[rows]
 
     def _make_step(self, number: int) -> Any:
-        import tensorflow as tf
-
-        schedule, tunable = self._schedule, self._tunable
+        schedule, tunable, ops = self._schedule, self._tunable, import_keras().ops
         groups = zip(self._groups, self._optimizers, strict=True)
         active = [(g, o) for g, o in groups if g.from_epoch <= number]
         pairs = [pair for group, _ in active for pair in group.masked]
@@ -189,35 +190,24 @@ class _Trainer:
         def loss_of(inputs: Any, targets: Any, weights: Any) -> Any:
             activations = inputs
             if self._examples.are_pixels:
-                pixels, targets = self._augmenter(tf.cast(inputs, tf.float32), targets)
+                pixels, targets = self._augmenter(ops.cast(inputs, "float32"), targets)
                 activations = tunable.below_the_cut(pixels)
             losses = [
-                tf.reduce_mean(weights * entropy(targets, logits))
+                ops.mean(weights * entropy(targets, logits))
                 for logits in tunable.logits(activations, training=True)
             ]
             weights_of_losses = reversed(schedule.loss_weights)
-            return tf.add_n([w * x for w, x in zip(weights_of_losses, losses, strict=False)])
+            return sum(w * x for w, x in zip(weights_of_losses, losses, strict=False))
 
-        def step(inputs: Any, targets: Any, weights: Any) -> Any:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                # By hand: what is not trained costs nothing on the way back, and the scales of
-                # frozen normalisations, which Keras counts as not trainable, can be trained.
-                tape.watch([variable.value for variable in variables])
-                loss = loss_of(inputs, targets, weights)
-            gradients = tape.gradient(
-                loss,
-                [variable.value for variable in variables],
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
-            )
+        def update(gradients: Any) -> None:
             masked = iter(g if m is None else g * m for g, m in zip(gradients, masks, strict=True))
             for group, optimizer in active:
                 optimizer.apply([next(masked) for _ in group.variables], group.variables)
             for average, variable in zip(averages, variables, strict=False):
                 # In this form what has not changed is not rounded either.
                 average.assign_add((1.0 - momentum) * (variable - average))
-            return loss
 
-        return compiled(step)
+        return training_step(loss_of, update, variables, self._state, tunable.variables)
 
     def _validate(self) -> tuple[float | None, float | None]:
         """Loss and accuracy on the validation images; remembers the best weights."""
@@ -227,12 +217,12 @@ class _Trainer:
         raw = self._swap_averages()
         loss, accuracy = _judge(self._logits, self._examples, rows, self._schedule)
         if all(loss < other for other in self._losses):
-            self._best = [variable.numpy() for variable in self._variables]
+            self._best = [_array(variable) for variable in self._variables]
         self._assign(self._trained, raw)
         return loss, accuracy
 
     def _swap_averages(self) -> list[NDArray[Any]]:
-        raw = [v.numpy() for v in self._trained] if self._averages else []
+        raw = [_array(v) for v in self._trained] if self._averages else []
         self._assign(self._trained, self._averages)
         return raw
 
@@ -255,8 +245,9 @@ class _Trainer:
 
     def save(self, path: Path) -> None:
         """Write all that decides the rest of the training, in one rename."""
-        arrays = {f"state_{i}": v.numpy() for i, v in enumerate(self._state)}
+        arrays = {f"state_{i}": _array(v) for i, v in enumerate(self._state)}
         arrays |= {f"best_{i}": value for i, value in enumerate(self._best)}
+        arrays["backend"] = np.array(keras_backend())
         arrays["epochs"] = np.array(json.dumps([asdict(epoch) for epoch in self.epochs]))
         unwritable = os_errors_as(Unfinished, f"The checkpoint {path} cannot be written")
         with unwritable, whole_file(path) as file:
@@ -279,6 +270,12 @@ class _Trainer:
             raise Unfinished(
                 f"The checkpoint {path} cannot be read: {reason}. Delete it, to begin anew"
             ) from error
+        if (backend := str(arrays.get("backend", "tensorflow"))) != keras_backend():
+            # Random layers draw other numbers there.
+            raise Unfinished(
+                f"The checkpoint {path} must be of a training on {keras_backend()}, which this is. "
+                f"Received: one on {backend}. Go on there (KERAS_BACKEND={backend}), or delete it"
+            )
         state = [arrays.get(f"state_{i}") for i in range(len(self._state))]
         if f"state_{len(state)}" in arrays or not (
             _fit(state, self._state) and (not best or _fit(best, self._variables)) and epochs
@@ -296,16 +293,13 @@ def _fit(arrays: list[NDArray[Any] | None], variables: "list[keras.Variable]") -
     )
 
 
+def _array(variable: "keras.Variable") -> NDArray[Any]:
+    found: NDArray[Any] = np.asarray(variable.value)
+    return found.copy()
+
+
 def _copy_of(variable: "keras.Variable") -> "keras.Variable":
-    return import_keras().Variable(variable.numpy(), trainable=False, dtype="float32")
-
-
-def compiled(function: Any) -> Any:
-    """One graph for batches of any size; Keras's layers need no rewriting of Python for it."""
-    import tensorflow as tf
-
-    # XLA is ten times slower on CPU for depthwise convolutions.
-    return tf.function(function, reduce_retracing=True, jit_compile=False, autograph=False)
+    return import_keras().Variable(_array(variable), trainable=False, dtype="float32")
 
 
 def _judge(

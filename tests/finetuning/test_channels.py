@@ -214,3 +214,12 @@ def test_layers_that_the_features_do_not_come_from_are_refused(criterion: str) -
     above(tiny.network.output)
     with pytest.raises(RequestError, match="Received: above"):
         masks_of(tiny, [conv, above], 0.5, criterion)
+
+
+def test_layers_that_the_features_are_not_made_of_are_refused() -> None:
+    layers = import_keras().layers
+    tiny = make_tiny([layers.Conv2D(4, 3, name="conv")], random_kernel(4))
+    other = layers.Conv2D(4, 3, name="aside")
+    other.build((None, 8, 8, 3))
+    with pytest.raises(RequestError, match="the features are made of. Received: aside"):
+        masks_of(tiny, [other], 0.5, "taylor")
