@@ -274,7 +274,7 @@ class _Trainer:
             # Random layers draw other numbers there.
             raise Unfinished(
                 f"The checkpoint {path} must be of a training on {keras_backend()}, which this is. "
-                f"Received: one on {backend}. Go on there (KERAS_BACKEND={backend}), or delete it"
+                f"Received: one on {backend}. Delete it, to begin anew"
             )
         state = [arrays.get(f"state_{i}") for i in range(len(self._state))]
         if f"state_{len(state)}" in arrays or not (

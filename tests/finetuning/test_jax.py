@@ -39,7 +39,7 @@ def test_a_training_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path) -
     for ours, theirs in zip(*found["weights"], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert "must be of a training on jax, which this is. Received: one on t" in found["refused"]
-    with pytest.raises(Unfinished, match="on tensorflow, which this is. Received: one on jax. Go"):
+    with pytest.raises(Unfinished, match="on tensorflow, which this is. Received: one on jax. D"):
         run(tiny, groups_of(tiny), PLAIN, checkpoint=tmp_path / "jax.npz")
 
 
