@@ -4,6 +4,7 @@ import pytest
 
 from embedder.checks import doctor
 from embedder.engines import choice
+from embedder.libraries import choose_keras_backend
 from embedder.machine import Gpu
 
 HOPPER = Gpu("GPU-1", "NVIDIA H100", (9, 0), 80 * 2**30, "580.159.04", "0000:3b:00.0")
@@ -73,6 +74,7 @@ def test_an_engine_that_cannot_use_a_card_after_all_is_a_failed_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As where CUDA's parts do not fit the driver: by what is installed, JAX could use it."""
+    choose_keras_backend("tensorflow")  # so that JAX has a process of its own
     install(monkeypatch, CUDA_13)
     found = doctor.self_test("mobilenet-v3-small", "random", [HOPPER])
     failed = {check.name: check.detail for check in found.checks if not check.passed}

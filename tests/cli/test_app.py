@@ -108,7 +108,8 @@ def test_backbones_are_listed() -> None:
     assert all(name in done.stdout for name in BACKBONES)
 
 
-def test_the_doctor_finds_this_machine_well() -> None:
+def test_the_doctor_finds_this_machine_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # which JAX may have set in tests
     done = run("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
     words = " ".join(done.stdout.split())

@@ -88,7 +88,8 @@ def test_openvino_telemetry_cannot_be_loaded() -> None:
         __import__("openvino_telemetry")
 
 
-def test_nothing_is_written_to_standard_error() -> None:
+def test_nothing_is_written_to_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # which JAX may have set in tests
     code = "from embedder.backbones import build, make_recipe; build(make_recipe())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
