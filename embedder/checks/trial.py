@@ -90,7 +90,7 @@ def try_engine(
     arguments = recipe, runtime, images, precisions, is_timed
     if engines.runs_here(runtime.engine):
         return _try(*arguments)
-    return engines.call_apart(runtime.engine, _try, *arguments, with_gpus=True)
+    return engines.call_apart(runtime.engine, _try, *arguments, gpus=runtime.gpus[:1])
 
 
 def _try(
