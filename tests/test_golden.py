@@ -49,7 +49,7 @@ def recipe_of(name: str) -> Recipe:
     return make_recipe(name, str(MOBILENET), decode="exact")
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("engine", ["openvino", "tensorflow"])  # JAX is compared with the latter
 @pytest.mark.parametrize("name", NETWORKS)
 def test_vectors_are_those_of_plain_keras(name: str, engine: str) -> None:
     recipe, images = recipe_of(name), encoded_images()

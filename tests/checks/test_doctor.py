@@ -10,14 +10,16 @@ from embedder.machine import Gpu
 HOPPER = Gpu("GPU-1", "NVIDIA H100", (9, 0), 80 * 2**30, "580.159.04", "0000:3b:00.0")
 BLACKWELL = Gpu("GPU-2", "RTX 5090", (12, 0), 32 * 2**30, "580.159.04")
 UNKNOWN = Gpu("3")
-CUDA_FOR_TENSORFLOW, CUDA_13 = "nvidia-cudnn-cu12", "jax-cuda13-plugin"
+CUDA_FOR_TENSORFLOW, CUDA_13 = "nvidia-curand-cu12", "jax-cuda13-plugin"
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     """Say which of the wheels for CUDA are installed; those here have none."""
     monkeypatch.setattr(choice.ctypes.util, "find_library", lambda _: None)
     monkeypatch.setattr(
-        choice, "installed", lambda asked: {name: "1.0" for name in asked if name in packages}
+        choice,
+        "installed",
+        lambda asked: {name: "1.0" for name in asked if name in {*packages, "nvidia-cudnn-cu12"}},
     )
 
 

@@ -19,7 +19,7 @@ HOPPER = Gpu("GPU-1", "NVIDIA H100", (9, 0), 80 * 2**30, "580.159.04")
 BLACKWELL = Gpu("GPU-2", "RTX 5090", (12, 0), 32 * 2**30, "580.159.04")
 TURING = Gpu("GPU-3", "T4", (7, 5), 16 * 2**30, "580.159.04")
 KEPLER = Gpu("GPU-4", "K80", (3, 7), 12 * 2**30, "470.10")
-TF, JAX = "nvidia-cudnn-cu12", "jax-cuda13-plugin"
+TF, JAX = "nvidia-curand-cu12", "jax-cuda13-plugin"
 
 
 class Machine:
@@ -33,8 +33,9 @@ class Machine:
 
     def has(self, *packages: str, backend: str | None = None) -> None:
         self.patch.setattr(device, "keras_backend", lambda: backend)
+        there = {*packages, "nvidia-cudnn-cu12"}
         self.patch.setattr(
-            choice, "installed", lambda asked: {name: "1.0" for name in asked if name in packages}
+            choice, "installed", lambda asked: {name: "1.0" for name in asked if name in there}
         )
 
 
@@ -152,5 +153,5 @@ except EmbedderError as error:
         text=True,
         env=os.environ | {"KERAS_BACKEND": "torch"},
     )
-    assert "needs tensorflow. Received: a process in which it runs on torch" in done.stdout
+    assert "must be tensorflow. Received: a process in which it runs on torch" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -318,4 +318,4 @@ def test_from_jax_only_the_format_of_keras_can_be_written(world: World, tmp_path
     assert names_in(tmp_path) == ["keras"]
     assert len(found) == len(FORMATS) - 1
     for refused in found.values():
-        assert "needs tensorflow. Received: a process in which it runs on jax" in str(refused)
+        assert "must be tensorflow. Received: a process in which it runs on jax" in str(refused)
