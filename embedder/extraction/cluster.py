@@ -19,24 +19,24 @@ from distributed.client import ClosedClientError, FutureCancelledError
 
 from embedder import __version__
 from embedder.errors import ClusterError, Unfinished
+from embedder.extraction.crew import (
+    ANSWER_SECONDS,
+    LOOK_SECONDS,
+    TASKS_PER_WORKER,
+    Crew,
+    NobodyLeft,
+)
 from embedder.extraction.worker_gpus import (
-    RESOURCE,
     Place,
-    gpu_of_this_worker,
     local_places,
     run_on_first_gpu,
     share_of_cores,
     take_place,
-    tell_of_gpus,
 )
-from embedder.libraries import children_with, logger
+from embedder.libraries import children_with
 
 _ROOT = Path("/")
-_CONNECT_SECONDS = 10
 _WORKERS_SECONDS = 30  # for the first worker of a scheduler that has none yet
-_GONE_SECONDS = 60  # for one to come back, once all are gone
-_LOOK_SECONDS = 1  # without a result, after which it is asked whether there are workers
-_TASKS_PER_WORKER = 2  # one task's start and end overlap with the other's middle
 _STOP_SECONDS = 3  # for tasks in work to be given up; one may be in a decoder that never ends
 _CLOSE_SECONDS = 5  # for local workers to end, before they are killed
 _PLACES = "embedder.places"  # in Dask's configuration, which local workers are given
@@ -79,105 +79,38 @@ def dask_setup(worker: distributed.Worker) -> None:
     take_place(Place(*dask.config.get(_PLACES)[int(worker.name)]))
 
 
-class _NobodyLeft(Unfinished):
-    """There are no workers, or there is no scheduler, to do the work."""
-
-
-class _Watch:
-    """Tells it when all workers are gone, and when one is back."""
-
-    def __init__(
-        self,
-        client: distributed.Client,
-        name: str,
-        in_process: bool,
-        resources: dict[str, float],
-    ) -> None:
-        self._client, self._name, self._in_process = client, name, in_process
-        self._resources = resources
-        self._gone: float | None = None  # since when, by the monotonic clock
-
-    def look(self) -> None:
-        """Ask the scheduler whether it has workers.
-
-        Raises:
-            _NobodyLeft: There is no scheduler, or there have been no workers for too long.
-        """
-        if self._in_process:
-            return  # it cannot go, and a decoder that keeps Python to itself may let none answer
-        if self._client.status != "running":
-            raise self.lost()
-        try:
-            found = self._client.sync(
-                self._client.scheduler.identity,
-                # Without their descriptions, of which there may be many, where any worker will do.
-                n_workers=-1 if self._resources else 0,
-                callback_timeout=_CONNECT_SECONDS,
-            )
-            some = _able(found, self._resources) if self._resources else found["n_workers"]
-            which = f"workers with a {RESOURCE}" if self._resources else "workers"
-            trouble = "" if some else f"All {which} of {self._name} are gone"
-        except OSError:  # a time-out is one too
-            trouble = f"There is no answer from {self._name}"
-        if not trouble:
-            self.has_workers()
-        elif self._gone is None:
-            self._gone = time.monotonic()
-            logger.warning(
-                "%s, at %s; waiting up to %d s for one to come back",
-                *(trouble, time.strftime("%H:%M:%S"), _GONE_SECONDS),
-            )
-        elif time.monotonic() - self._gone > _GONE_SECONDS:
-            raise _NobodyLeft(
-                f"{trouble}, and none came back within {_GONE_SECONDS} seconds. What is written "
-                f"is kept; run the same command again"
-            )
-
-    def has_workers(self) -> None:
-        """Note that there are some."""
-        if self._gone is not None:
-            self._gone = None
-            logger.info("Work goes on, at %s", time.strftime("%H:%M:%S"))
-
-    def lost(self) -> _NobodyLeft:
-        """What to raise when there is no scheduler any more."""
-        return _NobodyLeft(
-            f"The connection to {self._name} was lost. What is written is kept; run the same "
-            f"command again"
-        )
-
-
 class Pool:
-    """Workers that run functions.
-
-    Attributes:
-        num_workers: Worker processes when the pool was opened.
-    """
+    """Workers that run functions."""
 
     def __init__(
         self,
         client: distributed.Client,
+        crew: Crew,
         threads_per_worker: int | None,
-        name: str,
-        in_process: bool = False,
-        resources: dict[str, float] | None = None,
+        with_gpus: bool = False,
     ) -> None:
         """Use the workers of a client.
 
         Args:
             client: Connected.
+            crew: Its workers.
             threads_per_worker: CPU threads that the tasks of a worker may use; None for as many
                 as each worker was started with.
-            name: Of the scheduler, for messages.
-            in_process: Whether its only worker is in this process.
-            resources: What a task takes of what its worker declares to have; None for workers
-                that are this run's own.
+            with_gpus: Whether workers may have been given several GPUs, of which a task uses one.
         """
-        self._is_own, self._resources = resources is None, resources or {}
-        self._client = client
-        self._watch = _Watch(client, name, in_process, self._resources)
-        self.num_workers = max(1, len(_able(client.scheduler_info(n_workers=-1), self._resources)))
-        self._threads_per_worker = threads_per_worker
+        self._client, self._crew = client, crew
+        self._threads_per_worker, self._with_gpus = threads_per_worker, with_gpus
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes that get work; a scheduler's may be asked for, at most once a second."""
+        self._crew.look_again()
+        return self._crew.num_workers
+
+    @property
+    def mean_workers(self) -> int:
+        """Worker processes that get work, on average since the last `run` began; rounded."""
+        return self._crew.mean_workers
 
     def run(
         self,
@@ -188,6 +121,7 @@ class Pool:
         """Run `function(task, *arguments)` for each of the arguments, on whichever worker is free.
 
         Only as many are handed out as the workers can soon take, so the arguments may be many.
+        Workers that come while it runs get work too.
         When the caller stops iterating, or a task fails, those in work are told to stop.
 
         Args:
@@ -205,60 +139,69 @@ class Pool:
         topic = f"embedder-{uuid.uuid4().hex}"
         waiting = iter(arguments)
         results = distributed.as_completed(loop=self._client.loop, with_results=True)
-        num_out = 0
+        out: dict[str, bool] = {}  # tasks in work, and whether each takes a share of a GPU
+        self._crew.begin()
         try:
             self._client.subscribe_topic(topic, lambda event: on_report(*event[1]))
             while True:
-                while num_out < self.num_workers * _TASKS_PER_WORKER:
-                    item = next(waiting, None)
-                    if item is None:
-                        break
-                    results.add(self._submit(function, topic, item))
-                    num_out += 1
-                if num_out == 0:
+                while self._num_wanted(out) > 0 and (item := next(waiting, None)) is not None:
+                    future = self._submit(function, topic, item)
+                    out[future.key] = bool(self._crew.share)
+                    results.add(future)
+                if not out:
                     return
-                result = self._next_of(results)
-                num_out -= 1
+                try:
+                    # Results come here by themselves; to wait for one in `Future.result` would be
+                    # to wait for a worker that may never come back.
+                    future, result = results.queue.get(timeout=LOOK_SECONDS)
+                except queue.Empty:
+                    self._crew.look()
+                    continue
+                result = self._checked(future, result)
+                del out[future.key]
                 yield result
         except distributed.KilledWorker as error:
             raise Unfinished(
                 f"A worker died {error.allowed_failures + 1} times on the same shard "
                 f"(out of memory, or a file that crashes its decoder): {error.task}"
             ) from error
-        except (_NobodyLeft, ClosedClientError) as error:
-            num_out = 0  # nor is there anyone to tell it
-            raise (error if isinstance(error, _NobodyLeft) else self._watch.lost()) from None
+        except (NobodyLeft, ClosedClientError) as error:
+            out.clear()  # nor is there anyone to tell it
+            raise (error if isinstance(error, NobodyLeft) else self._crew.lost()) from None
         finally:
-            if num_out:
+            if out:
                 self._stop_tasks(topic, results)
             with suppress(ClosedClientError):
                 self._client.unsubscribe_topic(topic)
+
+    def _num_wanted(self, out: dict[str, bool]) -> int:
+        """Tasks to hand out now, as there are workers; none, if 0 or less.
+
+        Args:
+            out: Tasks in work, and whether each takes a share of a GPU. Only those count that take
+                what the next one would.
+        """
+        num_workers, with_gpu = self.num_workers, bool(self._crew.share)
+        num_out = sum(takes_gpu == with_gpu for takes_gpu in out.values())
+        return num_workers * TASKS_PER_WORKER - num_out
 
     def _submit(
         self, function: Callable[..., Any], topic: str, item: tuple[Any, ...]
     ) -> distributed.Future:
         task = WorkerContext(topic, self._threads_per_worker)
-        call = function if self._is_own else functools.partial(run_on_first_gpu, function)
-        return self._client.submit(call, task, *item, pure=False, resources=self._resources)
+        call = functools.partial(run_on_first_gpu, function) if self._with_gpus else function
+        return self._client.submit(call, task, *item, pure=False, resources=self._crew.share)
 
-    def _next_of(self, results: distributed.as_completed) -> Any:
-        """The next task's result.
+    def _checked(self, future: distributed.Future, result: Any) -> Any:
+        """The result of a task that has ended.
 
         Raises:
             Exception: The task's own.
-            _NobodyLeft: There is nobody to do the work.
+            NobodyLeft: There is nobody to do the work.
         """
-        while True:
-            try:
-                # Results come here by themselves; to wait for one in `Future.result` would be to
-                # wait for a worker that may never come back.
-                future, result = results.queue.get(timeout=_LOOK_SECONDS)
-                break
-            except queue.Empty:
-                self._watch.look()
-        self._watch.has_workers()
+        self._crew.has_workers()
         if future.cancelled():
-            raise self._watch.lost()
+            raise self._crew.lost()
         if future.status == "error":
             _, error, traceback = result
             raise error.with_traceback(traceback)
@@ -280,6 +223,7 @@ def connect(
     gpus: Sequence[str] = (),
     *,
     in_process: bool | None = None,
+    with_gpus: bool = True,
     environment: Mapping[str, str] | None = None,
     root: Path = _ROOT,
 ) -> Iterator[Pool]:
@@ -292,6 +236,8 @@ def connect(
             its own.
         gpus: What local worker processes take in turns, by their ids.
         in_process: Whether the one local worker is this process; None for: if there is one.
+        with_gpus: Whether GPUs of a scheduler's workers may be used. Once a worker declares to
+            have one, only such workers get work, which use one each.
         environment: Variables of local worker processes, from their start on.
         root: Where the system's files are; another folder in tests.
 
@@ -302,7 +248,7 @@ def connect(
     for name in ("distributed", "distributed.client"):  # Dask gives the latter a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config = {
-        "distributed.comm.timeouts.connect": f"{_CONNECT_SECONDS}s",
+        "distributed.comm.timeouts.connect": f"{ANSWER_SECONDS}s",
         # By default Dask looks 100 times a second what a task does, and 50 times whether its event
         # loop is late: that takes the interpreter's lock from decoding.
         "distributed.worker.profile.enabled": False,
@@ -318,44 +264,13 @@ def connect(
     with dask.config.set(config):
         if scheduler is not None:
             with _client_of(scheduler) as client:
-                resources = _gpu_share(client, scheduler)
-                yield Pool(client, None, f"the scheduler {scheduler}", resources=resources)
+                crew = Crew(client, f"the scheduler {scheduler}", with_gpus=with_gpus)
+                crew.look()
+                yield Pool(client, crew, None, with_gpus)
         else:
             with _local_client(num_workers, in_process, environment or {}) as client:
-                threads = share_of_cores(num_workers)
-                yield Pool(client, threads, "the local scheduler", in_process)
-
-
-def _able(identity: dict[str, Any], resources: dict[str, float]) -> list[str]:
-    """Addresses of workers that declare to have what a task takes.
-
-    Args:
-        identity: Of the scheduler, with all its workers.
-        resources: What a task takes.
-    """
-    return [
-        address
-        for address, worker in identity["workers"].items()
-        if all(worker["resources"].get(name, 0) >= wanted for name, wanted in resources.items())
-    ]
-
-
-def _gpu_share(client: distributed.Client, scheduler: str) -> dict[str, float]:
-    """What a task takes of its worker: a share of its GPU, if any worker declares to have one.
-
-    It is told which workers get no work then, and which share a GPU.
-    """
-    identity = client.scheduler_info(n_workers=-1)
-    share = {RESOURCE: 1 / _TASKS_PER_WORKER}
-    workers = _able(identity, share)
-    if workers:
-        logger.info(
-            "%d of %d workers declare the resource %s; only they get work",
-            *(len(workers), len(identity["workers"]), RESOURCE),
-        )
-    found = client.run(gpu_of_this_worker, workers=workers or None, on_error="ignore")
-    tell_of_gpus(found, scheduler, expected=bool(workers))
-    return share if workers else {}
+                crew = Crew(client, "the local scheduler", num_workers, in_process=in_process)
+                yield Pool(client, crew, share_of_cores(num_workers))
 
 
 @contextmanager
@@ -382,7 +297,7 @@ def _local_client(
     with _no_hang_up(), children_with({} if in_process else environment):
         cluster = distributed.LocalCluster(
             n_workers=num_workers,
-            threads_per_worker=_TASKS_PER_WORKER,
+            threads_per_worker=TASKS_PER_WORKER,
             processes=not in_process,
             memory_limit=0,  # shards bound the memory; Dask would kill workers on a guess
             # No dashboard; a fixed port would collide with a second run.
@@ -423,10 +338,10 @@ async def _close_workers(cluster: distributed.LocalCluster, seconds: float) -> N
 @contextmanager
 def _client_of(scheduler: str) -> Iterator[distributed.Client]:
     try:
-        client = distributed.Client(scheduler, timeout=_CONNECT_SECONDS)
+        client = distributed.Client(scheduler, timeout=ANSWER_SECONDS)
     except (OSError, ValueError) as error:
         raise ClusterError(
-            f"The scheduler {scheduler} does not answer within {_CONNECT_SECONDS} seconds. "
+            f"The scheduler {scheduler} does not answer within {ANSWER_SECONDS} seconds. "
             f"Expected the address that `dask scheduler` prints, such as tcp://host:8786"
         ) from error
     with client:

@@ -90,7 +90,8 @@ def run_extraction(
         # Before a store is made: a scheduler that does not answer must leave nothing behind.
         pool = None
         if options.scheduler:
-            pool = stack.enter_context(cluster.connect(options.scheduler, 0))
+            with_gpus = options.engine != "openvino"
+            pool = stack.enter_context(cluster.connect(options.scheduler, 0, with_gpus=with_gpus))
         listing = _listing_of(source, part)
         watch.enter("preparing the network")
         runtime = _fastest(runtime, recipes, options, listing)
@@ -310,6 +311,7 @@ def _embed(pool: Pool, targets: list[Target], shard_size: int, watch: _Watch) ->
         for receipts in results:
             for store, receipt in receipts.items():
                 by_store[store].add(receipt)
+                by_store[store].summary.num_workers = pool.mean_workers
 
 
 def _shared_out(num_images: int, num_workers: int, shard_size: int) -> int:

@@ -163,7 +163,7 @@ class Summary(Work):
         num_deleted: Images in the store that the source no longer has.
         num_dropped: Rows and failures dropped.
         repaired: Why shards were put aside as damaged, by name.
-        num_workers: Worker processes.
+        num_workers: Worker processes; those of a scheduler on average, as they may come and go.
         status: `done`, or why not.
         total_rows: Rows in the store after the run; None where they cannot be counted.
         total_failures: Failures in the store after the run; None where they cannot be counted.

@@ -90,11 +90,14 @@ def gpu_of_this_worker() -> tuple[str, str] | None:
     return socket.gethostname(), gpu.id if is_instance or not gpu.pci else gpu.pci
 
 
-def tell_of_gpus(found: dict[str, tuple[str, str] | None], scheduler: str, expected: bool) -> None:
-    """Warn of workers of a scheduler that share a GPU, or lack the one they declare.
+def tell_of_gpus(
+    found: dict[str, tuple[str, str] | None], new: set[str], scheduler: str, expected: bool
+) -> None:
+    """Warn of new workers of a scheduler that share a GPU, or lack the one they declare.
 
     Args:
         found: What `gpu_of_this_worker` tells, by worker.
+        new: Workers that nothing was told of before.
         scheduler: Its address.
         expected: Whether each of these workers declares to have one.
     """
@@ -102,6 +105,8 @@ def tell_of_gpus(found: dict[str, tuple[str, str] | None], scheduler: str, expec
     for worker, gpu in found.items():
         workers[gpu].append(worker)
     for gpu, sharing in workers.items():
+        if new.isdisjoint(sharing):
+            continue
         if gpu is None:
             if expected:
                 logger.warning(

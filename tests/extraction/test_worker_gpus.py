@@ -51,6 +51,17 @@ def test_a_worker_is_near_its_gpu_where_that_costs_it_no_cores(
 def test_a_gpu_that_is_nobodys_and_one_of_a_single_worker_are_not_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    found = {"tcp://a:1": ("a", "0000:01:00.0"), "tcp://b:1": ("b", "0000:01:00.0")}
-    tell_of_gpus({**found, "tcp://c:1": None, "tcp://d:1": None}, "tcp://s:8786", expected=False)
+    found: dict[str, tuple[str, str] | None] = {
+        "tcp://a:1": ("a", "0000:01:00.0"),
+        "tcp://b:1": ("b", "0000:01:00.0"),
+    }
+    found |= {"tcp://c:1": None, "tcp://d:1": None}
+    tell_of_gpus(found, set(found), "tcp://s:8786", expected=False)
     assert caplog.messages == []
+
+
+def test_a_shared_gpu_is_told_again_only_of_a_new_worker(caplog: pytest.LogCaptureFixture) -> None:
+    found = dict.fromkeys(("tcp://a:1", "tcp://a:2"), ("a", "0000:01:00.0"))
+    for new in ({"tcp://a:2"}, {"tcp://b:1"}):
+        tell_of_gpus(found, new, "tcp://s:8786", expected=True)
+    assert len(caplog.messages) == 1
