@@ -4,7 +4,9 @@ Asked when it is needed, never at import. In a container, its limits count and n
 """
 
 import contextlib
+import functools
 import itertools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+_logger = logging.getLogger("embedder")  # that of `libraries`, which is not below
 _ROOT = Path("/")  # where the system's files are; another folder in tests
 
 
@@ -65,8 +68,8 @@ def gpus(root: Path = _ROOT) -> list[Gpu]:
 
     Ids are what the variable says. Without it they are UUIDs, since CUDA may count the cards in
     another order than the driver does. NVIDIA's driver is asked by NVML: to ask a framework would
-    take seconds, and memory of every card. Where NVML fails, but the driver for Linux lists cards,
-    these are found with nothing known of them.
+    take seconds, and memory of every card. Where NVML fails, that is told, and if the driver for
+    Linux lists cards these are found with nothing known of them.
     """
     entries = _visible_entries()
     if entries == []:
@@ -75,8 +78,17 @@ def gpus(root: Path = _ROOT) -> list[Gpu]:
 
     try:
         return _gpus_of_nvml(entries, pynvml)
-    except pynvml.NVMLError:  # there is no driver, or it is of another version than its library
-        return _gpus_of_list(entries, root / "proc/driver/nvidia/gpus")
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        pass  # there is no driver
+    except pynvml.NVMLError as error:  # such as a driver of another version than its library
+        _warn(f"NVIDIA's driver tells nothing of its GPUs: {error}")
+    return _gpus_of_list(entries, root / "proc/driver/nvidia/gpus")
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Warn, but not again: GPUs are asked for at many places."""
+    _logger.warning(text)
 
 
 def cores_near(gpu: Gpu, root: Path = _ROOT) -> set[int]:
@@ -134,14 +146,16 @@ def _gpus_of_nvml(entries: list[str] | None, nvml: Any) -> list[Gpu]:
     try:
         cards = _cards(nvml)
         if entries is None:
-            return cards
+            return list(itertools.chain(*cards.values()))
         found = []
         for entry in entries:
             gpu = _gpu_of(entry, cards, nvml)
             if gpu is None:  # which hides the later ones from CUDA too
                 break
             found.append(gpu)
-        return found
+        cards_named = [gpu.pci for gpu in found if gpu.id.startswith("GPU-") and gpu.pci]
+        # One card by two abbreviations is one that is repeated.
+        return found if len(set(cards_named)) == len(cards_named) else []
     finally:
         nvml.nvmlShutdown()
 
@@ -155,7 +169,7 @@ def _gpus_of_list(entries: list[str] | None, folder: Path) -> list[Gpu]:
     return [Gpu(entry) for entry in known]
 
 
-def _gpu_of(entry: str, cards: list[Gpu], nvml: Any) -> Gpu | None:
+def _gpu_of(entry: str, cards: dict[Gpu, list[Gpu]], nvml: Any) -> Gpu | None:
     """What an entry of `CUDA_VISIBLE_DEVICES` names; None for nothing. The entry is its id."""
     if entry.startswith("MIG-"):
         # CUDA shows one instance to a process. That is all that a worker process is given.
@@ -165,27 +179,58 @@ def _gpu_of(entry: str, cards: list[Gpu], nvml: Any) -> Gpu | None:
             return Gpu(entry)
     if entry.startswith("GPU-"):
         matches = [card for card in cards if card.id.startswith(entry)]
-        return replace(matches[0], id=entry) if len(matches) == 1 else None
+        usable = cards[matches[0]] if len(matches) == 1 else []
+        return replace(usable[0], id=entry) if usable else None
     index = int(entry)
     if index >= len(cards):
         return None
     # CUDA puts the fastest card first, unless it is told to go by the bus as NVML does. With cards
     # of one kind that is the same but for the address; with several, the index tells no card.
     by_bus = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    card = list(cards)[index]
     if by_bus or len({card.name for card in cards}) == 1:
-        return replace(cards[index], id=entry)
-    return Gpu(entry, driver=cards[index].driver)
+        return replace(cards[card][0], id=entry) if cards[card] else None
+    return Gpu(entry, driver=card.driver)
 
 
-def _cards(nvml: Any) -> list[Gpu]:
-    """All cards that this process may open, in the order of the PCI bus."""
-    cards = []
+def _cards(nvml: Any) -> dict[Gpu, list[Gpu]]:
+    """All cards that this process may open, in the order of the PCI bus, and what each gives.
+
+    That is the card itself, or its instances where MIG is on. Of these CUDA shows one to a process:
+    the first, unless `CUDA_VISIBLE_DEVICES` names another.
+    """
+    cards: dict[Gpu, list[Gpu]] = {}
+    num_hidden = 0
     for index in range(nvml.nvmlDeviceGetCount()):
-        # Those that a container or a batch system keeps from the process are counted too.
-        with contextlib.suppress(nvml.NVMLError):
+        try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            cards.append(_described(nvml.nvmlDeviceGetUUID(handle), handle, nvml))
-    return sorted(cards, key=lambda card: card.pci)
+            card = _described(nvml.nvmlDeviceGetUUID(handle), handle, nvml)
+            cards[card] = _instances(card, handle, nvml) if _has_mig(handle, nvml) else [card]
+        except nvml.NVMLError_NoPermission:  # a container or a batch system keeps it for others
+            num_hidden += 1
+        except nvml.NVMLError as error:
+            _warn(f"NVIDIA's driver does not open its GPU {index}, which is not used: {error}")
+    if num_hidden and not cards:
+        _warn(f"This process may not open the GPUs that NVIDIA's driver has: {num_hidden}")
+    return dict(sorted(cards.items(), key=lambda item: item[0].pci))
+
+
+def _has_mig(handle: Any, nvml: Any) -> bool:
+    with contextlib.suppress(nvml.NVMLError):  # most cards cannot have it
+        return bool(nvml.nvmlDeviceGetMigMode(handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE)
+    return False
+
+
+def _instances(card: Gpu, handle: Any, nvml: Any) -> list[Gpu]:
+    """Instances of a card with MIG on."""
+    found = []
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        with contextlib.suppress(nvml.NVMLError):  # there are fewer than there may be
+            instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
+            found.append(_described(nvml.nvmlDeviceGetUUID(instance), instance, nvml))
+    if not found:
+        _warn(f"MIG is on for {card}, {card.id}, and it has no instance that could be used")
+    return found
 
 
 def _described(name: str, handle: Any, nvml: Any) -> Gpu:

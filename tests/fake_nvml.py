@@ -18,7 +18,8 @@ class Card:
     bus: int = 0x3B
     capability: tuple[int, int] | None = (9, 0)
     total: int | None = 80 * 2**30
-    is_forbidden: bool = False
+    refusal: str = ""  # name of NVML's error, where the card cannot be opened
+    has_mig: bool = False
     whole: "Card | None" = None
 
 
@@ -31,7 +32,13 @@ def functions(cards: Sequence[Card], instances: tuple[Card, ...] = ()) -> dict[s
         return value
 
     def card_at(index: int) -> Card:
-        return known(None if cards[index].is_forbidden else cards[index], no_permission)
+        if cards[index].refusal:
+            raise getattr(pynvml, cards[index].refusal)
+        return cards[index]
+
+    def instance_at(card: Card, index: int) -> Card:
+        found = [instance for instance in instances if instance.whole == card]
+        return known(found[index] if index < len(found) else None, pynvml.NVMLError_NotFound)
 
     def instance_of(uuid: bytes) -> Card:
         found = [instance for instance in instances if instance.uuid.encode() == uuid]
@@ -41,7 +48,6 @@ def functions(cards: Sequence[Card], instances: tuple[Card, ...] = ()) -> dict[s
         known(None if card.whole else card)
         return SimpleNamespace(domain=0, bus=card.bus, device=0)
 
-    no_permission = pynvml.NVMLError_NoPermission
     return {
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
@@ -50,6 +56,9 @@ def functions(cards: Sequence[Card], instances: tuple[Card, ...] = ()) -> dict[s
         "nvmlDeviceGetHandleByIndex": card_at,
         "nvmlDeviceGetHandleByUUID": instance_of,
         "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": lambda card: known(card.whole),
+        "nvmlDeviceGetMigMode": lambda card: known([1, 1] if card.has_mig else None),
+        "nvmlDeviceGetMaxMigDeviceCount": lambda _: 7,
+        "nvmlDeviceGetMigDeviceHandleByIndex": instance_at,
         "nvmlDeviceGetUUID": lambda card: card.uuid,
         "nvmlDeviceGetName": lambda card: card.name,
         "nvmlDeviceGetCudaComputeCapability": lambda card: known(card.capability),

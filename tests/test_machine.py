@@ -9,7 +9,15 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from embedder.machine import Gpu, cache_folder, cores_near, gpus, memory_bytes, num_cores
+from embedder.machine import (
+    Gpu,
+    _warn,
+    cache_folder,
+    cores_near,
+    gpus,
+    memory_bytes,
+    num_cores,
+)
 from tests.fake_nvml import Card, functions
 
 MIB = 2**20
@@ -81,6 +89,7 @@ def test_memory_is_the_machines_or_less(tmp_path: Path) -> None:
 def set_cards(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    _warn.cache_clear()  # each test is told anew
 
     def set_(*cards: Card, instances: tuple[Card, ...] = ()) -> None:
         for name, function in functions(cards, instances).items():
@@ -116,6 +125,7 @@ def test_a_gpu_is_what_the_driver_tells_of_it(set_cards: Callable[..., None]) ->
         ("GPU-dddd,GPU-cccc", []),
         ("GPU-cccc,0", ["GPU-cccc at d8"]),  # CUDA takes entries of one kind
         ("0,1,0", []),  # and none where one is repeated
+        ("GPU-aab,GPU-aabb", []),
         ("all", []),
     ],
 )
@@ -132,11 +142,27 @@ def test_visible_gpus_are_those_that_cuda_shows(
 
 
 def test_a_card_that_the_process_may_not_open_does_not_count(
-    set_cards: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    set_cards: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    set_cards(Card("GPU-aaaa", is_forbidden=True), Card("GPU-bbbb", bus=0x86))
+    hidden = Card("GPU-aaaa", refusal="NVMLError_NoPermission")
+    set_cards(hidden, Card("GPU-bbbb", bus=0x86))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert [gpu.pci for gpu in gpus()] == ["0000:86:00.0"]
+    assert caplog.messages == []
+    set_cards(hidden, hidden)
+    assert gpus() == gpus() == []
+    assert caplog.messages == ["This process may not open the GPUs that NVIDIA's driver has: 2"]
+
+
+def test_a_card_that_fails_is_told_once(
+    set_cards: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    set_cards(THREE[0], Card("GPU-dddd", refusal="NVMLError_GpuIsLost"), THREE[1])
+    assert [gpu.id for gpu in gpus()] == [gpu.id for gpu in gpus()] == ["GPU-aaaa", "GPU-cccc"]
+    (told,) = caplog.messages
+    assert "does not open its GPU 1, which is not used: " in told
 
 
 def test_an_index_tells_no_card_where_cuda_has_an_order_of_its_own(
@@ -165,6 +191,41 @@ def test_an_instance_of_mig_is_known_as_far_as_the_driver_tells(
 @pytest.mark.parametrize(
     ("visible", "found"),
     [
+        (None, ["MIG-1", "MIG-2", "GPU-bbbb"]),
+        ("MIG-2", ["MIG-2"]),
+        ("0", ["0"]),
+        ("GPU-a", ["GPU-a"]),
+        ("1,2", ["1"]),  # there is nothing to use of the last
+    ],
+)
+def test_a_card_with_mig_is_its_instances(
+    set_cards: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    visible: str | None,
+    found: list[str],
+) -> None:
+    whole = Card("GPU-aaaa", bus=0x01, has_mig=True)
+    parts = [Card(f"MIG-{n}", "a part", 0, None, 5 * 2**30, whole=whole) for n in (1, 2)]
+    empty = Card("GPU-cccc", bus=0xD8, has_mig=True)
+    set_cards(whole, Card("GPU-bbbb", bus=0x86), empty, instances=tuple(parts))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.id for gpu in gpus()] == found
+    for gpu in gpus():
+        is_part = gpu.pci == "0000:01:00.0"
+        assert (gpu.name, gpu.memory_bytes == 5 * 2**30) == (
+            "a part" if is_part else whole.name,
+            is_part,
+        )
+    assert caplog.messages == [
+        "MIG is on for NVIDIA H100 80GB HBM3, GPU-cccc, and it has no instance that could be used"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
         (None, ["0", "1", "2"]),
         ("-1", []),
         ("2,3,0", ["2"]),
@@ -176,6 +237,7 @@ def test_of_a_driver_that_fails_the_cards_are_only_counted(
     set_cards: Callable[..., None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     visible: str | None,
     found: list[str],
 ) -> None:
@@ -190,6 +252,27 @@ def test_of_a_driver_that_fails_the_cards_are_only_counted(
     names = ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0")
     write(tmp_path, {f"proc/driver/nvidia/gpus/{name}": "" for name in names})
     assert gpus(tmp_path) == [Gpu(name) for name in found]
+    told = [
+        "NVIDIA's driver tells nothing of its GPUs: RM has detected an NVML/RM version mismatch."
+    ]
+    assert caplog.messages == ([] if visible == "-1" else told)
+
+
+@pytest.mark.parametrize("error", ["LibraryNotFound", "DriverNotLoaded"])
+def test_a_machine_without_a_driver_is_not_told(
+    set_cards: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: str,
+) -> None:
+    def fail() -> None:
+        raise getattr(pynvml, f"NVMLError_{error}")
+
+    set_cards()
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    assert gpus(tmp_path) == []
+    assert caplog.messages == []
 
 
 @pytest.mark.usefixtures("four_cores")

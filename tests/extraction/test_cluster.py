@@ -192,8 +192,7 @@ def test_workers_that_come_later_get_work_and_once_one_declares_a_gpu_only_such_
 ) -> None:
     caplog.set_level("INFO", "embedder")
     monkeypatch.setattr(crew, "_GONE_SECONDS", 0.2)
-    for module in (crew, cluster):
-        monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(crew, "LOOK_SECONDS", 0.05)
     options = "--nthreads 4 --no-nanny"
     later = [
         f"CUDA_VISIBLE_DEVICES=0,1 {options} --resources GPU=1",
@@ -216,6 +215,7 @@ def test_workers_that_come_later_get_work_and_once_one_declares_a_gpu_only_such_
             assert set(itertools.islice(found, 20)) == {"0", "1"}, old
         assert set(results(pool, cluster_tasks.gpu, list(range(20)))) == {"0", "1"}
         assert (pool.num_workers, pool.mean_workers) == (2, 2)
+        monkeypatch.setattr(cluster, "LOOK_SECONDS", 0.05)
         with pytest.raises(Unfinished, match="All workers with a GPU of .* none came back"):
             results(pool, cluster_tasks.die, [0])
     assert re.fullmatch(
