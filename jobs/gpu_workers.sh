@@ -1,6 +1,7 @@
 #!/bin/sh
 # Join a Dask scheduler with a worker for each GPU of this machine: jobs/gpu_workers.sh tcp://HEAD:8786
-# The workers share the cores, and end when this does. CUDA_VISIBLE_DEVICES may choose among the GPUs.
+# The workers share the cores, and end when this does; it fails if one of them has. CUDA_VISIBLE_DEVICES
+# may choose among the GPUs.
 set -eu
 address=$1
 # shellcheck disable=SC2046  # words: threads of a worker, and the GPUs
@@ -15,7 +16,7 @@ shift
 export DASK_DISTRIBUTED__DIAGNOSTICS__NVML=False
 workers=
 # shellcheck disable=SC2086  # words: process ids
-trap 'trap - EXIT; kill $workers 2>/dev/null; wait' EXIT
+trap 'trap - EXIT; kill $workers 2>/dev/null || :; wait' EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
@@ -24,4 +25,8 @@ for gpu in "$@"; do
         --nthreads "$threads" --memory-limit 0 --no-dashboard &
     workers="$workers $!"
 done
-wait
+status=0
+for worker in $workers; do
+    wait "$worker" || status=$?
+done
+exit $status
