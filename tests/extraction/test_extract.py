@@ -30,7 +30,7 @@ from embedder.errors import (
 from embedder.extraction import worker
 from embedder.extraction.extract import _shared_out
 from embedder.store.store import Store
-from tests.extraction.test_cluster import scheduler_with_workers
+from tests.extraction.test_cluster import scheduler_with_workers, wait_for_workers
 from tests.support import make_archive, picture
 
 # A small input makes the real network fast; every pixel of these images still counts.
@@ -147,14 +147,18 @@ def test_how_a_run_is_done_changes_no_vector(
 
 
 def test_a_dask_cluster_elsewhere_makes_the_same_store(
-    archive: Path, undisturbed: Store, tmp_path: Path
+    archive: Path, undisturbed: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with scheduler_with_workers("--nthreads 1", "--nthreads 1") as address:
-        store = embedder.extract(
-            archive, tmp_path / "out", scheduler=address, shard_size=5, **SMALL
-        )
+    caplog.set_level("INFO", "embedder")
+    # OpenVINO uses no GPU, so it is all the same who has one.
+    with scheduler_with_workers("--nthreads 1", "--nthreads 1 --resources GPU=1") as address:
+        wait_for_workers(address, 2)
+        options = SMALL | {"engine": "openvino", "scheduler": address, "shard_size": 5}
+        store = embedder.extract(archive, tmp_path / "out", **options)
     assert_same(store, undisturbed)
     assert counts(store)["embedded"] == 20
+    assert store.runs()[-1]["workers"] == 2
+    assert "GPU" not in caplog.text
 
 
 # Only what is missing. -----------------------------------------------------------------------
