@@ -1,6 +1,7 @@
 """The sections of gpu.py that measure this package; see its docstring."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import time
@@ -18,10 +19,13 @@ from sections import (
     Monitor,
     NotMeasuredError,
     Section,
+    affordable_rows,
+    in_windows,
     is_installed,
     random_pixels,
     run_section,
     serve,
+    spread_of,
     sweep,
 )
 
@@ -141,6 +145,8 @@ def run_out_of_memory(section: Section, check: str) -> dict[str, Any]:  # noqa: 
     settings = section.settings
     if not settings["card"]:
         raise NotMeasuredError("no card: XLA limits the memory of cards alone")
+    if not settings["card"]["memory_bytes"]:
+        raise NotMeasuredError("the card does not tell its memory")
     asked, limit = settings["large_batch_size"], settings["memory_limit_bytes"]
     environment = {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{limit / settings['card']['memory_bytes']:.4f}",
@@ -148,7 +154,10 @@ def run_out_of_memory(section: Section, check: str) -> dict[str, Any]:  # noqa: 
     }
     found = run_command(section, "limited", asked, environment).record["batch_size"]
     row = {"limit_bytes": limit, "asked": asked, "batch_size": found}
-    return row | difference(section, "first", "limited")
+    row |= difference(section, "first", "limited")
+    if found == asked:
+        row["reason"] = "the limit was not met: the batch fitted, and was not halved"
+    return row
 
 
 def num_repeated(section: Section) -> int:
@@ -207,11 +216,23 @@ def network_speed(
     row = {"compile_seconds": round(time.perf_counter() - begin, 1), "device": engine.device}
     row |= {"batch_size": engine.batch_size, "parallel": engine.num_parallel}
     batches = random_batches(engine.batch_size, recipe.image_size)
-    row["speed"] = speed_of(engine, batches, settings["seconds"])
+    row |= {"gflops": gflops_of(engine, batches[0]), "pixels": str(recipe.pixels)}
+    row |= in_windows(lambda: speed_of(engine, batches, settings["seconds"]), settings)
     if hasattr(engine, "upload"):
         uploaded = [engine.upload(batch) for batch in batches]
-        row["speed_on_device"] = speed_of(engine, uploaded, settings["seconds"] / 2)
+        for batch in uploaded:
+            getattr(batch, "block_until_ready", lambda: None)()  # JAX's are on their way there
+        found = in_windows(lambda: speed_of(engine, uploaded, settings["seconds"] / 2), settings)
+        row["speed_on_device"] = found["speed"]
     return row
+
+
+def gflops_of(engine: Any, batch: NDArray[np.uint8]) -> float | None:
+    """Work of an image in 10**9 operations, as XLA counts it in the network as it is written."""
+    if engine.name != "jax":
+        return None
+    found = engine._compiled.lower(engine._arrays, batch).cost_analysis()
+    return round(found["flops"] / len(batch) / 1e9, 2) if found else None
 
 
 loaded_engines: dict[Recipe, Any] = {}  # a network is built once for all batch sizes
@@ -253,28 +274,27 @@ def decoding(section: Section) -> None:
 
 
 def pool_speed(section: Section, decoders: int, cores: int) -> dict[str, Any]:  # noqa: ARG001
-    settings = section.settings
-    return decoding_speed(photos_of(settings), decoders, settings["seconds"])
+    return decoding_speed(section.settings, decoders)
 
 
-def photos_of(settings: dict[str, Any]) -> list[bytes]:
-    """Paths of those that decoding alone is measured by, repeated if need be."""
-    count = settings["decoded"]
-    paths = sorted(os.fsencode(path) for path in Path(settings["many_photos"]).iterdir())
-    return (paths * (count // len(paths) + 1))[:count]
-
-
-def decoding_speed(paths: list[bytes], num_decoders: int, seconds: float) -> dict[str, Any]:
+def decoding_speed(settings: dict[str, Any], num_decoders: int) -> dict[str, Any]:
     """Images per second, and what one takes of the cores; a warm-up is not counted."""
+    photos = sorted(os.fsencode(path) for path in Path(settings["many_photos"]).iterdir())
+    paths = list(itertools.islice(itertools.cycle(photos), settings["decoded"] * num_decoders))
     pool = DecoderPool(make_recipe().pixels, 64, 8, num_decoders, Feeding())
     decode(pool, paths[: 32 * num_decoders], Work())
-    work, num_images, begin = Work(), 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        decode(pool, paths, work)
-        num_images += len(paths)
-    speed = num_images / (time.perf_counter() - begin)
-    cpu = work.decode_cpu_seconds / num_images
-    return {"speed": round(speed, 1), "cpu_milliseconds": round(1000 * cpu, 3)}
+    work, num_images = Work(), 0
+
+    def window() -> float:
+        nonlocal num_images
+        begin, before = time.perf_counter(), num_images
+        while num_images == before or time.perf_counter() - begin < settings["seconds"]:
+            decode(pool, paths, work)
+            num_images += len(paths)
+        return (num_images - before) / (time.perf_counter() - begin)
+
+    found = in_windows(window, settings)
+    return found | {"cpu_milliseconds": round(1000 * work.decode_cpu_seconds / num_images, 3)}
 
 
 def decode(pool: DecoderPool, paths: list[bytes], work: Work) -> None:
@@ -309,7 +329,7 @@ def end_to_end(section: Section) -> None:
 def folder_speed(
     section: Section, network: str, precision: str, shard_size: int | None
 ) -> dict[str, Any]:
-    """A run to warm up, one to see the memory, and measured ones."""
+    """A short run to warm up, one to see the memory, and measured ones."""
     settings = section.settings
     scratch, photos = Path(settings["scratch"]), Path(settings["many_photos"])
     options = {
@@ -318,20 +338,24 @@ def folder_speed(
         "precision": precision,
         "image_size": settings["image_size"],
         "engine": settings["engine"],
-        "batch_size": settings["best_batch_sizes"].get(network),
+        "batch_size": settings["best_batch_sizes"].get(network, settings["batch_sizes"][0]),
         "shard_size": shard_size,
+        "limit": settings["memory_rows"],
     }
-    run_of(photos, scratch, options | {"limit": 2048})
+    device = run_of(photos, scratch, options)["engine"].rpartition(" on ")[2]
+    if settings["card"] and device == "CPU":
+        raise NotMeasuredError(f"{settings['engine']} does not use the card")
     with Monitor(with_host_memory=True) as monitor:
-        run_of(photos, scratch, options)
+        speed = run_of(photos, scratch, options)["images_per_second"]
+    options["limit"] = affordable_rows(section, speed)
     rounds = [round_of(photos, scratch, options) for _ in range(settings["rounds"])]
-    best = max(rounds, key=lambda one: one["images_per_second"])
     kept = ("busy", "engine", "batch_size", "decoders", "bottleneck")
     return {
-        "speed": best["images_per_second"],
-        **{name: best[name] for name in kept},
-        "peak_host_bytes": monitor.peak_bytes,
-        "peak_card_bytes": monitor.peak_card_bytes,
+        "device": device,
+        "rows": options["limit"],
+        **spread_of([one["images_per_second"] for one in rounds]),
+        **{name: rounds[-1][name] for name in kept},
+        **monitor.peaks,
         "rounds": rounds,
     }
 
@@ -379,7 +403,7 @@ def some_cores(section: Section) -> None:
     settings = section.settings
     os.sched_setaffinity(0, settings["affinity"])
     count = num_cores()
-    found = decoding_speed(photos_of(settings), count, settings["seconds"] / 2)
+    found = decoding_speed(settings, count)
     section.tell(**{f"decoding {name}": value for name, value in found.items()})
     if not is_installed("openvino"):
         section.tell(openvino="not measured: no openvino")

@@ -1,16 +1,26 @@
 """The sections of gpu.py that measure its peer, timm on PyTorch; see its docstring."""
 
 import functools
-import itertools
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sections import Monitor, Section, random_pixels, serve, sweep
+from sections import (
+    Monitor,
+    NotMeasuredError,
+    Section,
+    affordable_rows,
+    in_windows,
+    random_pixels,
+    serve,
+    spread_of,
+    sweep,
+)
 
 # The same networks by timm's names; (side of the image, in pixels).
 TIMM = {
@@ -22,6 +32,8 @@ TIMM = {
 }
 NUM_BATCHES = 4  # different ones, in memory
 NUM_STREAMS = 3  # one batch on its way there, one in work, one on its way back
+LOWEST_COSINE = 0.99  # of what is compiled to what is not, in bfloat16 too
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class Peer:
@@ -31,23 +43,29 @@ class Peer:
     float32 throughout, as it is in this package, and not TensorFloat-32.
     """
 
-    def __init__(self, network: str, precision: str, mode: str, side: int | None = None) -> None:
+    def __init__(self, section: Section, network: str, precision: str, mode: str) -> None:
         """Make the network with random weights.
 
         Args:
+            section: Gives the size of the images, where it is not the network's own.
             network: One of `TIMM`.
             precision: float32 or bfloat16.
             mode: Of `torch.compile`.
-            side: Of the image, in pixels; else the network's own.
+
+        Raises:
+            NotMeasuredError: There is a card, and PyTorch does not use it.
         """
         import timm
 
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if section.settings["card"] and self.device == "cpu":
+            raise NotMeasuredError(f"torch {torch.__version__} does not use the card")
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
         name, own_side = TIMM[network]
-        self.side = side or own_side
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.side = (section.settings["image_size"] or [own_side])[0]
+        self.network, self.mode = network, mode
         model = timm.create_model(name, num_classes=0, pretrained=False).eval()
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.data = timm.data.resolve_model_data_config(model)
@@ -63,16 +81,56 @@ class Peer:
         ]
 
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (batch, 3, height, width), of 0 to 255 as uint8, or else normalised already."""
+        """float32 vectors of pixels: uint8 (batch, 3, height, width)."""
         enabled = self._dtype != torch.float32
-        if pixels.dtype == torch.uint8:
-            pixels = (pixels.float() - self._mean) / self._std
+        pixels = (pixels.float() - self._mean) / self._std
         with torch.autocast(self.device, self._dtype, enabled=enabled):
             return self.model(pixels.contiguous(memory_format=torch.channels_last)).float()
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Vectors on the device, of pixels (batch, 3, height, width) there."""
+        """Vectors on the device, of pixels there in the order channels last."""
         return self._compiled(pixels)
+
+    @torch.inference_mode()
+    def compile(self, pixels: torch.Tensor) -> dict[str, Any]:
+        """Compile for a batch, or do without where that fails, and say which.
+
+        Raises:
+            NotMeasuredError: What was compiled gives other vectors.
+        """
+        pixels = pixels.to(self.device)
+        begin = time.perf_counter()
+        row: dict[str, Any] = {"mode": self.mode}
+        try:
+            found = self(pixels)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - no C compiler, and much else
+            row = {"mode": "not compiled", "why": f"{type(error).__name__}: {error}"[-500:]}
+            self._compiled = self._forward
+            found = self(pixels)
+        row["compile_seconds"] = round(time.perf_counter() - begin, 1)
+        plain = self._forward(pixels[:8])
+        cosine = float(torch.nn.functional.cosine_similarity(found[:8], plain).min())
+        if not cosine >= LOWEST_COSINE:
+            raise NotMeasuredError(f"compiled, its vectors are others: cosine {cosine:.4f}")
+        row |= {"device": self.device, "cosine": cosine, "gflops": gflops_of(self)}
+        library = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN "
+        return row | {"library": library + str(torch.backends.cudnn.version())}
+
+
+known_gflops: dict[str, float] = {}
+
+
+def gflops_of(peer: Peer) -> float:
+    """Work of an image in 10**9 operations, of which PyTorch counts products and sums of layers."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if peer.network not in known_gflops:
+        with FlopCounterMode(display=False) as counter:
+            peer.model(torch.zeros(1, 3, peer.side, peer.side, device=peer.device))
+        known_gflops[peer.network] = round(counter.get_total_flops() / 1e9, 2)
+    return known_gflops[peer.network]
 
 
 def random_batches(peer: Peer, batch_size: int) -> list[torch.Tensor]:
@@ -136,15 +194,13 @@ def network_speed(
     settings = section.settings
     # Each size is compiled for itself, and not for any, as it would be after a few.
     torch._dynamo.reset()
-    peer = Peer(network, precision, mode, settings["image_size"] and settings["image_size"][0])
+    peer = Peer(section, network, precision, mode)
     batches = random_batches(peer, batch_size)
-    begin = time.perf_counter()
-    with torch.inference_mode():
-        peer(batches[0].to(peer.device).permute(0, 3, 1, 2))
-    row = {"compile_seconds": round(time.perf_counter() - begin, 1), "device": peer.device}
-    row |= {"parallel": NUM_STREAMS, "speed": speed_of(peer, batches, settings["seconds"])}
+    row = peer.compile(batches[0].permute(0, 3, 1, 2)) | {"parallel": NUM_STREAMS}
+    row |= in_windows(lambda: speed_of(peer, batches, settings["seconds"]), settings)
     there = [batch.to(peer.device) for batch in batches]
-    return row | {"speed_on_device": speed_of(peer, there, settings["seconds"] / 2)}
+    found = in_windows(lambda: speed_of(peer, there, settings["seconds"] / 2), settings)
+    return row | {"speed_on_device": found["speed"]}
 
 
 # End to end. -------------------------------------------------------------------------------------
@@ -153,7 +209,7 @@ def network_speed(
 class Images:
     """The data set of files: `torch.utils.data.Dataset` needs no more than these methods."""
 
-    def __init__(self, paths: list[Path], transform: Any = None) -> None:
+    def __init__(self, paths: list[Path], transform: Any) -> None:
         self.paths, self.transform = paths, transform
 
     def __len__(self) -> int:
@@ -163,93 +219,116 @@ class Images:
         from PIL import Image
 
         with Image.open(self.paths[number]) as image:
-            return self.transform(image.convert("RGB")), 0
+            return self.transform(image.convert("RGB"))
 
 
-def data_loader(peer: Peer, paths: list[Path], batch_size: int, workers: int) -> Any:
-    """PyTorch's loader with timm's transform, which normalises on the CPU."""
+class FirstImages:
+    """The numbers of so many: as that may change, the workers can be warm before the clock runs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+
+def data_loader(peer: Peer, settings: dict[str, Any], images: FirstImages) -> Any:
+    """PyTorch's loader with timm's transform but for normalising, which the card does.
+
+    Batches pass through shared memory, or through a pipe where there is too little of it.
+    """
     import timm.data
 
+    transform = timm.data.create_transform(**peer.data, normalize=False)
+    workers = settings["loader_workers"]
     return torch.utils.data.DataLoader(
-        Images(paths, timm.data.create_transform(**peer.data)),
-        batch_size=batch_size,
+        Images(sorted(Path(settings["many_photos"]).iterdir()), transform),
+        sampler=images,
+        batch_size=settings["loader_batch_size"],
         num_workers=workers,
+        collate_fn=None if has_shared_memory(peer, settings) else as_arrays,
         pin_memory=peer.device == "cuda",
         persistent_workers=workers > 0,
     )
 
 
-def timm_loader(peer: Peer, paths: list[Path], batch_size: int, workers: int) -> Any:
-    """The loader of timm, whose workers hand on uint8, and which normalises on the card, ahead."""
-    import timm.data
-
-    known = {name: peer.data[name] for name in ("interpolation", "mean", "std", "crop_pct")}
-    return timm.data.create_loader(
-        Images(paths),
-        **(known | {"input_size": peer.data["input_size"], "batch_size": batch_size}),
-        use_prefetcher=peer.device == "cuda",
-        num_workers=workers,
-        pin_memory=peer.device == "cuda",
-        persistent_workers=workers > 0,
-        device=torch.device(peer.device),
-    )
+def has_shared_memory(peer: Peer, settings: dict[str, Any]) -> bool:
+    """Whether two batches of each worker, and some that the card has yet to take, fit into it."""
+    batch_bytes = settings["loader_batch_size"] * peer.side**2 * 3
+    needed = (2 * settings["loader_workers"] + 4) * batch_bytes
+    return SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > needed
 
 
-LOADERS = {"DataLoader": data_loader, "timm's loader": timm_loader}
+def as_arrays(images: list[torch.Tensor]) -> Any:
+    return torch.stack(images).numpy()
 
 
 def end_to_end(section: Section) -> None:
     """From JPEG files to a .npy file of vectors."""
     precision = section.settings["end_to_end_precision"]
     for network in section.settings["end_to_end"]:
-        for loader in LOADERS:
-            section.measure(folder_speed, network=network, precision=precision, loader=loader)
+        section.measure(folder_speed, network=network, precision=precision)
 
 
-def folder_speed(section: Section, network: str, precision: str, loader: str) -> dict[str, Any]:
+def folder_speed(section: Section, network: str, precision: str) -> dict[str, Any]:
+    """An epoch to warm up, one to see the memory, and measured ones; each runs to its end."""
     settings = section.settings
-    peer = compiled_peer(network, precision, settings["image_size"] and settings["image_size"][0])
-    size, workers = settings["loader_batch_size"], settings["loader_workers"]
-    paths = sorted(Path(settings["many_photos"]).iterdir())
-    images = LOADERS[loader](peer, paths, size, workers)
-    out = Path(settings["scratch"]) / "vectors.npy"
-    embed_all(peer, images, size, out, 4)  # to compile, and to start the workers
-    with Monitor() as monitor:
-        begin = time.time()
-        num_rows = embed_all(peer, images, size, out)
-        end = time.time()
+    peer = Peer(section, network, precision, "default")
+    size = settings["loader_batch_size"]
+    # As in `inference`, so that what was compiled there is found.
+    row = peer.compile(random_batches(peer, size)[0].permute(0, 3, 1, 2))
+    images = FirstImages()
+    loader = data_loader(peer, settings, images)
+    run = functools.partial(
+        embed_all, peer, loader, size, Path(settings["scratch"]) / "vectors.npy"
+    )
+    images.count = min(settings["rows"], settings["memory_rows"])
+    run()
+    with Monitor(with_host_memory=True) as monitor:
+        begin = time.perf_counter()
+        run()
+    speed = images.count / (time.perf_counter() - begin)
+    images.count = affordable_rows(section, speed)
+    speeds, busy = [], []
+    for _ in range(settings["rounds"]):
+        with Monitor() as of_round:
+            begin_time, begin = time.time(), time.perf_counter()
+            run()
+            speeds.append(images.count / (time.perf_counter() - begin))
+        busy.append(of_round.busy_share(begin_time, time.time()))
     return {
+        **{name: row[name] for name in ("mode", "why", "device", "library") if name in row},
+        "rows": images.count,
+        **spread_of(speeds),
+        "busy": busy[-1],
         "batch_size": size,
-        "workers": workers,
-        "rows": num_rows,
-        "speed": round(num_rows / (end - begin), 1),
-        "busy": monitor.busy_share(begin, end),
-        "peak_card_bytes": monitor.peak_card_bytes,
+        "workers": settings["loader_workers"],
+        "by": "a pipe" if loader.collate_fn is as_arrays else "shared memory",
+        **monitor.peaks,
         "written": "npy",
+        "pixels": str(loader.dataset.transform),
+        "rounds": [round(speed, 1) for speed in speeds],
     }
 
 
-@functools.lru_cache(maxsize=1)
-def compiled_peer(network: str, precision: str, side: int | None) -> Peer:
-    """The same for both loaders, so that it is compiled once."""
-    return Peer(network, precision, "default", side)
-
-
 @torch.inference_mode()
-def embed_all(
-    peer: Peer, loader: Any, batch_size: int, out: Path, most_batches: int | None = None
-) -> int:
-    """Embed what a loader gives and write it; the number of vectors."""
+def embed_all(peer: Peer, loader: Any, batch_size: int, out: Path) -> None:
+    """Embed what a loader gives, and write it."""
     found: list[Any] = []
     num_rows = 0
-    for pixels, _ in itertools.islice(loader, most_batches):
+    for batch in loader:
+        pixels = torch.as_tensor(batch).to(peer.device, non_blocking=True)
         num_rows += len(pixels)
-        pixels = pixels.to(peer.device, non_blocking=True)
         if len(pixels) < batch_size:  # else the last batch would be compiled for
             pixels = torch.cat([pixels, pixels[:1].expand(batch_size - len(pixels), -1, -1, -1)])
         found.append(peer(pixels.contiguous(memory_format=torch.channels_last)))
-    np.save(out, torch.cat(found)[:num_rows].cpu().numpy())
-    return num_rows
+    vectors = torch.cat(found)[:num_rows].cpu().numpy()
+    if len(vectors) != len(loader.sampler):
+        raise RuntimeError(f"{len(vectors)} vectors of {len(loader.sampler)} photographs")
+    np.save(out, vectors)
 
 
 if __name__ == "__main__":

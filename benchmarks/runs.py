@@ -189,12 +189,13 @@ def descendants(root: int) -> list[int]:
 
 
 def pss_bytes(pids: Iterable[int]) -> int:
-    """Proportional set size of some processes together."""
+    """Proportional set size of some processes together; 0 where the system does not tell it."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):  # it has ended
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            total += int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1]) * 1024
+            if found := re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE):
+                total += int(found[1]) * 1024
     return total
 
 

@@ -5,10 +5,12 @@ time is up. Two frameworks that each take the memory of a GPU thus never share a
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -21,7 +23,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from runs import descendants, environment_of, pss_bytes
+from runs import PR_SET_CHILD_SUBREAPER, descendants, environment_of, pss_bytes
+
+from embedder.machine import Gpu, gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.05
@@ -106,7 +110,7 @@ def run_section(
         script: Beside this file.
         function: Of the script.
         settings: Of the benchmark.
-        seconds: Until it is killed, with all that it started.
+        seconds: Until it is killed. What it started and left running is killed in any case.
         environment: Beside this process's own.
 
     Returns:
@@ -118,6 +122,9 @@ def run_section(
     own = max(1.0, seconds - GRACE_SECONDS)
     command = [sys.executable, str(ROOT / "benchmarks" / script), function]
     command += [json.dumps(settings), str(file), str(own)]
+    # Orphans become children of this process, which thus finds them.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    others = {os.getpid(), *descendants(os.getpid())}
     begin = time.monotonic()
     log = file.with_suffix(".log")
     with log.open("wb") as output:
@@ -134,26 +141,35 @@ def run_section(
                 ended = f"ended with status {process.returncode}"
                 reason = f"{ended}: {end_of(log.read_text(errors='replace'))}"
         except subprocess.TimeoutExpired:
-            end_all(process.pid)
-            process.wait()
             reason = f"took longer than its {seconds:.0f} s"
+        finally:
+            end_all_but(others)
+            process.wait()
     found: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 1)}
     if reason is not None:
         found["reason"] = reason
     return found | {"rows": [json.loads(line) for line in file.read_text().splitlines()]}
 
 
-def end_all(process_id: int) -> None:
-    """Kill a process, and all that it started."""
-    for pid in (process_id, *descendants(process_id)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def end_all_but(others: set[int]) -> None:
+    """Kill all below this process, other than these, and wait until they are gone."""
+    end = time.monotonic() + GRACE_SECONDS
+    while (left := set(descendants(os.getpid())) - others) and time.monotonic() < end:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # the child of one that is killed too
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.01)
 
 
 def sweep(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is measured of networks alone: first what comes first in all of the settings' lists."""
+    """What is measured of networks alone: first what comes first in all of the settings' lists.
+
+    One step further in precision and batch size of the first networks precedes the other networks.
+    """
     ranked = [
-        (i + j + (n >= settings["num_first_networks"]), {**of_network, **precision, **size})
+        (i + j + 2 * (n >= settings["num_first_networks"]), {**of_network, **precision, **size})
         for i, precision in enumerate(each(settings, "precision", "sweep_precisions"))
         for j, size in enumerate(each(settings, "batch_size", "batch_sizes"))
         for n, of_network in enumerate(each(settings, "network", "networks"))
@@ -171,42 +187,97 @@ def each(settings: dict[str, Any], name: str, values: str) -> list[dict[str, Any
     return [{name: value} for value in settings[values]]
 
 
+def in_windows(measure: Callable[[], float], settings: dict[str, Any]) -> dict[str, float]:
+    """The speed of several measurements, as `spread_of` tells it."""
+    return spread_of([measure() for _ in range(settings["windows"])])
+
+
+def spread_of(speeds: Sequence[float]) -> dict[str, float]:
+    """The median as `speed`, and beside it the `lowest` and the `highest`, in images per second."""
+    found = {"speed": statistics.median(speeds), "lowest": min(speeds), "highest": max(speeds)}
+    return {name: round(speed, 1) for name, speed in found.items()}
+
+
+def affordable_rows(section: Section, speed: float) -> int:
+    """Images of a round, such that all rounds fit into the time that is left."""
+    settings = section.settings
+    left = section.deadline - time.monotonic()
+    fitting = int(0.8 * speed * left / settings["rounds"])
+    return max(min(settings["rows"], fitting), min(settings["rows"], settings["memory_rows"]))
+
+
 # The card. ---------------------------------------------------------------------------------------
 
 
 def card() -> dict[str, Any] | None:
-    """The first GPU, as NVIDIA's driver tells it; None where there is none."""
-    try:
-        import pynvml
+    """The first GPU that this process may use; None where there is none.
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        return {
-            "name": pynvml.nvmlDeviceGetName(handle),
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-            "compute_capability": list(pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-            "power_limit_watts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "cards": pynvml.nvmlDeviceGetCount(),
-        }
-    except Exception:  # noqa: BLE001 - no library, no driver, no card: of many kinds
+    What NVIDIA's driver refuses to tell is None: in a container or of a part of a card, it may.
+    """
+    found = gpus()
+    if not found:
         return None
+    gpu, handle = found[0], handle_of(found[0])
+    limit = asked("nvmlDeviceGetEnforcedPowerLimit", handle)
+    return {
+        "id": gpu.id,
+        "name": str(gpu),
+        "driver": gpu.driver,
+        "memory_bytes": gpu.memory_bytes,
+        "compute_capability": gpu.compute_capability and list(gpu.compute_capability),
+        "pci": gpu.pci,
+        "power_limit_watts": None if limit is None else limit / 1000,
+        "cards": len(found),
+    }
+
+
+def handle_of(gpu: Gpu) -> Any:
+    """NVML's handle of a GPU; None if it cannot be had."""
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        if gpu.id.startswith("MIG-"):
+            return pynvml.nvmlDeviceGetHandleByUUID(gpu.id.encode())
+        if gpu.pci:
+            return pynvml.nvmlDeviceGetHandleByPciBusId(gpu.pci.encode())
+    return None
+
+
+def asked(function: str, handle: Any) -> Any:
+    """What NVML tells of a handle by a function; None if it tells nothing."""
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError):
+        return None if handle is None else getattr(pynvml, function)(handle)
+    return None
+
+
+@dataclass
+class Sample:
+    """What was seen at a time; None for what could not be.
+
+    Attributes:
+        when: In seconds since the epoch.
+        busy: Share of the time that the GPU was, 0 to 1.
+        card_bytes: Of its memory that are used.
+        host_bytes: Proportional set size of this process and all that it started.
+    """
+
+    when: float
+    busy: float | None = None
+    card_bytes: int | None = None
+    host_bytes: int | None = None
 
 
 class Monitor:
-    """Samples the GPU while something runs, and on request the memory of all processes.
-
-    Attributes:
-        samples: (seconds since the epoch, busy share of the GPU 0 to 1, bytes of its memory).
-        peak_bytes: Largest proportional set size of this process and all that it started.
-    """
+    """Samples the first GPU while something runs, and on request the memory of all processes."""
 
     def __init__(self, with_host_memory: bool = False) -> None:
-        self.samples: list[tuple[float, float, int]] = []
-        self.peak_bytes = 0
+        self.samples: list[Sample] = []
         self._with_host_memory = with_host_memory
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._repeat, daemon=True)
 
     def __enter__(self) -> "Monitor":
         self._thread.start()
@@ -216,27 +287,36 @@ class Monitor:
         self._ended.set()
         self._thread.join()
 
-    def _sample(self) -> None:
-        handle = None
-        with contextlib.suppress(Exception):
-            import pynvml
+    def _repeat(self) -> None:
+        handle = next(map(handle_of, gpus()), None)
+        while True:
+            self.samples.append(self._sample(handle))
+            if self._ended.wait(SAMPLE_SECONDS):
+                return
 
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        while not self._ended.wait(SAMPLE_SECONDS):
-            if handle is not None:
-                busy = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-                used = pynvml.nvmlDeviceGetMemoryInfo(handle).used
-                self.samples.append((time.time(), busy, used))
-            if self._with_host_memory:
-                pids = [os.getpid(), *descendants(os.getpid())]
-                self.peak_bytes = max(self.peak_bytes, pss_bytes(pids))
+    def _sample(self, handle: Any) -> Sample:
+        sample = Sample(time.time())
+        if (rates := asked("nvmlDeviceGetUtilizationRates", handle)) is not None:
+            sample.busy = rates.gpu / 100
+        if (memory := asked("nvmlDeviceGetMemoryInfo", handle)) is not None:
+            sample.card_bytes = memory.used
+        if self._with_host_memory:
+            # Not every system tells it: then the sum is 0.
+            sample.host_bytes = pss_bytes([os.getpid(), *descendants(os.getpid())]) or None
+        return sample
 
     def busy_share(self, begin: float, end: float) -> float | None:
         """Mean between two times, in seconds since the epoch; None where nothing was sampled."""
-        shares = [busy for when, busy, _ in self.samples if begin <= when <= end]
+        samples = [one for one in self.samples if begin <= one.when <= end]
+        shares = [one.busy for one in samples if one.busy is not None]
         return round(sum(shares) / len(shares), 3) if shares else None
 
     @property
-    def peak_card_bytes(self) -> int | None:
-        return max((used for *_, used in self.samples), default=None)
+    def peaks(self) -> dict[str, int | None]:
+        """The most memory; None where nothing was sampled."""
+        card = [one.card_bytes for one in self.samples if one.card_bytes is not None]
+        host = [one.host_bytes for one in self.samples if one.host_bytes is not None]
+        return {
+            "peak_host_bytes": max(host, default=None),
+            "peak_card_bytes": max(card, default=None),
+        }
