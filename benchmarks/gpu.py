@@ -117,7 +117,7 @@ class Part:
         name: In the JSON file.
         script: With the function.
         function: That does it, in a process of its own.
-        weight: Seconds of the default budget; what one leaves over is shared by the later ones.
+        weight: Its share of the time; what one leaves over is shared by the later ones.
         needs: Modules without which it cannot run.
         needs_card: Whether a CPU can do it in a small size alone.
         settings: Beside those of the benchmark.
@@ -160,7 +160,7 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
             f"vectors {engine}", OURS, "vectors", weight, (modules[engine],), settings=settings
         )
 
-    yield Part("decoding", OURS, "decoding", 15)
+    yield Part("decoding", OURS, "decoding", 20)
     yield Part("inference", OURS, "inference", 130, (modules[own],), needs_card=True)
     yield Part("inference of peers", PEERS, "inference", 130, PEER_NEEDS, needs_card=True)
     yield from (end_to_end(*one) for one in whole[:2])
@@ -171,7 +171,7 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
         settings = {"compile_modes": ["max-autotune-no-cudagraphs"]}
         name = "inference of peers, autotuned"
         yield Part(name, PEERS, "inference", 10, PEER_NEEDS, True, settings)
-    yield Part("cores", OURS, "cores", 10)
+    yield Part("cores", OURS, "cores", 20)
     yield from (vectors(engine, 10) for engine in others)
 
 

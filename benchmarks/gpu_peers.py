@@ -133,6 +133,7 @@ def gflops_of(peer: Peer) -> float:
     return known_gflops[peer.network]
 
 
+@torch.inference_mode()  # for a tensor that was made elsewhere, all is compiled again
 def random_batches(peer: Peer, batch_size: int) -> list[torch.Tensor]:
     """uint8 (batch, height, width, 3) in the host's memory, pinned where there is a card."""
     shape = (batch_size, peer.side, peer.side, 3)
@@ -198,7 +199,8 @@ def network_speed(
     batches = random_batches(peer, batch_size)
     row = peer.compile(batches[0].permute(0, 3, 1, 2)) | {"parallel": NUM_STREAMS}
     row |= in_windows(lambda: speed_of(peer, batches, settings["seconds"]), settings)
-    there = [batch.to(peer.device) for batch in batches]
+    with torch.inference_mode():
+        there = [batch.to(peer.device) for batch in batches]
     found = in_windows(lambda: speed_of(peer, there, settings["seconds"] / 2), settings)
     return row | {"speed_on_device": found["speed"]}
 

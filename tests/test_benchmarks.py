@@ -5,19 +5,25 @@ import hashlib
 import http.client
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pynvml
 import pytest
 from PIL import Image
 
 import embedder
 from benchmarks.servers import Server, serving
+from embedder.machine import num_cores
 from embedder.store.store import Store
+from tests import fake_nvml
 from tests.support import ANIMALS, ROOT, add_rows, animal_vectors, make_archive, picture
 
 FOLDER = ROOT / "benchmarks"
@@ -402,8 +408,9 @@ def test_gpu(photos: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "gpu.json").read_bytes())
     sections = result["sections"]
     assert list(sections) == [
-        *("vectors jax", "inference", "inference of peers", "decoding", "end to end"),
-        *("end to end of peers", "repeated", "cores"),
+        *("decoding", "inference", "inference of peers"),
+        *("end to end, mobilenet", "end to end of peers, mobilenet"),
+        *("vectors jax", "repeated", "cores"),
     ]
     for name, section in sections.items():
         assert f"\n{name}: " in output
@@ -415,13 +422,19 @@ def test_gpu(photos: Path, tmp_path: Path) -> None:
     assert vectors["cosine"] > 0.9999
     assert vectors["again_is_equal"]
     assert [row["batch_size"] for row in sections["inference"]["rows"]] == [4, 2]
-    assert [row["decoders"] for row in sections["decoding"]["rows"]] == [1, 2]
+    assert [row["decoders"] for row in sections["decoding"]["rows"]] == [num_cores(), 1]
+    for name in ("inference", "decoding", "end to end, mobilenet"):
+        for row in sections[name]["rows"]:
+            assert 0 < row["lowest"] <= row["speed"] <= row["highest"]
+    assert all(row["gflops"] > 0 for row in sections["inference"]["rows"])
     same, limited = sections["repeated"]["rows"]
     assert same["equal"]
-    assert (same["rows"], same["cosine"]) == (48, pytest.approx(1))
+    assert (same["rows"], same["cosine"]) == (20, pytest.approx(1))
     for row in sections["cores"]["rows"]:
         assert row["decoding speed"] > 0
         assert row["openvino float32"] > 0
+    sizes = {name: result["photographs"][name] for name in ("count", "width", "height")}
+    assert sizes == {"count": 12, "width": 640, "height": 480}
     if result["card"] is None:
         assert limited["reason"] == "no card: XLA limits the memory of cards alone"
         assert "would fill it" not in output
@@ -432,25 +445,140 @@ def test_gpu(photos: Path, tmp_path: Path) -> None:
 
 
 def test_gpu_keeps_to_its_time(photos: Path, tmp_path: Path) -> None:
-    parts = ("--sections", "inference", "decoding")
-    run("gpu.py", "--small", "--photos", photos, "--out", tmp_path, "--budget", 1, *parts)
+    parts = ("--sections", "repeated", "cores")
+    run("gpu.py", "--small", "--photos", photos, "--out", tmp_path, "--budget", 4, *parts)
     sections = json.loads((tmp_path / "gpu.json").read_bytes())["sections"]
-    assert list(sections) == ["inference", "decoding"]
-    for section in sections.values():
-        assert section["seconds"] < 5
-        assert section["reason"].startswith("took longer than its ")
+    assert {name: section["reason"] for name, section in sections.items()} == {
+        "repeated": "took longer than its 3 s",
+        "cores": "not measured: no time was left",
+    }
 
 
 def test_what_gpu_has_no_time_for_or_what_fails_is_told_and_the_rest_goes_on(
     tmp_path: Path,
 ) -> None:
-    settings = json.dumps({"decoders": [1, 2], "decoded": 1, "many_photos": "nowhere"})
+    settings = json.dumps({"decoders": [1, 2], "many_photos": "nowhere"})
     for seconds, reason in (0, "no time was left"), (60, "FileNotFoundError: "):
         file = tmp_path / f"{seconds}.jsonl"
         run("gpu_ours.py", "decoding", settings, file, seconds)
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert [row["decoders"] for row in rows] == [1, 2]
         assert all(row["reason"].startswith(reason) for row in rows)
+
+
+def test_gpu_finds_modules_by_a_relative_path_and_a_card_by_the_driver(
+    photos: Path, tmp_path: Path
+) -> None:
+    fake_nvml.install_in(tmp_path, fake_nvml.Card("GPU-aa", bus=0x86))
+    with (tmp_path / "sitecustomize.py").open("a") as code:
+        code.write(f"; open({str(tmp_path / 'started')!r}, 'a').write(sys.argv[0] + chr(10))")
+    start = (tmp_path / "sitecustomize.py").read_text()
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; {start}")
+    paths = os.pathsep.join(os.path.relpath(folder, ROOT) for folder in (tmp_path, ROOT))
+    command = [sys.executable, FOLDER / "gpu.py", "--small", "--sections", "decoding"]
+    command += ["--photos", photos, "--out", tmp_path]
+    environment = os.environ | {"PYTHONPATH": paths}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    result = json.loads((tmp_path / "gpu.json").read_bytes())
+    assert result["card"]["id"] == "GPU-aa"
+    assert result["card"]["pci"] == "0000:86:00.0"
+    assert result["card"]["power_limit_watts"] is None
+    assert all(row["speed"] > 0 for row in result["sections"]["decoding"]["rows"])
+    # The command, its section, and at least a decoder.
+    assert len((tmp_path / "started").read_text().splitlines()) >= 3
+
+
+@pytest.mark.parametrize("end", ["os.abort()", "time.sleep(600)", "sys.exit(0)"])
+def test_what_a_section_of_gpu_started_ends_with_it(tmp_path: Path, end: str) -> None:
+    section = tmp_path / "section.py"
+    section.write_text(
+        "import os, subprocess, sys, time\n"
+        "child = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
+        "child = subprocess.Popen(child, start_new_session=True)\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\n"
+        f"{end}\n"
+    )
+    code = "import json, sys; from sections import run_section\n"
+    code += f"settings = {{'scratch': {str(tmp_path)!r}}}\n"
+    code += f"print(json.dumps(run_section({str(section)!r}, 'any', settings, 4)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{FOLDER}{os.pathsep}{ROOT}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    reasons = {"os.abort()": "ended with status -6", "time.sleep(600)": "took longer than its 4 s"}
+    assert json.loads(done.stdout).get("reason", "").startswith(reasons.get(end, ""))
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+
+
+def test_gpu_samples_the_card_that_it_may_use_and_says_none_for_what_it_is_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise pynvml.NVMLError_NotSupported
+
+    cards = {b"0000:3b:00.0": fake_nvml.Card("GPU-aa", bus=0x3B, total=1)}
+    cards[b"0000:86:00.0"] = fake_nvml.Card("GPU-bb", bus=0x86, total=2)
+    known = fake_nvml.functions([*cards.values()]) | {
+        "nvmlDeviceGetHandleByPciBusId": cards.__getitem__,
+        "nvmlDeviceGetMemoryInfo": lambda card: SimpleNamespace(total=card.total, used=card.total),
+        "nvmlDeviceGetUtilizationRates": refuse,
+        "nvmlDeviceGetEnforcedPowerLimit": refuse,
+    }
+    for name, function in known.items():
+        monkeypatch.setattr(pynvml, name, function)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.syspath_prepend(FOLDER)
+    sections = importlib.import_module("sections")
+    card = sections.card()
+    assert (card["pci"], card["memory_bytes"]) == ("0000:86:00.0", 2)
+    assert card["power_limit_watts"] is None
+    with sections.Monitor(with_host_memory=True) as monitor:
+        pass
+    assert monitor.peaks["peak_card_bytes"] == 2
+    assert monitor.peaks["peak_host_bytes"] > 2**20
+    assert monitor.busy_share(0, float("inf")) is None
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", refuse)
+    with sections.Monitor() as monitor:
+        pass
+    assert monitor.peaks == {"peak_host_bytes": None, "peak_card_bytes": None}
+
+
+def test_gpu_compares_no_card_with_a_cpu_and_knows_no_bound_without_all_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    gpu = importlib.import_module("gpu")
+    of_network = {"network": "resnet50", "precision": "bfloat16"}
+    ours = of_network | {"device": "GPU", "batch_size": 256, "speed": 3000.0, "gflops": 8.0}
+    peer = ours | {"device": "cuda", "speed": 2000.0, "mode": "default", "gflops": 10.0}
+    decoding = {"decoders": 16, "cores": 16, "speed": 2000.0}
+
+    def summary(peer: dict[str, object], decoders: int) -> dict[str, list[Any]]:
+        rows = {
+            "inference": [ours, ours | {"batch_size": 64, "speed": 9000.0}],
+            "inference of peers": [peer],
+            "decoding": [decoding | {"decoders": decoders}],
+            "end to end, resnet50": [ours | {"shard_size": None, "busy": 0.5, "speed": 1000.0}],
+            "end to end of peers, resnet50": [peer],
+        }
+        sections = {name: {"rows": found} for name, found in rows.items()}
+        return gpu.summary({"sections": sections, "card": None})
+
+    found = summary(peer, 16)
+    assert found["inference"][0]["ratio"] == 1.5
+    assert found["inference"][0]["ratio_by_gflops"] == 1.2
+    assert found["end to end"][0]["bound"] == 2000
+    assert found["end to end"][0]["share of bound"] == 0.5
+    assert found["end to end"][0]["ratio"] == 0.5
+    found = summary(peer | {"device": "cpu"}, 2)
+    for row in (*found["inference"], *found["end to end"]):
+        assert row["reason"] == "not compared: GPU and cpu"
+        assert not {"ratio", "bound", "share of bound"} & row.keys()
+    assert found["in words"] == ["Decoding with all cores was not measured: there is no bound."]
 
 
 def test_slim_openvino(tmp_path: Path) -> None:
