@@ -469,17 +469,17 @@ def test_what_gpu_has_no_time_for_or_what_fails_is_told_and_the_rest_goes_on(
 def test_gpu_finds_modules_by_a_relative_path_and_a_card_by_the_driver(
     photos: Path, tmp_path: Path
 ) -> None:
-    fake_nvml.install_in(tmp_path, fake_nvml.Card("GPU-aa", bus=0x86))
-    with (tmp_path / "sitecustomize.py").open("a") as code:
-        code.write(f"; open({str(tmp_path / 'started')!r}, 'a').write(sys.argv[0] + chr(10))")
-    start = (tmp_path / "sitecustomize.py").read_text()
-    (tmp_path / "sitecustomize.py").write_text(f"import sys; {start}")
-    paths = os.pathsep.join(os.path.relpath(folder, ROOT) for folder in (tmp_path, ROOT))
+    site = tmp_path / "site"
+    site.mkdir()
+    fake_nvml.install_in(site, fake_nvml.Card("GPU-aa", bus=0x86))
+    code = (site / "sitecustomize.py").read_text()
+    log = f"import sys; open({str(tmp_path / 'started')!r}, 'a').write(sys.argv[0] + chr(10))"
+    (site / "sitecustomize.py").write_text(f"{code}\n{log}")
     command = [sys.executable, FOLDER / "gpu.py", "--small", "--sections", "decoding"]
     command += ["--photos", photos, "--out", tmp_path]
-    environment = os.environ | {"PYTHONPATH": paths}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(("site", str(ROOT)))}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     result = json.loads((tmp_path / "gpu.json").read_bytes())
     assert result["card"]["id"] == "GPU-aa"
     assert result["card"]["pci"] == "0000:86:00.0"
