@@ -124,10 +124,12 @@ known_gflops: dict[str, float] = {}
 
 def gflops_of(peer: Peer) -> float:
     """Work of an image in 10**9 operations, of which PyTorch counts products and sums of layers."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     if peer.network not in known_gflops:
-        with FlopCounterMode(display=False) as counter:
+        # Of attention in one piece, not every form is counted.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             peer.model(torch.zeros(1, 3, peer.side, peer.side, device=peer.device))
         known_gflops[peer.network] = round(counter.get_total_flops() / 1e9, 2)
     return known_gflops[peer.network]
