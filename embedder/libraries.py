@@ -24,13 +24,16 @@ def import_keras() -> Any:
     Where nothing has been chosen that is TensorFlow, or JAX where there is no TensorFlow.
     """
     with _keras_lock:
-        if "keras" not in sys.modules and "KERAS_BACKEND" not in os.environ:
+        if "keras" not in sys.modules and keras_backend() is None:
             has_tensorflow = importlib.util.find_spec("tensorflow") is not None
-            os.environ["KERAS_BACKEND"] = "tensorflow" if has_tensorflow else "jax"
+            claim_keras_backend("tensorflow" if has_tensorflow else "jax")
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         runs_on_tensorflow = os.environ.get("KERAS_BACKEND") == "tensorflow"
         with silent_standard_error() if runs_on_tensorflow else nullcontext():
             import keras
+        if _claimed:  # this process's own affair: its children may need another
+            os.environ.pop("KERAS_BACKEND", None)
+            _claimed.clear()
 
     return keras
 
@@ -62,10 +65,11 @@ def keras_backend() -> str | None:
 def claim_keras_backend(name: str) -> bool:
     """Have Keras run on `tensorflow` or `jax` in this process, unless it runs on another."""
     with _keras_lock:
-        is_free = keras_backend() in (None, name)
-        if is_free:
+        now = keras_backend()
+        if now is None:
             os.environ["KERAS_BACKEND"] = name
-        return is_free
+            _claimed.append(name)
+        return now in (None, name)
 
 
 def choose_keras_backend(name: str) -> None:
@@ -139,3 +143,4 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 _keras_lock = threading.RLock()
+_claimed: list[str] = []  # what KERAS_BACKEND was set to, until Keras is imported

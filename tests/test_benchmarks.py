@@ -53,7 +53,13 @@ def test_every_benchmark_is_run_here() -> None:
     text = Path(__file__).read_text()
     scripts = {path.name for path in FOLDER.glob("*.py")}
     scripts -= {"grocery_probe.py"}  # it needs Grocery
-    scripts -= {"servers.py", "sections.py", "gpu_ours.py", "gpu_peers.py"}  # used by others
+    scripts -= {
+        "servers.py",
+        "speed.py",
+        "sections.py",
+        "gpu_ours.py",
+        "gpu_peers.py",
+    }  # used by others
     assert {script for script in scripts if f'"{script}"' not in text} == set()
 
 

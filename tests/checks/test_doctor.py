@@ -72,6 +72,7 @@ def test_what_a_card_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["engine auto"] == "takes openvino"
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_use_a_card_after_all_is_a_failed_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -67,6 +67,7 @@ if __name__ == "__main__":
     ]
 
 
+@pytest.mark.slow
 def test_a_worker_of_a_scheduler_serves_one_engine_after_the_other(
     archive: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ def test_steps_and_channels_are_those_of_tensorflow() -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     tiny = make_tiny()
     run(tiny, groups_of(tiny), PLAIN, checkpoint=tmp_path / "tensorflow.npz")
@@ -43,7 +44,8 @@ def test_a_training_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path) -
         run(tiny, groups_of(tiny), PLAIN, checkpoint=tmp_path / "jax.npz")
 
 
-@pytest.mark.parametrize("strategy", ["scratch", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["scratch", "full"])
 def test_a_model_that_is_tuned_on_jax_is_a_model_on_tensorflow(
     strategy: str, tmp_path: Path
 ) -> None:

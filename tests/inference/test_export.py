@@ -310,6 +310,7 @@ def test_the_command_tells_what_it_wrote_and_how_much_it_differs(
     assert "Received: coreml" in refused.stderr
 
 
+@pytest.mark.slow
 def test_from_jax_only_the_format_of_keras_can_be_written(world: World, tmp_path: Path) -> None:
     found = call_apart("jax", export_all, world.model, tmp_path)
     differences = found.pop("keras")
