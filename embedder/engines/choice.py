@@ -23,6 +23,7 @@ class _Wheels(NamedTuple):
         lowest: Compute capability of the oldest card.
         below: Compute capability of the first card that is too new; None if none is known.
         driver: Major version of the oldest driver.
+        without: Compute capabilities in between that they have no code for.
     """
 
     packages: tuple[str, ...]
@@ -30,17 +31,19 @@ class _Wheels(NamedTuple):
     lowest: Capability
     below: Capability | None
     driver: int
+    without: tuple[Capability, ...] = ()
 
 
 # As of TensorFlow 2.21 and JAX 0.10, by their pages on installation and NVIDIA's on CUDA 12 and 13.
-# TensorFlow fails on Blackwell cards: tensorflow#89272 and #111958.
+# TensorFlow fails on Blackwell cards: tensorflow#89272 and #111958. JAX ends the process on a card
+# that CUDA 12 does not know: openxla/xla#47982.
 _WHEELS = {
     "tensorflow": [
         _Wheels(("nvidia-cudnn-cu12", "nvidia-curand-cu12"), "gpu", (6, 0), (10, 0), 525)
     ],
     "jax": [
         _Wheels(("jax-cuda13-plugin",), "jax-cuda13", (7, 5), None, 580),
-        _Wheels(("jax-cuda12-plugin",), "jax-cuda12", (5, 2), None, 525),
+        _Wheels(("jax-cuda12-plugin",), "jax-cuda12", (5, 2), None, 525, without=((10, 7),)),
     ],
 }
 
@@ -150,6 +153,8 @@ def _does_not_fit(wheels: _Wheels, gpu: Gpu) -> str | None:
     if capability is not None:
         found = f"this card's is {capability[0]}.{capability[1]}"
         low, high = wheels.lowest, wheels.below
+        if capability in wheels.without:
+            return f"{wheels.extra} has no code for this card's compute capability"
         if capability < low:
             return f"{wheels.extra} has code from compute capability {low[0]}.{low[1]} on; {found}"
         if high is not None and capability >= high:

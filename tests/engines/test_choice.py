@@ -14,6 +14,7 @@ from embedder.machine import Gpu
 
 HOPPER = Gpu("GPU-1", "NVIDIA H100", (9, 0), 80 * 2**30, "580.159.04")
 BLACKWELL = Gpu("GPU-2", "RTX 5090", (12, 0), 32 * 2**30, "580.159.04")
+RUBIN = Gpu("GPU-5", "Rubin", (10, 7), 288 * 2**30, "590.10")
 VOLTA = Gpu("GPU-3", "V100", (7, 0), 16 * 2**30, "535.10")
 KEPLER = Gpu("GPU-4", "K80", (3, 7), 12 * 2**30, "470.10")
 UNKNOWN = Gpu("0")
@@ -70,6 +71,8 @@ def test_an_unknown_engine_is_refused() -> None:
         ([CUDA_12], VOLTA, "jax"),
         ([CUDA_12], BLACKWELL, "jax"),
         ([CUDA_13], BLACKWELL, "jax"),
+        ([CUDA_12], RUBIN, None),
+        ([CUDA_13], RUBIN, "jax"),
         ([CUDA_13], VOLTA, None),
         ([CUDA_12], KEPLER, None),
         ([CUDA_FOR_TENSORFLOW, CUDA_13], HOPPER, "jax"),
