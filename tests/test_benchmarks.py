@@ -409,6 +409,16 @@ def test_reference(tmp_path: Path) -> None:
             np.testing.assert_allclose(new[name] / scale, stored[name] / scale, atol=1e-4)
 
 
+def test_gpu_inference(photos: Path, tmp_path: Path) -> None:
+    parts = "--sections", "inference", "vectors jax"
+    run("gpu.py", "--small", "--photos", photos, "--out", tmp_path, *parts)
+    sections = json.loads((tmp_path / "gpu.json").read_bytes())["sections"]
+    assert [row["batch_size"] for row in sections["inference"]["rows"]] == [4, 2]
+    assert sections["vectors jax"]["rows"][0]["cosine"] > 0.9999
+    assert set(sections) == {"inference", "vectors jax"}
+
+
+@pytest.mark.slow
 def test_gpu(photos: Path, tmp_path: Path) -> None:
     output = run("gpu.py", "--small", "--photos", photos, "--out", tmp_path)
     result = json.loads((tmp_path / "gpu.json").read_bytes())
