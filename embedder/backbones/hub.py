@@ -78,9 +78,8 @@ def open_preset(name: str, dtype_policy: str = "float32") -> Preset:
     if Path(name).is_dir():
         _check_folder(Path(name))
     import_keras()
-    with (
-        silent_standard_error()
-    ):  # it imports TensorFlow where there is one, whatever Keras runs on
+    # It imports TensorFlow where there is one, whatever Keras runs on.
+    with silent_standard_error():
         import keras_hub
 
     try:

@@ -16,10 +16,9 @@ from .engine import (
     Runtime as Runtime,
     check_precision as check_precision,
 )
-from .jax import import_jax as import_jax
+from .jax import forget_prepared as forget_prepared, import_jax as import_jax
 from .loading import (
     fastest as fastest,
-    forget_prepared as forget_prepared,
     load as load,
     prepare as prepare,
     ready_keras as ready_keras,

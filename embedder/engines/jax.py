@@ -116,8 +116,8 @@ def prepare_model(recipe: Recipe) -> None:
         _prepared[recipe] = build_on_host(recipe)
 
 
-def forget_model(recipe: Recipe) -> None:
-    """Let go of a model that no engine has taken."""
+def forget_prepared(recipe: Recipe) -> None:
+    """Let go of a model that was prepared for an engine which was not loaded."""
     _prepared.pop(recipe, None)
 
 

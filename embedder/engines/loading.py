@@ -97,11 +97,6 @@ def _build_on_cpu(recipe: Recipe, engine: str) -> None:
         tensorflow.build_on_cpu(recipe)
 
 
-def forget_prepared(recipe: Recipe) -> None:
-    """Let go of a model that was prepared for an engine which was not loaded."""
-    jax.forget_model(recipe)
-
-
 def ready_keras(engine: str, backbone: str, gpus: Sequence[Gpu]) -> None:
     """Have Keras run on JAX where that will compute, before the recipe of a preset imports it.
 

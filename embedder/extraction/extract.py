@@ -21,6 +21,7 @@ from embedder.extraction.record import Receipt, Summary
 from embedder.extraction.shard import Earlier, extract_shard
 from embedder.extraction.targets import Target, compare, shared_work
 from embedder.extraction.worker import MIN_IMAGES_TO_MEASURE, Job, worker_state_of
+from embedder.extraction.worker_gpus import share_of_cores
 from embedder.libraries import keras_backend, logger, versions
 from embedder.machine import gpus, num_cores
 from embedder.recipe import Recipe
@@ -163,7 +164,7 @@ def _fastest(
     if options.engine != "auto" or not runtime.gpus:
         return runtime
     recipe = next(iter(recipes.values()))
-    num_threads = max(1, num_cores() // _num_local_workers(options, runtime))
+    num_threads = share_of_cores(_num_local_workers(options, runtime))
     is_long = listing.refs.num_rows * recipe.views >= MIN_IMAGES_TO_MEASURE
     return engines.fastest(recipe.of_features, gpus(), runtime, num_threads, is_worth_it=is_long)
 
