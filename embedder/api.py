@@ -104,7 +104,7 @@ def extract(
         Unfinished: Too many images failed, or the disk is full; what is done is kept.
     """
     with _watching(quiet, on_progress) as watch:
-        engines.ready_keras(run.engine, recipe.backbone, gpus())
+        engines.ready_keras(run.engine, recipe.backbone, gpus)
         run_extraction(source, {os.fspath(store): make_recipe(**asdict(recipe))}, run, watch)
     return Store(store)
 

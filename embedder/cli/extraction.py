@@ -48,7 +48,7 @@ def extract(
     from embedder.machine import gpus
 
     for name in parts_of(backbone):
-        engines.ready_keras(run.engine, name, gpus())
+        engines.ready_keras(run.engine, name, gpus)
     recipes = make_recipes(store, parts_of(backbone), parts_of(weights), recipe)
     with console.progress(quiet) as on_progress:
         summaries = run_extraction(source, recipes, run, on_progress, console.started())

@@ -97,7 +97,7 @@ def _build_on_cpu(recipe: Recipe, engine: str) -> None:
         tensorflow.build_on_cpu(recipe)
 
 
-def ready_keras(engine: str, backbone: str, gpus: Sequence[Gpu]) -> None:
+def ready_keras(engine: str, backbone: str, gpus: Callable[[], Sequence[Gpu]]) -> None:
     """Have Keras run on JAX where that will compute, before the recipe of a preset imports it.
 
     Keras has one backend in a process, for good: on another, the run would need a second process.
@@ -106,14 +106,15 @@ def ready_keras(engine: str, backbone: str, gpus: Sequence[Gpu]) -> None:
     Args:
         engine: One of `ENGINES`, or `auto`.
         backbone: As `backbones.make_recipe` takes it.
-        gpus: Those there are.
+        gpus: Tells those there are, such as `machine.gpus`; asked only where that matters.
 
     Raises:
         EngineError: JAX is asked for, and not installed.
     """
     if not is_preset(backbone) or keras_backend() is not None:
         return
-    if engine == "jax" or (engine == "auto" and gpus and usable_engines(gpus)[:1] == ["jax"]):
+    found = gpus() if engine == "auto" else []
+    if engine == "jax" or (found and usable_engines(found)[:1] == ["jax"]):
         jax.import_jax()
 
 

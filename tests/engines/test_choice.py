@@ -156,13 +156,13 @@ from embedder.machine import Gpu
 gpu = Gpu("GPU-1", "NVIDIA H100", (9, 0), 80 * 2**30, "580.159.04")
 wheels = ["nvidia-cudnn-cu12"]
 choice.installed = lambda asked: {name: "1.0" for name in asked if name in wheels}
-ready_keras("jax", "resnet50", [])
-ready_keras("openvino", "hub:a", [gpu])
-ready_keras("auto", "hub:a", [])
-ready_keras("auto", "hub:a", [gpu])
+ready_keras("jax", "resnet50", lambda: [])
+ready_keras("openvino", "hub:a", lambda: [gpu])
+ready_keras("auto", "hub:a", lambda: [])
+ready_keras("auto", "hub:a", lambda: [gpu])
 print(keras_backend())
 wheels = ["jax-cuda12-plugin"]
-ready_keras("auto", "hub:a", [gpu])
+ready_keras("auto", "hub:a", lambda: [gpu])
 print(keras_backend())
 """
     environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
